@@ -1,0 +1,29 @@
+"""GPT-2's printable names for bytes, which its `vocab.json` and `merges.txt` are written in.
+
+Printable Latin-1 characters stand for themselves; the other 68 bytes get the characters
+from U+0100 on, so that a space becomes U+0120.
+"""
+
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_UNPRINTABLE = [byte for byte in range(256) if byte not in set(_PRINTABLE)]
+
+NAME_OF_BYTE: dict[int, str] = {
+    **{byte: chr(byte) for byte in _PRINTABLE},
+    **{byte: chr(0x100 + i) for i, byte in enumerate(_UNPRINTABLE)},
+}
+BYTE_OF_NAME: dict[str, int] = {name: byte for byte, name in NAME_OF_BYTE.items()}
+
+
+def name_of_token(token: bytes) -> str:
+    return "".join(NAME_OF_BYTE[byte] for byte in token)
+
+
+def token_of_name(name: str) -> bytes:
+    """Raises: ValueError for a character that names no byte."""
+    try:
+        return bytes(BYTE_OF_NAME[character] for character in name)
+    except KeyError as error:
+        raise ValueError(
+            f"vocabulary: token {name!r} holds {error.args[0]!r}, which names no byte; "
+            "need GPT-2's byte-level vocab.json and merges.txt"
+        ) from None

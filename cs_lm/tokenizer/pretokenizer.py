@@ -1,0 +1,143 @@
+"""Where text is cut before any merge: special tokens, GPT-2's word pattern, safe stream borders.
+
+Byte-pair merges never cross a border drawn here, so words can be counted and encoded one by one.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from multiprocessing import get_context
+
+import regex
+
+# The split pattern published with GPT-2: English contractions, then runs of letters, of digits or
+# of other signs, each with at most one leading space; white space keeps its last character
+# for the word that follows.
+SPLIT_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+_WORDS = regex.compile(SPLIT_PATTERN)
+
+# Between these neighbours the pattern always cuts, whatever stands before or after them: the
+# character class changes, and neither a leading space nor a contraction can reach across.
+# Read backwards ((?r)), so that the search finds the last such border.
+_LAST_SURE_BORDER = regex.compile(
+    r"(?r)(?<=\p{L})[^\p{L}]|(?<=\p{N})[^\p{N}]"
+    r"|(?<=[^\s\p{L}\p{N}'])[\s\p{L}\p{N}]|(?<=')[\s\p{N}]"
+)
+
+STREAM_BLOCK_CHARS = 1 << 14
+WORKER_BLOCK_CHARS = 1 << 21
+
+
+def split_words(text: str) -> list[str]:
+    """The words of a text without special tokens; joined, they are the text again."""
+    return _WORDS.findall(text)
+
+
+class SpecialTokenSplitter:
+    """Cuts text at special tokens; where several fit at one place, the longest wins.
+
+    Raises: ValueError for an empty special token.
+    """
+
+    def __init__(self, special_tokens: Sequence[str] = ()):
+        if any(not token for token in special_tokens):
+            raise ValueError("special_tokens: got an empty string; need at least one character")
+        self._tokens = sorted(set(special_tokens), key=len, reverse=True)
+        self._pattern = None
+        if self._tokens:
+            self._pattern = regex.compile("(" + "|".join(map(regex.escape, self._tokens)) + ")")
+
+    def split(self, text: str) -> list[str]:
+        """Ordinary text at even places, special tokens at odd ones."""
+        return self._pattern.split(text) if self._pattern else [text]
+
+    def safe_cut(self, text: str) -> int:
+        """A position before which nothing can change, however the text goes on.
+
+        `encode(text[:cut]) + encode(text[cut:] + more) == encode(text + more)` for every `more`.
+        """
+        undecided = self._start_of_possible_special(text)
+        tail_start = 0
+        if self._pattern:
+            for match in self._pattern.finditer(text):
+                if match.start() >= undecided:
+                    break
+                tail_start = match.end()
+        border = _LAST_SURE_BORDER.search(text, tail_start, max(undecided, tail_start))
+        return border.start() if border else tail_start
+
+    def _start_of_possible_special(self, text: str) -> int:
+        """Where the end of the text could still grow into a (longer) special token."""
+        if not self._tokens:
+            return len(text)
+        for start in range(max(0, len(text) - len(self._tokens[0]) + 1), len(text)):
+            ending = text[start:]
+            if any(len(t) > len(ending) and t.startswith(ending) for t in self._tokens):
+                return start
+        return len(text)
+
+    def safe_blocks(self, parts: Iterable[str], block_chars: int) -> Iterator[str]:
+        """The same text in blocks that can be encoded one by one, cut only where it is safe.
+
+        Cost: about `block_chars` characters in memory; a longer stretch without any safe border
+        (one giant word) is held whole, and searched again only each time it has doubled.
+        """
+        held: list[str] = []
+        held_chars, threshold = 0, block_chars
+        for part in parts:
+            for start in range(0, len(part), block_chars):
+                piece = part[start : start + block_chars]
+                held.append(piece)
+                held_chars += len(piece)
+                if held_chars < threshold:
+                    continue
+                text = "".join(held)
+                cut = self.safe_cut(text)
+                if cut:
+                    yield text[:cut]
+                held = [text[cut:]]
+                held_chars = len(held[0])
+                threshold = max(block_chars, 2 * held_chars)
+        if held_chars:
+            yield "".join(held)
+
+
+def count_words(text: str, special_tokens: Sequence[str] = ()) -> Counter[str]:
+    """How often each word occurs in a text; special tokens split it and are not counted."""
+    counts: Counter[str] = Counter()
+    for segment in SpecialTokenSplitter(special_tokens).split(text)[::2]:
+        counts.update(split_words(segment))
+    return counts
+
+
+def count_words_in_stream(
+    parts: Iterable[str],
+    special_tokens: Sequence[str] = (),
+    num_workers: int = 1,
+    block_chars: int = WORKER_BLOCK_CHARS,
+) -> Counter[str]:
+    """`count_words` of the joined parts, with memory that follows the number of distinct words.
+
+    The counts are the same for any number of workers: blocks end at safe borders only.
+    """
+    blocks = SpecialTokenSplitter(special_tokens).safe_blocks(parts, block_chars)
+    total: Counter[str] = Counter()
+    if num_workers <= 1:
+        for block in blocks:
+            total.update(count_words(block, special_tokens))
+        return total
+    with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
+        pending = set()
+        try:
+            for block in blocks:
+                pending.add(pool.submit(count_words, block, special_tokens))
+                if len(pending) > 2 * num_workers:
+                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        total.update(future.result())
+            for future in pending:
+                total.update(future.result())
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return total

@@ -1,0 +1,261 @@
+"""BPETokenizer: text to token ids and back, exactly, from GPT-2's two files."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from cs_lm.tokenizer import fast_bpe
+from cs_lm.tokenizer.bpe import Pair
+from cs_lm.tokenizer.byte_names import name_of_token, token_of_name
+from cs_lm.tokenizer.pretokenizer import (
+    STREAM_BLOCK_CHARS,
+    SpecialTokenSplitter,
+    count_words_in_stream,
+    split_words,
+)
+from cs_lm.tokenizer.text_source import read_text
+
+DEFAULT_SPECIAL_TOKENS = ("<|endoftext|>",)
+# Words that are not one token are remembered, at about 200 bytes each: 13 MB for `encode`,
+# 0.2 MB for `encode_iterable`, which promises to hold less than 1 MB.
+CACHED_WORDS = 1 << 16
+STREAM_CACHED_WORDS = 1 << 10
+
+
+def train_bpe(
+    input_path: str | Path,
+    vocab_size: int,
+    special_tokens: Sequence[str] = DEFAULT_SPECIAL_TOKENS,
+    num_workers: int | None = None,
+    encoding_errors: str = "strict",
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[dict[int, bytes], list[Pair]]:
+    """The vocabulary and merges that byte-pair encoding learns from a text file.
+
+    Ids 0 to 255 are the bytes, then the merged tokens in the order they were learnt, then the
+    special tokens. The result depends on nothing but the text, `vocab_size` and
+    `special_tokens`: not on the number of workers, nor on PYTHONHASHSEED. A text with too few
+    pairs gives a smaller vocabulary than asked.
+
+    num_workers  processes that count words; None takes all cores for a file over 16 MiB, else 1
+    progress     called with (merges done, merges wanted)
+    Raises: ValueError when vocab_size is below 256 + special tokens, or the file is empty or not
+    UTF-8; FileNotFoundError when it is missing.
+    """
+    special_tokens = list(dict.fromkeys(special_tokens))
+    least = 256 + len(special_tokens)
+    if vocab_size < least:
+        raise ValueError(
+            f"--vocab_size: got {vocab_size}, need at least {least} "
+            f"(256 bytes + {len(special_tokens)} special tokens); raise it"
+        )
+    parts = read_text(input_path, encoding_errors)
+    if num_workers is None:
+        large = os.path.isfile(input_path) and os.path.getsize(input_path) > 16 << 20
+        num_workers = (os.cpu_count() or 1) if large else 1
+    counts = count_words_in_stream(parts, special_tokens, num_workers)
+    word_counts = {word.encode("utf-8"): count for word, count in counts.items()}
+    merges = fast_bpe.train_merges(word_counts, vocab_size - least, progress)
+    tokens = [bytes([byte]) for byte in range(256)] + [a + b for a, b in merges]
+    tokens += [token.encode("utf-8") for token in special_tokens]
+    return dict(enumerate(dict.fromkeys(tokens))), merges
+
+
+class BPETokenizer:
+    """Byte-level byte-pair encoding with GPT-2's split pattern.
+
+    vocab           token id -> bytes
+    merges          pairs of tokens, earliest learnt first
+    special_tokens  never split, never merged with text; one that is missing from the vocabulary
+                    is appended to it; where several fit at one place, the longest wins
+    Raises: ValueError for two ids with the same bytes, a negative id, a merge outside the
+    vocabulary.
+    """
+
+    def __init__(
+        self,
+        vocab: Mapping[int, bytes],
+        merges: Sequence[Pair],
+        special_tokens: Sequence[str] | None = None,
+    ):
+        self.vocab: dict[int, bytes] = dict(vocab)
+        self.merges: list[Pair] = [(bytes(a), bytes(b)) for a, b in merges]
+        self.special_tokens: list[str] = list(dict.fromkeys(special_tokens or ()))
+        if any(token_id < 0 for token_id in self.vocab):
+            raise ValueError("vocabulary: got a negative id; need ids from 0 on")
+        self._ids: dict[bytes, int] = {token: i for i, token in self.vocab.items()}
+        if len(self._ids) != len(self.vocab):
+            twice = next(t for i, t in self.vocab.items() if self._ids[t] != i)
+            raise ValueError(f"vocabulary: {twice!r} has two ids; each token needs one")
+        for token in self.special_tokens:
+            self._append_if_missing(token.encode("utf-8"))
+        self._special_ids = {t: self._ids[t.encode("utf-8")] for t in self.special_tokens}
+        self._ranks: dict[Pair, int] = {}
+        for rank, pair in enumerate(self.merges):
+            for token in (*pair, pair[0] + pair[1]):
+                if token not in self._ids:
+                    raise ValueError(
+                        f"merges: {token!r} of merge {rank} is not in the vocabulary; "
+                        "vocabulary and merges must come from the same training"
+                    )
+            self._ranks.setdefault(pair, rank)
+        self._splitter = SpecialTokenSplitter(self.special_tokens)
+        self._one_token_words = self._find_one_token_words()
+        self._cache: dict[str, list[int]] = {}
+        self._fingerprint: str | None = None
+
+    def _append_if_missing(self, token: bytes) -> None:
+        if token not in self._ids:
+            self._ids[token] = self.vocab_size
+            self.vocab[self._ids[token]] = token
+
+    def _find_one_token_words(self) -> dict[str, list[int]]:
+        """Words that the merges lead to a single token: most of any text, so never encoded anew."""
+        words = {}
+        for left, right in self._ranks:
+            token = left + right
+            if fast_bpe.encode_word(token, self._ranks) == [token]:
+                try:
+                    words[token.decode("utf-8")] = [self._ids[token]]
+                except UnicodeDecodeError:
+                    pass  # part of a character: never a whole word
+        return words
+
+    @classmethod
+    def from_files(
+        cls,
+        vocab_path: str | Path,
+        merges_path: str | Path,
+        special_tokens: Sequence[str] | None = None,
+    ) -> "BPETokenizer":
+        """Reads GPT-2's `vocab.json` and `merges.txt`.
+
+        Raises: FileNotFoundError, or ValueError naming the file that cannot be understood.
+        """
+        for path, flag in ((vocab_path, "--vocab_path"), (merges_path, "--merges_path")):
+            if not Path(path).is_file():
+                raise FileNotFoundError(
+                    f"{flag}: got {str(path)!r}, which is not a file; name an existing one, "
+                    "or train a tokenizer first"
+                )
+        try:
+            names = json.loads(Path(vocab_path).read_text(encoding="utf-8"))
+            if not all(isinstance(token_id, int) for token_id in names.values()):
+                raise TypeError("an id is not an integer")
+            vocab = {token_id: token_of_name(name) for name, token_id in names.items()}
+        except (json.JSONDecodeError, AttributeError, TypeError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"--vocab_path: {str(vocab_path)!r} is not a vocab.json ({error}); "
+                "need a JSON object of token names and ids"
+            ) from None
+        merges = []
+        for number, line in enumerate(
+            Path(merges_path).read_text(encoding="utf-8").split("\n"), start=1
+        ):
+            if not line or (number == 1 and line.startswith("#version")):
+                continue
+            pair = line.rstrip("\r").split(" ")
+            if len(pair) != 2:
+                raise ValueError(
+                    f"--merges_path: line {number} of {str(merges_path)!r} is {line!r}; "
+                    "need two tokens with one space between"
+                )
+            merges.append((token_of_name(pair[0]), token_of_name(pair[1])))
+        return cls(vocab, merges, special_tokens)
+
+    def save(self, vocab_path: str | Path, merges_path: str | Path) -> None:
+        """Writes GPT-2's two files, special tokens included in the vocabulary."""
+        names = {name_of_token(token): i for i, token in sorted(self.vocab.items())}
+        lines = [f"{name_of_token(a)} {name_of_token(b)}" for a, b in self.merges]
+        for path, text in (
+            (vocab_path, json.dumps(names, ensure_ascii=False)),
+            (merges_path, "\n".join(["#version: 0.2", *lines, ""])),
+        ):
+            path = Path(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(path.name + ".tmp")
+            temporary.write_text(text, encoding="utf-8", newline="\n")
+            os.replace(temporary, path)
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id: the rows that an embedding needs."""
+        return max(self.vocab, default=-1) + 1
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over vocabulary, merges and special tokens: equal where all encodings are."""
+        if self._fingerprint is None:
+            digest = hashlib.sha256()
+            for token_id, token in sorted(self.vocab.items()):
+                digest.update(b"%d:%d:%s" % (token_id, len(token), token))
+            for a, b in self.merges:
+                digest.update(b"%d:%s%d:%s" % (len(a), a, len(b), b))
+            for special in sorted(t.encode("utf-8") for t in self.special_tokens):
+                digest.update(b"special %d:%s" % (len(special), special))
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of a text; `decode` gives the text back."""
+        return self._encode(text, self._cache, CACHED_WORDS)
+
+    def encode_blocks(
+        self, parts: Iterable[str], block_chars: int = STREAM_BLOCK_CHARS
+    ) -> Iterator[list[int]]:
+        """The ids of the joined parts, block by block, from a stream of any cutting."""
+        cache: dict[str, list[int]] = {}
+        for block in self._splitter.safe_blocks(parts, block_chars):
+            yield self._encode(block, cache, STREAM_CACHED_WORDS)
+
+    def encode_iterable(self, iterable: Iterable[str]) -> Iterator[int]:
+        """The ids of `encode("".join(iterable))`, one by one, holding under 1 MB of the text."""
+        for ids in self.encode_blocks(iterable):
+            yield from ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ids; bytes that are not UTF-8 become U+FFFD.
+
+        Raises: ValueError for an id outside the vocabulary.
+        """
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of the ids, which may begin or end inside a character."""
+        try:
+            return b"".join([self.vocab[token_id] for token_id in ids])
+        except KeyError as error:
+            raise ValueError(
+                f"decode: got token id {error.args[0]}, need an id of the vocabulary "
+                f"(0 to {self.vocab_size - 1}); was the text encoded with another tokenizer?"
+            ) from None
+
+    def _encode(self, text: str, cache: dict[str, list[int]], max_cached: int) -> list[int]:
+        ids: list[int] = []
+        one_token = self._one_token_words.get
+        for place, segment in enumerate(self._splitter.split(text)):
+            if place % 2:
+                ids.append(self._special_ids[segment])
+                continue
+            for word in split_words(segment):
+                word_ids = one_token(word) or cache.get(word)
+                if word_ids is None:
+                    word_ids = self._encode_word(word)
+                    if len(word) <= 64:  # long words hardly ever come back
+                        if len(cache) >= max_cached:
+                            cache.clear()
+                        cache[word] = word_ids
+                ids.extend(word_ids)
+        return ids
+
+    def _encode_word(self, word: str) -> list[int]:
+        tokens = fast_bpe.encode_word(word.encode("utf-8"), self._ranks)
+        try:
+            return [self._ids[token] for token in tokens]
+        except KeyError as error:
+            raise ValueError(
+                f"encode: byte {error.args[0]!r} of {word!r} is not in the vocabulary; "
+                "need a vocabulary with all 256 bytes"
+            ) from None

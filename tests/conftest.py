@@ -1,0 +1,28 @@
+"""Fixtures for all tests: seeded generators, and real text where it is at hand."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+# Machines are shared and slow at times: a test that takes long has not failed.
+settings.register_profile("steady", deadline=None, derandomize=True, max_examples=100)
+settings.load_profile("steady")
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(1234)
+
+
+@pytest.fixture(scope="session")
+def corpora() -> Path:
+    """The folder of real texts and GPT-2's vocabulary that CS_LM_CORPORA names."""
+    folder = os.environ.get("CS_LM_CORPORA")
+    if not folder:
+        pytest.skip("CS_LM_CORPORA is not set: no folder with gpt2/ and tinyshakespeare.txt")
+    return Path(folder)
