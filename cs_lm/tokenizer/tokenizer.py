@@ -17,7 +17,6 @@ from cs_lm.tokenizer.pretokenizer import (
 )
 from cs_lm.tokenizer.text_source import read_text
 
-DEFAULT_SPECIAL_TOKENS = ("<|endoftext|>",)
 # Words that are not one token are remembered, at about 200 bytes each: 13 MB for `encode`,
 # 0.2 MB for `encode_iterable`, which promises to hold less than 1 MB.
 CACHED_WORDS = 1 << 16
@@ -27,7 +26,7 @@ STREAM_CACHED_WORDS = 1 << 10
 def train_bpe(
     input_path: str | Path,
     vocab_size: int,
-    special_tokens: Sequence[str] = DEFAULT_SPECIAL_TOKENS,
+    special_tokens: Sequence[str] = (),
     num_workers: int | None = None,
     encoding_errors: str = "strict",
     progress: Callable[[int, int], None] | None = None,
@@ -203,16 +202,19 @@ class BPETokenizer:
         return self._encode(text, self._cache, CACHED_WORDS)
 
     def encode_blocks(
-        self, parts: Iterable[str], block_chars: int = STREAM_BLOCK_CHARS
+        self,
+        parts: Iterable[str],
+        block_chars: int = STREAM_BLOCK_CHARS,
+        cached_words: int = CACHED_WORDS,
     ) -> Iterator[list[int]]:
         """The ids of the joined parts, block by block, from a stream of any cutting."""
         cache: dict[str, list[int]] = {}
         for block in self._splitter.safe_blocks(parts, block_chars):
-            yield self._encode(block, cache, STREAM_CACHED_WORDS)
+            yield self._encode(block, cache, cached_words)
 
     def encode_iterable(self, iterable: Iterable[str]) -> Iterator[int]:
         """The ids of `encode("".join(iterable))`, one by one, holding under 1 MB of the text."""
-        for ids in self.encode_blocks(iterable):
+        for ids in self.encode_blocks(iterable, cached_words=STREAM_CACHED_WORDS):
             yield from ids
 
     def decode(self, ids: Iterable[int]) -> str:

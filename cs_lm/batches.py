@@ -1,0 +1,115 @@
+"""Training batches as a pure function of the seed and the batch's number."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cs_lm.token_store import Tokens
+
+Starts = Callable[[int], np.ndarray]  # batch number -> first positions of its windows, (B,)
+
+
+def num_starts(tokens: Tokens, seq_length: int) -> int:
+    """How many windows of seq_length + 1 tokens there are.
+
+    Raises: ValueError when there is none.
+    """
+    if len(tokens) <= seq_length:
+        raise ValueError(
+            f"tokens: got {len(tokens)}, need at least {seq_length + 1} for one window of "
+            f"--seq_length ({seq_length}); give a longer text or a shorter --seq_length"
+        )
+    return len(tokens) - seq_length
+
+
+def random_starts(tokens: Tokens, batch_size: int, seq_length: int, seed: int) -> Starts:
+    """Every window equally likely, the last one included; drawn anew for each batch number."""
+    count = num_starts(tokens, seq_length)
+
+    def starts(index: int) -> np.ndarray:
+        # a counter-based generator: batch 1,000,000 costs what batch 0 does
+        generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, index, 0, 0]))
+        return generator.integers(0, count, size=batch_size)
+
+    return starts
+
+
+def epoch_starts(tokens: Tokens, batch_size: int, seq_length: int, seed: int) -> Starts:
+    """Windows that do not overlap, each once an epoch, in an order that changes with the epoch."""
+    num_windows = 1 + (num_starts(tokens, seq_length) - 1) // seq_length
+
+    def starts(index: int) -> np.ndarray:
+        positions = index * batch_size + np.arange(batch_size)
+        epochs, places = np.divmod(positions, num_windows)
+        order = [
+            permuted(places[epochs == epoch], num_windows, (seed, int(epoch)))
+            for epoch in np.unique(epochs)
+        ]
+        return np.concatenate(order) * seq_length
+
+    return starts
+
+
+SAMPLERS = {"random": random_starts, "epoch": epoch_starts}
+
+
+def permuted(places: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarray:
+    """Where a pseudo-random permutation of range(size) sends the places.
+
+    A Feistel network permutes the next power of four; places that fall outside are sent on until
+    they are inside (cycle walking), which keeps it a permutation. No array of `size` entries.
+    Source: Black and Rogaway 2002, Ciphers with arbitrary finite domains.
+    """
+    half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask = np.uint64((1 << half_bits) - 1)
+    round_keys = np.random.SeedSequence(key).generate_state(6, np.uint64)
+
+    def encipher(values: np.ndarray) -> np.ndarray:
+        left, right = values >> np.uint64(half_bits), values & mask
+        for round_key in round_keys:
+            mixed = (right + round_key) * np.uint64(0x9E3779B97F4A7C15)  # wraps at 2^64
+            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ (mixed >> np.uint64(32)) & mask
+        return left << np.uint64(half_bits) | right
+
+    values = encipher(places.astype(np.uint64))
+    while (outside := values >= size).any():
+        values[outside] = encipher(values[outside])
+    return values.astype(np.int64)
+
+
+def load_windows(
+    tokens: Tokens, starts: np.ndarray, seq_length: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """x and y = x shifted by one, both (B, T) int64, from windows at the given positions.
+
+    On CUDA the copy runs beside the computation, from pinned memory.
+    """
+    windows = np.stack([tokens.load_by_range(s, s + seq_length + 1) for s in starts.tolist()])
+    rows = torch.from_numpy(windows.astype(np.int64))  # (B, T + 1)
+    if device.type == "cuda":
+        rows = rows.pin_memory().to(device, non_blocking=True)
+    else:
+        rows = rows.to(device)
+    return rows[:, :-1], rows[:, 1:]
+
+
+class BatchSource:
+    """Batch number -> (x, y); the same seed gives the same batches, from any number on."""
+
+    def __init__(
+        self,
+        tokens: Tokens,
+        batch_size: int,
+        seq_length: int,
+        seed: int,
+        sampling: str,
+        device: torch.device,
+    ):
+        self._tokens, self._seq_length, self._device = tokens, seq_length, device
+        self._starts = SAMPLERS[sampling](tokens, batch_size, seq_length, seed)
+
+    def __call__(self, index: int) -> tuple[Tensor, Tensor]:
+        return load_windows(self._tokens, self._starts(index), self._seq_length, self._device)

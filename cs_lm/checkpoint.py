@@ -1,0 +1,123 @@
+"""Checkpoints: everything a run needs to go on, in one file that is complete or not there."""
+
+import os
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import nn
+
+PathOrFile = str | os.PathLike | BinaryIO
+FORMAT_VERSION = 1
+
+
+def save_checkpoint(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    iteration: int,
+    path_or_file: PathOrFile,
+    **extras: Any,
+) -> None:
+    """Writes model, optimizer, iteration, random state and extras (tensors and plain values).
+
+    A path is written under a temporary name first, so that a crash leaves the older file whole.
+    """
+    content = {
+        "format_version": FORMAT_VERSION,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "iteration": iteration,
+        "rng": _rng_state(),
+        "extras": extras,
+    }
+    if not isinstance(path_or_file, (str, os.PathLike)):
+        torch.save(content, path_or_file)
+        return
+    path = Path(path_or_file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writing = path.with_name(path.name + ".writing")
+    try:
+        with open(writing, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(writing, path)
+    finally:
+        writing.unlink(missing_ok=True)
+
+
+def read_checkpoint(path_or_file: PathOrFile, device: str | torch.device = "cpu") -> dict[str, Any]:
+    """The content of a checkpoint; tensors and plain values only, no code is run.
+
+    Raises: FileNotFoundError, or ValueError for a file that is not one of our checkpoints.
+    """
+    if isinstance(path_or_file, (str, os.PathLike)) and not Path(path_or_file).is_file():
+        raise FileNotFoundError(
+            f"checkpoint: got {str(path_or_file)!r}, which is not a file; check the path"
+        )
+    try:
+        content = torch.load(path_or_file, map_location=device, weights_only=True)
+        if content["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"format {content['format_version']}")
+    except Exception as error:  # torch.load raises whatever its unpickler meets
+        first_line = str(error).partition("\n")[0]
+        raise ValueError(
+            f"checkpoint: cannot read {getattr(path_or_file, 'name', path_or_file)!s} "
+            f"({type(error).__name__}: {first_line}); need a file that cs_lm wrote"
+        ) from None
+    return content
+
+
+def load_checkpoint(
+    path_or_file: PathOrFile, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> int:
+    """Puts a checkpoint's state into the model and optimizer; returns its iteration."""
+    content = read_checkpoint(path_or_file)
+    restore(content, model, optimizer)
+    return content["iteration"]
+
+
+def restore(
+    content: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> None:
+    """Puts what `read_checkpoint` gave into the model, the optimizer and torch's generators."""
+    model.load_state_dict(content["model"])
+    if optimizer is not None:
+        optimizer.load_state_dict(content["optimizer"])
+        _set_rng_state(content["rng"])
+
+
+class CheckpointManager:
+    """The checkpoints of a run: `last.pt`, and `best.pt` for the lowest validation loss."""
+
+    def __init__(self, folder: str | Path):
+        self.last_path = Path(folder) / "last.pt"
+        self.best_path = Path(folder) / "best.pt"
+        self._best_loss: float | None = None
+
+    def save(self, model, optimizer, iteration: int, **extras: Any) -> None:
+        save_checkpoint(model, optimizer, iteration, self.last_path, **extras)
+
+    def save_if_best(self, valid_loss: float, model, optimizer, iteration: int, **extras) -> bool:
+        """Keeps the model as `best.pt` if no earlier one of this run, resumed or not, was better."""
+        if self._best_loss is None and self.best_path.is_file():
+            self._best_loss = read_checkpoint(self.best_path)["extras"]["valid_loss"]
+        if self._best_loss is not None and not valid_loss < self._best_loss:
+            return False
+        extras["valid_loss"] = valid_loss
+        save_checkpoint(model, optimizer, iteration, self.best_path, **extras)
+        self._best_loss = valid_loss
+        return True
+
+
+def _rng_state() -> dict[str, Any]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"].cpu())
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])

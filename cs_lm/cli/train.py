@@ -1,0 +1,114 @@
+"""`run_clm.py`: settings from flags and saved runs, then a dry run or a training run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cs_lm.cli.errors import readable_errors
+from cs_lm.config import ModelConfig, RunConfig, flag_of, from_json, replace, settings_of
+from cs_lm.device import resolve_device
+from cs_lm.flags import FlagParser, add_flags, config_from_flags, read_flags
+from cs_lm.prepare import find_corpus, label_of, prepare
+from cs_lm.run_folder import RunFolder
+
+DESCRIPTION = """\
+Trains a Transformer language model on a text. A tokenizer and the encoded text are
+made in data/ where they are missing; the run lands in runs/<label> or --out_dir.
+Units stand in [brackets]."""
+# Settings that say what to do now rather than what the run is.
+_OF_THIS_CALL = {"resume", "dry_run", "out_dir"}
+
+
+@readable_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = FlagParser(prog="run_clm.py", description=DESCRIPTION)
+    add_flags(parser, RunConfig)
+    namespace = parser.parse_strictly(argv)
+    given, wrong_values = read_flags(namespace, RunConfig)
+    if given.get("resume"):
+        return _resume(namespace, given, wrong_values)
+    config = config_from_flags(RunConfig(), namespace, _problems_of_this_machine)
+    folder = RunFolder(config.out_dir or Path("runs") / label_of(config))
+    if config.dry_run:
+        return _print_dry_run(config, folder)
+    if folder.exists():
+        raise ValueError(
+            f"--out_dir: {str(folder.path)!r} holds a run already; add --resume to continue it, "
+            "or name another folder"
+        )
+    return _train(config, folder, None)
+
+
+def _resume(namespace, given: dict[str, Any], wrong_values: list[str]) -> int:
+    if wrong_values:
+        raise ValueError("\n".join(wrong_values))
+    asked = replace(RunConfig(), given)
+    folder = RunFolder(asked.out_dir or Path("runs") / label_of(asked))
+    checkpoint = folder.read_last()
+    saved = from_json(RunConfig, checkpoint["extras"]["config"])
+    _refuse_another_model(saved, given)
+    config = config_from_flags(saved, namespace, _problems_of_this_machine)
+    for name in sorted(set(given) - _OF_THIS_CALL):
+        before, now = _value(saved, name), given[name]
+        if before != now:
+            print(f"resume: --{name} is {now!r} from here on, it was {before!r}")
+    if config.dry_run:
+        return _print_dry_run(config, folder)
+    return _train(config, folder, checkpoint)
+
+
+def _refuse_another_model(saved: RunConfig, given: dict[str, Any]) -> None:
+    wrong = []
+    for name, (_, each) in settings_of(ModelConfig).items():
+        before = getattr(saved.model, name)
+        if name in given and given[name] != before:
+            wrong.append(
+                f"{flag_of(each)}: got {given[name]}, but the run to resume has {before}; leave "
+                "the flag out, or start a new run in another --out_dir"
+            )
+    if wrong:
+        raise ValueError("\n".join(wrong))
+
+
+def _value(config: RunConfig, name: str) -> Any:
+    for part in (config, config.model, config.data, config.optim):
+        if hasattr(part, name):
+            return getattr(part, name)
+    raise AssertionError(name)
+
+
+def _problems_of_this_machine(config: RunConfig) -> list[str]:
+    """What only shows when files and devices are looked at."""
+    found = []
+    checks = [lambda: resolve_device(config.device), lambda: find_corpus(config)]
+    for check in checks:
+        try:
+            check()
+        except (ValueError, OSError) as error:
+            found.append(str(error))
+    valid_path = config.data.valid_path
+    if valid_path is not None and not Path(valid_path).is_file():
+        found.append(f"--valid_path: got {valid_path!r}, which is not a file; check the path")
+    return found
+
+
+def _print_dry_run(config: RunConfig, folder: RunFolder) -> int:
+    from cs_lm.dry_run import report
+
+    print(report(config, folder.path))
+    print("dry run: settings are fine, nothing was written")
+    return 0
+
+
+def _train(config: RunConfig, folder: RunFolder, checkpoint: dict[str, Any] | None) -> int:
+    from cs_lm.train import Trainer
+
+    data = prepare(config, lambda text: print(text, flush=True))
+    trainer = Trainer(config, data, folder, checkpoint)
+    if trainer.step >= trainer.num_steps:
+        print(
+            f"resume: the run has all its {trainer.num_steps} steps; raise --num_epochs or "
+            "--max_steps to train on"
+        )
+        return 0
+    return trainer.fit()

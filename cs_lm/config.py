@@ -1,0 +1,299 @@
+"""Every setting of a run: one frozen dataclass field each, with its default, unit and flag.
+
+Command-line flags are generated from these fields (flags.py), checkpoints store them as JSON.
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+DEFAULT_SPECIAL_TOKENS = ("<|endoftext|>",)
+NUM_BYTE_TOKENS = 256
+
+
+def setting(
+    default: Any,
+    help: str,
+    unit: str | None = None,
+    flag: str | None = None,
+    choices: tuple[str, ...] | None = None,
+) -> Any:
+    """A dataclass field that becomes a command-line flag; `flag` is a second spelling."""
+    metadata = {"help": help, "unit": unit, "flag": flag, "choices": choices}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What the shape of a model follows from."""
+
+    d_model: int = setting(512, "width of the residual stream")
+    num_heads: int = setting(8, "attention heads; must divide d_model into even parts")
+    d_ff: int = setting(1344, "width inside the feed-forward layers")
+    vocab_size: int = setting(32000, "token ids; a new tokenizer is trained to this size")
+    num_layers: int = setting(6, "Transformer blocks")
+    context_length: int = setting(
+        512, "longest sequence the model can see", "tokens", flag="--max_seq_length"
+    )
+    rope_theta: float = setting(100000.0, "base of the rotary angles", flag="--theta")
+    norm_eps: float = field(default=1e-5)
+
+    def problems(self) -> list[str]:
+        found = _not_positive(self)
+        if self.d_model > 0 and self.num_heads > 0:
+            if self.d_model % self.num_heads:
+                found.append(
+                    f"--num_heads: got {self.num_heads}, need a divisor of --d_model "
+                    f"({self.d_model}); change one of the two"
+                )
+            elif self.d_model // self.num_heads % 2:
+                found.append(
+                    f"--num_heads: got {self.num_heads}, which makes the head size "
+                    f"{self.d_model // self.num_heads}; need an even one for rotary positions"
+                )
+        return found
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from and how it becomes tokens."""
+
+    corpus_path: str | None = setting(
+        None, "UTF-8 text to train on; without it, the Python language manual"
+    )
+    valid_path: str | None = setting(None, "UTF-8 text to validate on, instead of a part")
+    valid_fraction: float = setting(
+        0.1, "part of the corpus, at its end, kept for validation", "of tokens"
+    )
+    corpus_size: str | None = setting(
+        None, "label of the corpus: the store is data/<label>_chunks/; default: the file's name"
+    )
+    chunk_size: int = setting(500_000, "length of a file of the token store", "tokens")
+    vocab_path: str | None = setting(
+        None, "tokenizer's vocab.json; trained and written there if missing"
+    )
+    merges_path: str | None = setting(None, "tokenizer's merges.txt, beside --vocab_path")
+    special_tokens: tuple[str, ...] = setting(
+        DEFAULT_SPECIAL_TOKENS, "tokens that split documents and are never split themselves"
+    )
+    encoding_errors: str = setting(
+        "strict", "bytes that are not UTF-8: stop, or read as U+FFFD", choices=("strict", "replace")
+    )
+    sampling: str = setting(
+        "random", "windows: any start, or each window once an epoch", choices=("random", "epoch")
+    )
+
+    def problems(self) -> list[str]:
+        found = _not_positive(self)
+        if not 0 < self.valid_fraction < 1:
+            found.append(
+                f"--valid_fraction: got {self.valid_fraction}, need a number between 0 and 1"
+            )
+        if self.valid_path and self.valid_fraction != DataConfig.valid_fraction:
+            found.append("--valid_fraction: has no effect beside --valid_path; give one of the two")
+        if (self.vocab_path is None) != (self.merges_path is None):
+            given, other = ("--vocab_path", "--merges_path")
+            if self.vocab_path is None:
+                given, other = other, given
+            found.append(f"{given}: got it without {other}; give both or none")
+        if any(not token for token in self.special_tokens):
+            found.append("--special_tokens: got an empty one; need at least one character each")
+        if self.corpus_size is not None and not self.corpus_size.strip("."):
+            found.append(f"--corpus_size: got {self.corpus_size!r}, need a name for the store")
+        elif self.corpus_size is not None and set(self.corpus_size) & set('/\\:*?"<>|\0'):
+            found.append(
+                f"--corpus_size: got {self.corpus_size!r}, need a label without path characters"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, its learning rate over time, and the gradient clipper."""
+
+    lr: float = setting(1e-4, "highest learning rate, after warm-up")
+    lr_min: float = setting(1e-5, "learning rate after the cosine")
+    warmup_ratio: float = setting(0.1, "linear warm-up", "of steps")
+    warmfix_ratio: float = setting(0.9, "end of the cosine; constant after it", "of steps")
+    weight_decay: float = setting(0.01, "decoupled decay; not for norms and embeddings")
+    betas: tuple[float, float] = setting((0.9, 0.95), "decay of the two running averages")
+    eps: float = setting(1e-8, "added to the root of the second average")
+    max_norm: float = setting(1.0, "gradients are scaled down to this L2 norm; inf: never")
+
+    def problems(self) -> list[str]:
+        found = []
+        for name in ("lr", "eps", "max_norm"):
+            if not getattr(self, name) > 0:
+                found.append(f"--{name}: got {getattr(self, name)}, need more than 0")
+        if not 0 <= self.lr_min <= self.lr:
+            found.append(f"--lr_min: got {self.lr_min}, need 0 to --lr ({self.lr})")
+        if not 0 <= self.warmup_ratio <= self.warmfix_ratio <= 1:
+            found.append(
+                f"--warmup_ratio, --warmfix_ratio: got {self.warmup_ratio} and "
+                f"{self.warmfix_ratio}, need 0 <= warmup_ratio <= warmfix_ratio <= 1"
+            )
+        if not self.weight_decay >= 0:
+            found.append(f"--weight_decay: got {self.weight_decay}, need 0 or more")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            shown = " ".join(map(str, self.betas))
+            found.append(f"--betas: got {shown}, need two numbers from 0 to below 1")
+        return found
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    seq_length: int = setting(256, "length of a training window", "tokens")
+    batch_size: int = setting(32, "windows in one forward pass")
+    grad_accum: int = setting(1, "forward passes to one update")
+    num_epochs: float = setting(10.0, "updates follow from this many passes over the store")
+    max_steps: int | None = setting(None, "at most this many updates", "steps")
+    device: str = setting(
+        "auto", "auto takes CUDA if present, else the CPU", choices=("auto", "cuda", "cpu", "mps")
+    )
+    dtype: str = setting(
+        "float32",
+        "bfloat16: matrix products in bfloat16, weights and sums in float32",
+        choices=("float32", "bfloat16"),
+    )
+    compile: bool = setting(False, "compile the model with torch.compile")
+    ops: str = setting(
+        "fast", "clear: the definitions; fast: the quicker versions", choices=("clear", "fast")
+    )
+    seed: int = setting(0, "weights, batches and samples follow from it")
+    log_interval: int = setting(10, "a record in metrics.jsonl", "steps")
+    save_interval: int = setting(500, "a checkpoint; 0: only at the end", "steps")
+    eval_interval: int = setting(250, "validation; 0: only at the end", "steps")
+    eval_tokens: int = setting(100_000, "validation text in each validation", "tokens")
+    sample_interval: int = setting(500, "a sample of the model's text; 0: only at the end", "steps")
+    prompt: str = setting("The ", "how each sample begins")
+    out_dir: str | None = setting(
+        None, "folder of the run: log, checkpoints, plot; default: runs/<label>"
+    )
+    tensorboard: bool = setting(False, "also write TensorBoard event files")
+    resume: bool = setting(False, "continue the run in --out_dir with its saved settings")
+    dry_run: bool = setting(False, "check all settings, print estimates, and stop")
+
+    def problems(self) -> list[str]:
+        """Everything wrong with the settings, one readable line each."""
+        may_be_zero = ("save_interval", "eval_interval", "sample_interval", "seed")
+        found = [*self.model.problems(), *self.data.problems(), *self.optim.problems()]
+        found += _not_positive(self, may_be_zero)
+        if self.seq_length > self.model.context_length:
+            found.append(
+                f"--seq_length: got {self.seq_length}, need at most --max_seq_length "
+                f"({self.model.context_length}); shorten the one or raise the other"
+            )
+        least = NUM_BYTE_TOKENS + len(set(self.data.special_tokens))
+        if 0 < self.model.vocab_size < least:
+            found.append(
+                f"--vocab_size: got {self.model.vocab_size}, need at least {least} "
+                f"({NUM_BYTE_TOKENS} bytes + {least - NUM_BYTE_TOKENS} special tokens); raise it"
+            )
+        if not self.prompt:
+            found.append("--prompt: got an empty text, need at least one character")
+        return found + _not_among_choices(self)
+
+    def validate(self) -> None:
+        """Raises: ValueError with all problems, one on a line."""
+        if found := self.problems():
+            raise ValueError("\n".join(found))
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.seq_length * self.grad_accum
+
+
+def settings_of(config_class: type) -> dict[str, tuple[type, dataclasses.Field]]:
+    """The flags of a config and of the configs inside it: name -> (owning class, field)."""
+    found = {}
+    for each in dataclasses.fields(config_class):
+        inner = typing.get_type_hints(config_class)[each.name]
+        if dataclasses.is_dataclass(inner):
+            found.update(settings_of(inner))
+        elif each.metadata:
+            found[each.name] = (config_class, each)
+    return found
+
+
+def replace(config: Any, values: dict[str, Any]) -> Any:
+    """A copy of a config, and of the configs inside it, with the named settings changed."""
+    changes = {}
+    for each in dataclasses.fields(config):
+        current = getattr(config, each.name)
+        if dataclasses.is_dataclass(current):
+            changes[each.name] = replace(current, values)
+        elif each.name in values:
+            changes[each.name] = values[each.name]
+    return dataclasses.replace(config, **changes)
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def from_json(config_class: type, stored: dict[str, Any]) -> Any:
+    """The config that `to_json` wrote.
+
+    Raises: ValueError for a setting that this version does not know.
+    """
+    hints = typing.get_type_hints(config_class)
+    unknown = set(stored) - set(hints)
+    if unknown:
+        raise ValueError(
+            f"config: got unknown settings {sorted(unknown)}; written by a newer version?"
+        )
+    values = {}
+    for name, value in stored.items():
+        if dataclasses.is_dataclass(hints[name]):
+            value = from_json(hints[name], value)
+        elif typing.get_origin(hints[name]) is tuple:
+            value = tuple(value)
+        values[name] = value
+    return config_class(**values)
+
+
+def plain_type(hint: Any) -> Any:
+    """The type behind `X | None`."""
+    if isinstance(hint, types.UnionType):
+        return next(t for t in typing.get_args(hint) if t is not type(None))
+    return hint
+
+
+def flag_of(each: dataclasses.Field) -> str:
+    """The spelling used in messages: the course's where it has one."""
+    return each.metadata["flag"] or f"--{each.name}"
+
+
+def _not_positive(config: Any, may_be_zero: tuple[str, ...] = ()) -> list[str]:
+    """Problems of the integers and rates that must be above (or may be at) zero."""
+    found = []
+    for each in dataclasses.fields(config):
+        value = getattr(config, each.name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not each.metadata:
+            continue
+        least = 0 if each.name in may_be_zero else 1 if isinstance(value, int) else math.ulp(0.0)
+        if not value >= least or math.isinf(value):
+            need = "a number above 0" if isinstance(value, float) else f"{least} or more"
+            if math.isinf(value):
+                need = "a finite number"
+            found.append(f"{flag_of(each)}: got {value}, need {need}")
+    return found
+
+
+def _not_among_choices(config: RunConfig) -> list[str]:
+    found = []
+    for part in (config, config.data):
+        for each in dataclasses.fields(part):
+            choices = each.metadata.get("choices")
+            value = getattr(part, each.name)
+            if choices and value not in choices:
+                found.append(f"{flag_of(each)}: got {value!r}, need one of {', '.join(choices)}")
+    return found

@@ -1,0 +1,110 @@
+"""How well a model predicts a fixed text: loss, perplexity, bits per byte."""
+
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from cs_lm.model import TransformerLM, next_token_loss
+from cs_lm.ops import IGNORE_INDEX
+from cs_lm.token_store import Tokens
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Sums over the scored tokens; the means follow from them."""
+
+    loss_sum_nats: float
+    num_tokens: int
+    num_bytes: int
+
+    @property
+    def loss_nats(self) -> float:
+        """Mean surprise of a token [nats]."""
+        return self.loss_sum_nats / self.num_tokens
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss): as unsure as between this many equally likely tokens."""
+        return math.exp(min(self.loss_nats, 700.0))
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits that the model needs for a byte of text: comparable between tokenizers."""
+        return self.loss_sum_nats / math.log(2) / self.num_bytes
+
+
+def token_byte_lengths(vocab: Mapping[int, bytes]) -> np.ndarray:
+    """How many bytes of text each id stands for."""
+    lengths = np.zeros(max(vocab) + 1, np.int64)
+    for token_id, token in vocab.items():
+        lengths[token_id] = len(token)
+    return lengths
+
+
+def evaluation_starts(num_tokens: int, seq_length: int, max_tokens: int | None) -> list[int]:
+    """First positions of the windows, a fixed choice: all of them, or evenly spread ones.
+
+    Windows do not overlap; the last one may be shorter, so that every token but the first is
+    predicted once.
+    Raises: ValueError for fewer than two tokens: nothing to predict.
+    """
+    if num_tokens < 2:
+        raise ValueError(
+            f"validation: got {num_tokens} tokens, need at least 2; give a longer text"
+        )
+    num_windows = math.ceil((num_tokens - 1) / seq_length)
+    wanted = num_windows
+    if max_tokens is not None:
+        wanted = min(num_windows, max(1, max_tokens // seq_length))
+    return [i * num_windows // wanted * seq_length for i in range(wanted)]
+
+
+@torch.no_grad()
+def evaluate(
+    model: TransformerLM,
+    tokens: Tokens,
+    seq_length: int,
+    batch_size: int,
+    byte_lengths: np.ndarray,
+    max_tokens: int | None = None,
+    precision: AbstractContextManager | None = None,
+) -> Evaluation:
+    """Scores about `max_tokens` of the tokens (None: all) in windows of `seq_length`.
+
+    The batch size changes the speed, not the result. The model's mode is restored.
+    precision  an autocast context for the forward pass
+    """
+    device = model.lm_head.weight.device
+    starts = evaluation_starts(len(tokens), seq_length, max_tokens)
+    loss_sum, num_tokens, num_bytes = 0.0, 0, 0
+    was_training = model.training
+    model.eval()
+    try:
+        for first in range(0, len(starts), batch_size):
+            rows = [
+                tokens.load_by_range(s, min(s + seq_length + 1, len(tokens)))
+                for s in starts[first : first + batch_size]
+            ]
+            x, y = _padded(rows, seq_length)
+            with precision or nullcontext():
+                batch_sum, batch_count = next_token_loss(model, x.to(device), y.to(device))
+            loss_sum += batch_sum.double().item()
+            num_tokens += int(batch_count)
+            num_bytes += sum(int(byte_lengths[row[1:]].sum()) for row in rows)
+    finally:
+        model.train(was_training)
+    return Evaluation(loss_sum, num_tokens, num_bytes)
+
+
+def _padded(rows: list[np.ndarray], seq_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x and y (B, T); past the end of a short row, y is ignored (causality guards the rest)."""
+    x = torch.zeros(len(rows), seq_length, dtype=torch.int64)
+    y = torch.full((len(rows), seq_length), IGNORE_INDEX)
+    for i, row in enumerate(rows):
+        ids = torch.from_numpy(row.astype(np.int64))
+        x[i, : len(ids) - 1], y[i, : len(ids) - 1] = ids[:-1], ids[1:]
+    return x, y

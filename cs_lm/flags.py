@@ -1,0 +1,131 @@
+"""Command-line flags generated from the fields of a config, and read back into one.
+
+Values are converted after all flags have been read, so that every wrong one is reported at once.
+"""
+
+import argparse
+import difflib
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from cs_lm.config import flag_of, plain_type, replace, settings_of
+
+
+class FlagParser(argparse.ArgumentParser):
+    """An ArgumentParser that raises ValueError and proposes the nearest flag."""
+
+    def __init__(self, **kwargs):
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs
+        )
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise ValueError(f"{self.prog}: {message}; see --help")
+
+    def parse_strictly(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        """Raises: ValueError naming each unknown flag with the nearest known one."""
+        namespace, unknown = self.parse_known_args(argv)
+        if unknown:
+            raise ValueError("\n".join(self._unknown_messages(unknown)))
+        return namespace
+
+    def _unknown_messages(self, unknown: list[str]) -> list[str]:
+        flags = [word.split("=")[0] for word in unknown if word.startswith("-")]
+        if not flags:
+            return [f"{self.prog}: got {' '.join(unknown)!r}, which belongs to no flag; see --help"]
+        messages = []
+        for flag in flags:
+            nearest = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            hint = f"did you mean {nearest[0]}?" if nearest else "see --help"
+            messages.append(f"{flag}: unknown flag; {hint}")
+        return messages
+
+
+def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
+    """One flag for each setting of the config; a flag that is not given stays absent."""
+    for name, (owner, each) in settings_of(config_class).items():
+        spellings = [s for s in (each.metadata["flag"], f"--{name}") if s]
+        kind = plain_type(typing.get_type_hints(owner)[name])
+        options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["metavar"] = _metavar(kind, each.metadata["choices"])
+            if typing.get_origin(kind) is tuple:
+                options["nargs"] = "*"
+        parser.add_argument(*spellings, help=_help(each), **options)
+
+
+def read_flags(
+    namespace: argparse.Namespace, config_class: type
+) -> tuple[dict[str, Any], list[str]]:
+    """The values of the flags that were given, and what is wrong with the others."""
+    values, problems = {}, []
+    for name, (owner, each) in settings_of(config_class).items():
+        if not hasattr(namespace, name):
+            continue
+        kind = plain_type(typing.get_type_hints(owner)[name])
+        try:
+            values[name] = _convert(getattr(namespace, name), kind)
+        except ValueError as error:
+            problems.append(f"{flag_of(each)}: got {error}")
+    return values, problems
+
+
+def config_from_flags(
+    base: Any,
+    namespace: argparse.Namespace,
+    more_problems: Callable[[Any], list[str]] | None = None,
+) -> Any:
+    """The base config with the given flags laid over it.
+
+    more_problems  finds what the config alone does not show
+    Raises: ValueError with every wrong value and every problem of the result, one on a line.
+    """
+    values, problems = read_flags(namespace, type(base))
+    config = replace(base, values)
+    problems += config.problems()
+    if more_problems is not None:
+        problems += [line for line in more_problems(config) if line.split(":")[0] not in
+                     {known.split(":")[0] for known in problems}]  # fmt: skip
+    if problems:
+        raise ValueError("\n".join(problems))
+    return config
+
+
+def _metavar(kind: Any, choices: tuple[str, ...] | None) -> str:
+    if choices:
+        return "{" + ",".join(choices) + "}"
+    if typing.get_origin(kind) is tuple:
+        return typing.get_args(kind)[0].__name__.upper()
+    return kind.__name__.upper()
+
+
+def _help(each) -> str:
+    default = each.default
+    if isinstance(default, tuple):
+        default = " ".join(map(str, default))
+    unit = f" [{each.metadata['unit']}]" if each.metadata["unit"] else ""
+    shown = f"{each.metadata['help']}{unit}"
+    if default is not None and not isinstance(default, bool):
+        shown += f" (default: {default})"
+    elif isinstance(default, bool):
+        shown += f" (default: {'on' if default else 'off'})"
+    return shown.replace("%", "%%")
+
+
+def _convert(given: Any, kind: Any) -> Any:
+    """Raises: ValueError whose text goes on after "got "."""
+    if typing.get_origin(kind) is tuple:
+        return tuple(_convert(one, typing.get_args(kind)[0]) for one in given)
+    if kind is bool or kind is str:
+        return given
+    try:
+        value = kind(given)
+    except ValueError:
+        what = {int: "a whole number", float: "a number"}[kind]
+        raise ValueError(f"{given!r}, need {what}") from None
+    if value != value:
+        raise ValueError(f"{given!r}, need a number")
+    return value

@@ -1,0 +1,46 @@
+"""Keys and values of the positions already seen, in memory that is claimed once."""
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Preallocated keys and values of every layer.
+
+    Shapes: keys and values of one layer (B, H, capacity, K)
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        batch_size: int,
+        num_heads: int,
+        capacity: int,
+        head_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ):
+        shape = (num_layers, 2, batch_size, num_heads, capacity, head_size)
+        self._memory = torch.empty(shape, dtype=dtype, device=device)
+        self.capacity = capacity
+        self.length = 0
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes T new positions behind `length`; returns all keys and values up to there.
+
+        The returned tensors are views. `advance` moves `length` once all layers have written.
+        Raises: ValueError when the capacity is exceeded.
+        """
+        end = self.length + keys.shape[-2]
+        if end > self.capacity:
+            raise ValueError(f"KVCache: got position {end}, need at most {self.capacity}")
+        stored_keys, stored_values = self._memory[layer]
+        stored_keys[:, :, self.length : end] = keys
+        stored_values[:, :, self.length : end] = values
+        return stored_keys[:, :, :end], stored_values[:, :, :end]
+
+    def advance(self, num_positions: int) -> None:
+        self.length += num_positions
+
+    def clear(self) -> None:
+        self.length = 0

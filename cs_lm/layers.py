@@ -1,0 +1,154 @@
+"""Parameters, and a call to the operation that uses them."""
+
+import torch
+from torch import Tensor, nn
+
+from cs_lm import ops as clear_ops
+from cs_lm.kv_cache import KVCache
+from cs_lm.ops import CLEAR, Ops
+from cs_lm.weight_init import EMBEDDING_STD, linear_std, truncated_normal_
+
+Rotation = tuple[Tensor, Tensor]  # cos and sin, each (..., T, K/2)
+
+
+class Linear(nn.Module):
+    """x W^T; `weight` is (d_out, d_in), without a bias."""
+
+    def __init__(self, d_in: int, d_out: int, generator=None, device=None, dtype=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d_out, d_in, device=device, dtype=dtype))
+        truncated_normal_(self.weight, linear_std(d_in, d_out), generator)
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., d_in) -> (..., d_out)
+        return clear_ops.linear(x, self.weight)
+
+
+class Embedding(nn.Module):
+    """A learnt vector for each token id; `weight` is (V, D)."""
+
+    def __init__(self, vocab_size: int, d_model: int, generator=None, device=None, dtype=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, d_model, device=device, dtype=dtype))
+        truncated_normal_(self.weight, EMBEDDING_STD, generator)
+
+    def forward(self, token_ids: Tensor) -> Tensor:  # (...) -> (..., D)
+        return clear_ops.embedding(token_ids, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation with a learnt gain that begins at 1."""
+
+    def __init__(self, d_model: int, eps: float = 1e-5, ops: Ops = CLEAR, device=None, dtype=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d_model, device=device, dtype=dtype))
+        self.eps = eps
+        self.ops = ops
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., D) -> (..., D)
+        return self.ops.rms_norm(x, self.weight, self.eps)
+
+
+class RoPE(nn.Module):
+    """Rotary position embedding: tables of cos and sin, built once and shared by all layers.
+
+    Pair i of a head turns by position / theta^(2i/K) radians. The tables are no parameters and
+    not in the state dict: they follow from theta.
+
+    Raises: ValueError for an odd head size.
+    """
+
+    def __init__(
+        self,
+        theta: float,
+        head_size: int,
+        context_length: int,
+        ops: Ops = CLEAR,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        if head_size % 2:
+            raise ValueError(f"RoPE: got head size {head_size}, need an even one")
+        self.ops = ops
+        # float64 on the CPU: the same table, to the last bit, on every device
+        frequency = theta ** -(torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
+        angle = torch.arange(context_length, dtype=torch.float64).unsqueeze(-1) * frequency
+        for name, table in (("cos", angle.cos()), ("sin", angle.sin())):  # (context, K/2)
+            self.register_buffer(name, table.float().to(device), persistent=False)
+
+    def rotation(self, token_positions: Tensor) -> Rotation:
+        """cos and sin at the positions: (..., T) -> two of (..., T, K/2).
+
+        Raises: IndexError (on CPU) for a position at or beyond the context length.
+        """
+        return self.cos[token_positions], self.sin[token_positions]
+
+    def forward(self, x: Tensor, token_positions: Tensor) -> Tensor:
+        """x (..., T, K) turned by its positions (..., T)."""
+        return self.ops.rope(x, *self.rotation(token_positions))
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward layer with weights w1 and w3 (F, D) and w2 (D, F)."""
+
+    def __init__(
+        self, d_model: int, d_ff: int, ops: Ops = CLEAR, generator=None, device=None, dtype=None
+    ):
+        super().__init__()
+        self.w1 = Linear(d_model, d_ff, generator, device, dtype)
+        self.w2 = Linear(d_ff, d_model, generator, device, dtype)
+        self.w3 = Linear(d_model, d_ff, generator, device, dtype)
+        self.ops = ops
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., D) -> (..., D)
+        return self.ops.swiglu(x, self.w1.weight, self.w2.weight, self.w3.weight)
+
+
+class MultiHeadSelfAttention(nn.Module):
+    """Causal self-attention of H heads of size K = D / H, with or without rotary positions.
+
+    Raises: ValueError when the heads do not divide d_model.
+    """
+
+    def __init__(
+        self, d_model: int, num_heads: int, ops: Ops = CLEAR,
+        generator=None, device=None, dtype=None,
+    ):  # fmt: skip
+        super().__init__()
+        if d_model % num_heads:
+            raise ValueError(
+                f"MultiHeadSelfAttention: got d_model {d_model} and {num_heads} heads, need "
+                "num_heads to divide d_model"
+            )
+        self.num_heads = num_heads
+        self.ops = ops
+        self.q_proj = Linear(d_model, d_model, generator, device, dtype)
+        self.k_proj = Linear(d_model, d_model, generator, device, dtype)
+        self.v_proj = Linear(d_model, d_model, generator, device, dtype)
+        self.output_proj = Linear(d_model, d_model, generator, device, dtype)
+
+    def _split_heads(self, x: Tensor) -> Tensor:  # (..., T, D) -> (..., H, T, K)
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotation: Rotation | None = None,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+    ) -> Tensor:
+        """Shapes: x (..., T, D), rotation two of (..., T, K/2), mask (..., T, S), returns like x.
+
+        mask   boolean, True = attend, besides causality; the same for all heads
+        cache  earlier positions of this layer, extended by these; x is then (B, T, D)
+        """
+        q, k, v = (self._split_heads(p(x)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if rotation is not None:
+            cos, sin = (table.unsqueeze(-3) for table in rotation)  # (..., 1, T, K/2)
+            q, k = self.ops.rope(q, cos, sin), self.ops.rope(k, cos, sin)
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)
+        if mask is not None:
+            mask = mask.unsqueeze(-3)  # (..., 1, T, S)
+        heads = self.ops.attention(q, k, v, mask=mask, causal=True)  # (..., H, T, K)
+        return self.output_proj(heads.transpose(-3, -2).flatten(-2))

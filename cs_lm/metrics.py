@@ -1,0 +1,213 @@
+"""What a run reports: a JSON-lines log, a progress display, TensorBoard events, the plot."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+SPARE_HELP = "install the extra with: pip install 'cs_lm[ui]'"
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one object a line, the first one the run's config and versions."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def write(self, kind: str, **values: Any) -> None:
+        """Appends one record; a number that is not finite becomes null, as JSON has none."""
+        record = {"kind": kind, **{k: _json_number(v) for k, v in values.items()}}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def drop_after(self, step: int) -> None:
+        """Removes what a run had logged beyond the checkpoint that it now goes on from."""
+        if not self.path.is_file():
+            return
+        kept = [
+            r for r in read_metrics(self.path) if r.get("step", 0) <= step and r["kind"] != "end"
+        ]
+        writing = self.path.with_name(self.path.name + ".writing")
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in kept]
+        with open(writing, "w", encoding="utf-8") as file:
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(writing, self.path)
+
+
+def _json_number(value: Any) -> Any:
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return value
+
+
+def read_metrics(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The records of a log; a last line that a crash cut short is left out.
+
+    Raises: FileNotFoundError, or ValueError naming a line in the middle that is no JSON.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"metrics: got {str(path)!r}, which is not a file; check the path")
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            if number == len(lines):
+                return
+            raise ValueError(f"metrics: line {number} of {str(path)!r} is not JSON") from None
+
+
+class Stopwatch:
+    """Seconds, of which those inside `pause()` do not count."""
+
+    def __init__(self):
+        self._start = time.perf_counter()
+        self._paused_s = 0.0
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.perf_counter() - self._start - self._paused_s
+
+    def pause(self) -> "_Pause":
+        return _Pause(self)
+
+    def add_pause(self, seconds: float) -> None:
+        self._paused_s += seconds
+
+
+class _Pause:
+    def __init__(self, watch: Stopwatch):
+        self._watch = watch
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_exception) -> None:
+        self._watch.add_pause(time.perf_counter() - self._start)
+
+
+class Display:
+    """A progress bar on a terminal that has tqdm, plain lines anywhere else."""
+
+    def __init__(self, num_steps: int, first_step: int, file: TextIO | None = None):
+        self._file = file or sys.stdout
+        self._num_steps = num_steps
+        self._bar = None
+        if self._file.isatty():
+            try:
+                from tqdm import tqdm
+            except ImportError:
+                return
+            self._bar = tqdm(
+                total=num_steps, initial=first_step, file=self._file, unit="step",
+                dynamic_ncols=True,
+            )  # fmt: skip
+
+    def update(self, step: int) -> None:
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+
+    def report(
+        self, step: int, loss: float, lr: float, norm: float, tokens_per_s: float, eta_s: float
+    ):
+        shown = f"loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {tokens_per_s:,.0f} tokens/s"
+        if self._bar is not None:
+            self._bar.set_postfix_str(shown)
+        else:
+            self.say(f"step {step}/{self._num_steps} | {shown} | ETA {format_duration(eta_s)}")
+
+    def say(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.write(text, file=self._file)
+        else:
+            print(text, file=self._file, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def format_duration(seconds: float) -> str:
+    """1:02:03, or 2:03 below an hour."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+def open_tensorboard(folder: Path):
+    """A writer of TensorBoard event files.
+
+    Raises: ValueError when the tensorboard package is missing.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError(f"--tensorboard: needs the package tensorboard; {SPARE_HELP}") from None
+    return SummaryWriter(str(folder))
+
+
+def plot_losses(metrics_path: str | Path, png_path: str | Path) -> Path:
+    """Draws training and validation loss against steps, with tokens on the upper axis.
+
+    Raises: ValueError when matplotlib is missing or the log holds no loss yet.
+    """
+    records = list(read_metrics(metrics_path))
+    train = [r for r in records if r["kind"] == "train" and r["loss_nats"] is not None]
+    valid = [r for r in records if r["kind"] == "valid" and r["loss_nats"] is not None]
+    if not train and not valid:
+        raise ValueError(f"plot: {str(metrics_path)!r} holds no loss yet; train some steps first")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError(f"plot: needs the package matplotlib; {SPARE_HELP}") from None
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(_column(train, "step"), _column(train, "loss_nats"), lw=0.8, alpha=0.5, label="train")
+    if len(train) >= 20:
+        axes.plot(_column(train, "step"), _smoothed(_column(train, "loss_nats")), color="C0",
+                  label="train, running mean")  # fmt: skip
+    if valid:
+        last = valid[-1]
+        label = f"validation (last: {last['loss_nats']:.3f} nats, {last['bits_per_byte']:.3f} bits/byte)"
+        axes.plot(_column(valid, "step"), _column(valid, "loss_nats"), "o-", color="C1", ms=4,
+                  label=label)  # fmt: skip
+    axes.set(xlabel="step", ylabel="loss [nats per token]", title=Path(metrics_path).parent.name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    tokens_per_step = next(r["tokens"] / r["step"] for r in train + valid if r["step"])
+    upper = axes.secondary_xaxis(
+        "top", functions=(lambda s: s * tokens_per_step, lambda t: t / tokens_per_step)
+    )
+    upper.set_xlabel("trained tokens")
+    upper.xaxis.set_major_formatter(_thousands_formatter())
+    png_path = Path(png_path)
+    png_path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(png_path, dpi=120)
+    return png_path
+
+
+def _column(records: list[dict], key: str) -> list:
+    return [record[key] for record in records]
+
+
+def _smoothed(values: list[float], keep: float = 0.9) -> list[float]:
+    """Exponential running mean, corrected for its start."""
+    mean, weight, smooth = 0.0, 0.0, []
+    for value in values:
+        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
+        smooth.append(mean / weight)
+    return smooth
+
+
+def _thousands_formatter():
+    from matplotlib.ticker import EngFormatter
+
+    return EngFormatter(sep="")

@@ -1,0 +1,141 @@
+"""The Transformer language model, its loss, and what it costs."""
+
+import torch
+from torch import Tensor, nn
+
+from cs_lm.config import ModelConfig
+from cs_lm.fast_ops import FAST
+from cs_lm.kv_cache import KVCache
+from cs_lm.layers import Embedding, Linear, MultiHeadSelfAttention, RMSNorm, RoPE, Rotation, SwiGLU
+from cs_lm.ops import IGNORE_INDEX, Ops
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm block: attention, then feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, ops: Ops = FAST, generator=None, device=None):
+        super().__init__()
+        self.ln1 = RMSNorm(config.d_model, config.norm_eps, ops, device)
+        self.attn = MultiHeadSelfAttention(config.d_model, config.num_heads, ops, generator, device)
+        self.ln2 = RMSNorm(config.d_model, config.norm_eps, ops, device)
+        self.ffn = SwiGLU(config.d_model, config.d_ff, ops, generator, device)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotation: Rotation,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+    ) -> Tensor:  # (..., T, D) -> (..., T, D)
+        x = x + self.attn(self.ln1(x), rotation, mask, cache, layer)
+        return x + self.ffn(self.ln2(x))
+
+
+class TransformerLM(nn.Module):
+    """Scores of every next token, from the tokens before it.
+
+    ops        which version of the operations to build on (`ops.CLEAR` or `fast_ops.FAST`)
+    generator  where the initial weights come from; None is torch's global generator
+    Raises: ValueError for a config that cannot be built.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        ops: Ops = FAST,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        if problems := config.problems():
+            raise ValueError("\n".join(problems))
+        self.config = config
+        self.ops = ops
+        self.token_embeddings = Embedding(config.vocab_size, config.d_model, generator, device)
+        self.layers = nn.ModuleList(
+            TransformerBlock(config, ops, generator, device) for _ in range(config.num_layers)
+        )
+        self.ln_final = RMSNorm(config.d_model, config.norm_eps, ops, device)
+        self.lm_head = Linear(config.d_model, config.vocab_size, generator, device)
+        head_size = config.d_model // config.num_heads
+        self.rope = RoPE(config.rope_theta, head_size, config.context_length, ops, device)
+
+    def hidden_states(
+        self,
+        token_ids: Tensor,
+        token_positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """What the last layer sees: (..., T) ids to (..., T, D).
+
+        token_positions  (..., T); by default they go on from the cache's length, or from 0
+        mask             (..., T, S) boolean, True = attend, besides causality
+        cache            keys and values of earlier tokens, extended by these
+        Raises: ValueError for a sequence longer than the context.
+        """
+        seen = cache.length if cache is not None else 0
+        num_tokens = token_ids.shape[-1]
+        if seen + num_tokens > self.config.context_length:
+            raise ValueError(
+                f"TransformerLM: got a sequence of {seen + num_tokens} tokens, need at most "
+                f"context_length ({self.config.context_length}); shorten it"
+            )
+        if token_positions is None:
+            token_positions = torch.arange(seen, seen + num_tokens, device=token_ids.device)
+        rotation = self.rope.rotation(token_positions)
+        x = self.token_embeddings(token_ids)  # (..., T, D)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, rotation, mask, cache, index)
+        if cache is not None:
+            cache.advance(num_tokens)
+        return self.ln_final(x)
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        token_positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Scores of the next token at every position: (..., T) ids to (..., T, V)."""
+        return self.lm_head(self.hidden_states(token_ids, token_positions, mask, cache))
+
+
+def next_token_loss(
+    model: TransformerLM, x: Tensor, y: Tensor, ignore_index: int = IGNORE_INDEX
+) -> tuple[Tensor, Tensor]:
+    """`cross_entropy` of the targets y (..., T) given x (..., T): sum [nats] and count."""
+    hidden = model.hidden_states(x)
+    return model.ops.linear_cross_entropy(hidden, model.lm_head.weight, y, ignore_index)
+
+
+def new_cache(model: TransformerLM, batch_size: int, capacity: int) -> KVCache:
+    config, weight = model.config, model.lm_head.weight
+    head_size = config.d_model // config.num_heads
+    return KVCache(
+        config.num_layers, batch_size, config.num_heads, capacity, head_size,
+        weight.dtype, weight.device,
+    )  # fmt: skip
+
+
+def num_parameters(config: ModelConfig) -> int:
+    block = 4 * config.d_model**2 + 3 * config.d_model * config.d_ff + 2 * config.d_model
+    tables = 2 * config.vocab_size * config.d_model
+    return config.num_layers * block + tables + config.d_model
+
+
+def flops_per_token(config: ModelConfig, seq_length: int) -> int:
+    """Floating-point operations of forward and backward, for each trained token.
+
+        6 * weights in matrix products + 12 * L * D * T
+
+    Every weight multiplies and adds once forward and twice backward; attention does so for T
+    keys of each query (the causal half is counted too, as is the custom).
+    Source: Chowdhery et al. 2022, PaLM, appendix B.
+    """
+    norms = (2 * config.num_layers + 1) * config.d_model
+    lookup = config.vocab_size * config.d_model
+    weights = num_parameters(config) - lookup - norms
+    return 6 * weights + 12 * config.num_layers * config.d_model * seq_length

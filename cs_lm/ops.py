@@ -1,0 +1,213 @@
+"""The definitions: every formula of the model once, as a pure function on tensors.
+
+Axes: B batch, T query positions, S key positions, D d_model, H heads, K head size, F d_ff,
+V vocabulary. `...` is any number of leading batch axes, also none.
+
+bfloat16 and float16 inputs are computed in float32 where sums or exponentials need it, and
+float64 stays float64. `fast_ops.py` has quicker versions of the entries of `Ops`.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T, without a bias.
+
+    Shapes: x (..., d_in), weight (d_out, d_in), returns (..., d_out)
+    """
+    return x @ weight.T
+
+
+def embedding(token_ids: Tensor, weight: Tensor) -> Tensor:
+    """The rows of the table that the ids name.
+
+    Shapes: token_ids (...) int64, weight (V, D), returns (..., D)
+    Raises: IndexError (on CPU) for an id outside [0, V).
+    """
+    return weight.index_select(0, token_ids.reshape(-1)).reshape(*token_ids.shape, -1)
+
+
+def silu(x: Tensor) -> Tensor:
+    """x * sigmoid(x), elementwise."""
+    return x * torch.sigmoid(x)
+
+
+def softmax(x: Tensor, dim: int = -1) -> Tensor:
+    """exp(x) scaled to sum 1 along `dim`; a row of -inf alone gives zeros, not NaN.
+
+    Numerics: the row maximum is subtracted first, so exp() stays in [0, 1] and the sum is at
+    least 1; the clamps only matter for the row of -inf. Same shape and dtype as x.
+    """
+    scores = _at_least_float32(x)
+    peak = scores.detach().amax(dim, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
+    weights = torch.exp(scores - peak)
+    return (weights / weights.sum(dim, keepdim=True).clamp(min=1.0)).to(x.dtype)
+
+
+def _shifted_scores_and_log_normaliser(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """x minus its row maximum, and log(sum(exp())) of that: what all log-probabilities need.
+
+    Shifting both before they are subtracted keeps them exact for scores of any size:
+    1e4 + log(2) in float32 would lose log(2)'s last ten bits.
+    """
+    scores = _at_least_float32(x)
+    peak = scores.detach().amax(dim, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
+    shifted = scores - peak
+    return shifted, torch.exp(shifted).sum(dim, keepdim=True).log()
+
+
+def log_softmax(x: Tensor, dim: int = -1) -> Tensor:
+    """Logarithm of softmax, without ever taking log of a rounded probability.
+
+        x_v - log(sum_u exp(x_u))                                   [nats, <= 0]
+
+    An entry of -inf stays -inf. float32 for bfloat16 and float16 scores.
+    """
+    shifted, log_normaliser = _shifted_scores_and_log_normaliser(x, dim)
+    return shifted - log_normaliser
+
+
+def check_targets(targets: Tensor, leading_shape: torch.Size, vocab_size: int, ignore_index: int):
+    """Raises ValueError for targets of another shape or outside the vocabulary.
+
+    The values are looked at on the CPU only: elsewhere that would stop the device queue in every
+    step (and an index kernel asserts the range there itself).
+    """
+    if targets.shape != leading_shape:
+        raise ValueError(
+            f"cross_entropy: got targets of shape {tuple(targets.shape)}, need "
+            f"{tuple(leading_shape)}: the shape of the scores without their last axis"
+        )
+    if targets.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    wrong = ((targets < 0) | (targets >= vocab_size)) & (targets != ignore_index)
+    if wrong.any():
+        raise ValueError(
+            f"cross_entropy: got target {targets[wrong][0].item()}, need an id in "
+            f"[0, {vocab_size}) or ignore_index ({ignore_index}); was the text encoded with "
+            "this vocabulary?"
+        )
+
+
+def cross_entropy(
+    logits: Tensor, targets: Tensor, ignore_index: int = IGNORE_INDEX
+) -> tuple[Tensor, Tensor]:
+    """Total surprise of the targets under the logits, and how many targets were counted.
+
+    One position with scores z (one per vocabulary entry) and true id t contributes
+
+        log(sum_v exp(z_v)) - z_t                                   [nats, >= 0]
+
+    Shapes
+        logits   (..., V)  float; unnormalised scores
+        targets  (...)     int64; ids in [0, V), or `ignore_index`
+        returns  loss_sum () float32 [nats],  num_counted () int64 [positions]
+
+    Why two numbers: micro-batches, padded rows and ranks count different numbers of positions,
+    so a mean of means is not the mean. Add both first, divide once (train.py).
+
+    Numerics: exact for scores of +-1e4 and for entries of -inf (a target there costs inf).
+    Nothing counted gives (0.0, 0), never NaN.
+    Raises: ValueError for targets of a wrong shape or outside the vocabulary.
+    Cost: about four times the memory of float32 scores, with the gradient.
+    """
+    check_targets(targets, logits.shape[:-1], logits.shape[-1], ignore_index)
+    counted = targets != ignore_index
+    safe_targets = torch.where(counted, targets, 0).unsqueeze(-1)  # (..., 1)
+    shifted, log_normaliser = _shifted_scores_and_log_normaliser(logits, -1)
+    losses = (log_normaliser - shifted.gather(-1, safe_targets)).squeeze(-1)  # (...)
+    return torch.where(counted, losses, 0.0).sum(), counted.sum()
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = IGNORE_INDEX
+) -> tuple[Tensor, Tensor]:
+    """`cross_entropy` of the scores x W^T: the end of a language model in one operation.
+
+    Shapes: x (..., D), weight (V, D), targets (...), returns as `cross_entropy`
+    """
+    return cross_entropy(linear(x, weight), targets, ignore_index)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x over its root mean square along the last axis, times a learnt gain.
+
+        x / sqrt(mean(x^2) + eps) * weight
+
+    Shapes: x (..., D), weight (D), returns (..., D) in x's dtype
+    Numerics: float32 inside, whatever the input's dtype.
+    """
+    wide = _at_least_float32(x)
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * scale * weight).to(x.dtype)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Each pair of neighbouring entries (0,1), (2,3), ... turned by its position's angle.
+
+    Shapes: x (..., T, K), cos and sin (..., T, K/2) or broadcastable, returns x's shape and dtype
+    Source: Su et al. 2021, RoFormer, equation 34.
+    """
+    even, odd = x[..., 0::2], x[..., 1::2]
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return turned.flatten(-2).to(x.dtype)
+
+
+def swiglu(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
+    """Gated feed-forward layer: W2 (silu(W1 x) * W3 x).
+
+    Shapes: x (..., D), w1 and w3 (F, D), w2 (D, F), returns (..., D)
+    Source: Shazeer 2020, GLU variants improve Transformer.
+    """
+    return linear(silu(linear(x, w1)) * linear(x, w3), w2)
+
+
+def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+    """True where a query may attend: no key after it, the last query at the last key. (T, S)"""
+    query = torch.arange(num_queries, device=device).unsqueeze(-1) + (num_keys - num_queries)
+    return torch.arange(num_keys, device=device) <= query
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False
+) -> Tensor:
+    """Values averaged by how well their keys match each query: softmax(q k^T / sqrt(K)) v.
+
+    mask    boolean, True = attend, broadcastable to (..., T, S)
+    causal  a query also sees no later key; with more keys than queries (a cache), the last query
+            stands at the last key
+    Shapes: q (..., T, K), k (..., S, K), v (..., S, K'), returns (..., T, K')
+    Numerics: softmax in float32. A query that may attend to nothing gives zeros.
+    Cost: O(T S) memory.
+    """
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (..., T, S)
+    if causal and q.shape[-2] > 1:  # a single query stands last: it sees every key
+        earlier = causal_mask(q.shape[-2], k.shape[-2], q.device)
+        mask = earlier if mask is None else mask & earlier
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    return softmax(scores) @ v
+
+
+class Ops(NamedTuple):
+    """The operations that a model is built on: one record is one way to compute all of them."""
+
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    rope: Callable[[Tensor, Tensor, Tensor], Tensor]
+    swiglu: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    attention: Callable[..., Tensor]
+    linear_cross_entropy: Callable[..., tuple[Tensor, Tensor]]
+
+
+CLEAR = Ops(rms_norm, rope, swiglu, attention, linear_cross_entropy)

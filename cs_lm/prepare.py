@@ -1,0 +1,234 @@
+"""From a corpus to a tokenizer and token stores: what is missing is made, what fits is reused."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cs_lm.config import RunConfig
+from cs_lm.token_store import MemmapManager, TokenRange, Tokens
+from cs_lm.tokenizer import BPETokenizer, train_bpe
+from cs_lm.tokenizer.text_source import read_text
+
+DATA = Path("data")
+EMBEDDED_LABEL = "python-manual"
+SETTINGS = "settings.json"
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    tokenizer: BPETokenizer
+    train: Tokens
+    valid: Tokens
+
+
+def label_of(config: RunConfig) -> str:
+    """The name of the corpus in data/ and runs/."""
+    if config.data.corpus_size:
+        return config.data.corpus_size
+    return Path(config.data.corpus_path).stem if config.data.corpus_path else EMBEDDED_LABEL
+
+
+def store_folder(label: str) -> Path:
+    return DATA / f"{label}_chunks"
+
+
+def valid_store_folder(label: str) -> Path:
+    return DATA / f"{label}_valid_chunks"
+
+
+def embedded_text() -> str:
+    """The language manual that comes with CPython, one topic after another.
+
+    Raises: FileNotFoundError where this Python comes without it.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise FileNotFoundError(
+            "embedded corpus: this Python comes without pydoc_data.topics; give a text of your own "
+            "with --corpus_path"
+        ) from None
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def find_corpus(config: RunConfig) -> Path | None:
+    """The file to train on, or None where only the label of an existing store is given.
+
+    Raises: FileNotFoundError for a missing file, or a label without a store.
+    """
+    data = config.data
+    if data.corpus_path is not None:
+        _check_text_file("--corpus_path", data.corpus_path)
+        return Path(data.corpus_path)
+    if data.corpus_size is None or data.corpus_size == EMBEDDED_LABEL:
+        return DATA / f"{EMBEDDED_LABEL}.txt"
+    if not store_folder(label_of(config)).is_dir():
+        raise FileNotFoundError(
+            f"--corpus_size: got {data.corpus_size!r}, but {store_folder(data.corpus_size)} holds "
+            "no token store; give --corpus_path to make it"
+        )
+    return None
+
+
+def prepare(config: RunConfig, say: Say) -> PreparedData:
+    """Tokenizer, training tokens and validation tokens of a run.
+
+    Raises: FileNotFoundError or ValueError, one readable line, for whatever does not fit.
+    """
+    data, label = config.data, label_of(config)
+    corpus = find_corpus(config)
+    if data.valid_path is not None:
+        _check_text_file("--valid_path", data.valid_path)
+    if corpus == DATA / f"{EMBEDDED_LABEL}.txt" and data.corpus_path is None:
+        _write_if_changed(corpus, embedded_text())
+    source = _identity(corpus, data.encoding_errors) if corpus else None
+    tokenizer = _tokenizer(config, corpus, source, say)
+    store = _store(config, corpus, source, store_folder(label), tokenizer, say)
+    train, valid = _split(config, store, tokenizer, say)
+    for name, tokens in (("training", train), ("validation", valid)):
+        if len(tokens) <= config.seq_length:
+            raise ValueError(
+                f"{name} text: got {len(tokens)} tokens, need at least {config.seq_length + 1} "
+                f"for one window of --seq_length ({config.seq_length}); give a longer text or a "
+                "shorter --seq_length"
+            )
+    return PreparedData(tokenizer, train, valid)
+
+
+def _split(config: RunConfig, store: MemmapManager, tokenizer, say: Say) -> tuple[Tokens, Tokens]:
+    data = config.data
+    if data.valid_path is not None:
+        source = _identity(Path(data.valid_path), data.encoding_errors)
+        folder = valid_store_folder(label_of(config))
+        return store, _store(config, Path(data.valid_path), source, folder, tokenizer, say)
+    border = len(store) - int(len(store) * data.valid_fraction)
+    return TokenRange(store, 0, border), TokenRange(store, border, len(store))
+
+
+def _tokenizer(config: RunConfig, corpus: Path | None, source, say: Say) -> BPETokenizer:
+    data = config.data
+    specials = list(data.special_tokens)
+    if data.vocab_path is not None:
+        vocab_path, merges_path = Path(data.vocab_path), Path(data.merges_path)
+        settings_path, usable = None, vocab_path.exists() or merges_path.exists()
+    else:
+        folder = DATA / f"{label_of(config)}_tokenizer"
+        vocab_path, merges_path = folder / "vocab.json", folder / "merges.txt"
+        settings_path = folder / SETTINGS
+        usable = vocab_path.exists() and merges_path.exists()
+    settings = {"vocab_size": config.model.vocab_size, "special_tokens": specials, "source": source}
+    if usable and settings_path and corpus:
+        usable = _read_json(settings_path) == settings
+        if not usable:
+            say(f"tokenizer: {vocab_path.parent} belongs to other settings, training a new one")
+    if not usable:
+        if corpus is None:
+            raise FileNotFoundError(
+                f"tokenizer: {str(vocab_path)!r} is missing; give --corpus_path to train it, or "
+                "--vocab_path and --merges_path of the store's tokenizer"
+            )
+        _train_tokenizer(config, corpus, vocab_path, merges_path, say)
+        if settings_path:
+            _write_json(settings_path, settings)
+    tokenizer = BPETokenizer.from_files(vocab_path, merges_path, specials)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"--vocab_size: got {config.model.vocab_size}, need at least {tokenizer.vocab_size}: "
+            f"the tokenizer {str(vocab_path)!r} has that many tokens"
+        )
+    if tokenizer.vocab_size < config.model.vocab_size:
+        say(
+            f"tokenizer: has {tokenizer.vocab_size:,} tokens; the model keeps "
+            f"{config.model.vocab_size:,} rows (--vocab_size {tokenizer.vocab_size} is enough)"
+        )
+    return tokenizer
+
+
+def _train_tokenizer(
+    config: RunConfig, corpus: Path, vocab_path: Path, merges_path: Path, say: Say
+):
+    say(f"tokenizer: training {config.model.vocab_size:,} tokens on {corpus}")
+    vocab, merges = train_bpe(
+        corpus,
+        config.model.vocab_size,
+        config.data.special_tokens,
+        encoding_errors=config.data.encoding_errors,
+    )
+    BPETokenizer(vocab, merges, config.data.special_tokens).save(vocab_path, merges_path)
+    say(f"tokenizer: wrote {vocab_path} and {merges_path}")
+
+
+def _store(config, corpus: Path | None, source, folder: Path, tokenizer, say: Say) -> MemmapManager:
+    chunk_size = config.data.chunk_size
+    store = MemmapManager(folder) if folder.is_dir() else None
+    why = "is missing"
+    if store is not None:
+        why = _difference(store, tokenizer, source, chunk_size if corpus else None)
+        if why is None:
+            say(f"token store: {folder}, {len(store):,} tokens")
+            return store
+        if corpus is None:
+            raise ValueError(
+                f"token store: {folder} {why}; give --corpus_path to encode the text again, or "
+                "--vocab_path and --merges_path of the tokenizer it was made with"
+            )
+    say(f"token store: {folder} {why}, encoding {corpus}")
+    texts = read_text(corpus, config.data.encoding_errors)
+    store = MemmapManager.save_as_memmap(texts, tokenizer, folder, chunk_size, source)
+    bytes_per_token = store.manifest["text_bytes"] / len(store)
+    say(f"token store: wrote {len(store):,} tokens, {bytes_per_token:.2f} bytes each, to {folder}")
+    return store
+
+
+def _difference(store: MemmapManager, tokenizer, source, chunk_size: int | None) -> str | None:
+    """Why a store cannot be used, or None."""
+    if store.fingerprint != tokenizer.fingerprint:
+        return "was made with another tokenizer"
+    if source is not None and store.manifest["source"] != source:
+        return "was made from another text"
+    if chunk_size is not None and store.chunk_size != chunk_size:
+        return f"has chunks of {store.chunk_size} tokens"
+    return None
+
+
+def _check_text_file(flag: str, path: str) -> None:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{flag}: got {path!r}, which is not a file; check the path")
+    if os.path.getsize(path) == 0:
+        raise ValueError(f"{flag}: {path!r} is empty; need a UTF-8 text file")
+
+
+def _identity(path: Path, encoding_errors: str) -> dict[str, Any]:
+    """What the text of a file depends on; its name and date do not matter."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest, "encoding_errors": encoding_errors}
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _write_json(path: Path, content: Any) -> None:
+    writing = path.with_name(path.name + ".writing")
+    writing.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    os.replace(writing, path)
+
+
+def _write_if_changed(path: Path, text: str) -> None:
+    content = text.encode("utf-8")
+    if path.is_file() and path.read_bytes() == content:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writing = path.with_name(path.name + ".writing")
+    writing.write_bytes(content)
+    os.replace(writing, path)

@@ -1,0 +1,35 @@
+"""The learning rate as a pure function of the step."""
+
+import math
+
+from cs_lm.config import OptimConfig
+
+
+def cosine_schedule(it: int, lr_max: float, lr_min: float, warmup: int, cycle: int) -> float:
+    """Linear from 0 at it = 0 to lr_max at it = warmup, cosine to lr_min at it = cycle, constant.
+
+    With f = (it - warmup) / (cycle - warmup) the cosine part is
+
+        lr_min + (1 + cos(pi f)) / 2 * (lr_max - lr_min)
+    """
+    if it < warmup:
+        return lr_max * it / warmup
+    if it >= cycle:
+        return lr_min
+    fraction = (it - warmup) / (cycle - warmup)
+    return lr_min + 0.5 * (1 + math.cos(math.pi * fraction)) * (lr_max - lr_min)
+
+
+def learning_rate(step: int, num_steps: int, optim: OptimConfig) -> float:
+    """The rate of update `step` (0 is the first) in a run of `num_steps` updates.
+
+    With w = round(warmup_ratio * T) and c = round(warmfix_ratio * T), for 0 < w < c < T:
+
+        step 0    lr / w      the first update is not wasted on a rate of 0
+        step w-1  lr          the highest
+        step w    just below lr, the cosine begins
+        step c-1  lr_min      and so it stays at step T-1 and beyond
+    """
+    warmup = round(optim.warmup_ratio * num_steps)
+    cycle = round(optim.warmfix_ratio * num_steps)
+    return cosine_schedule(step + 1, optim.lr, optim.lr_min, warmup, cycle)

@@ -1,0 +1,13 @@
+#!/usr/bin/env python3
+"""Trains a language model: `python run_clm.py --help` lists every setting.
+
+The work is in cs_lm: cli/train.py reads the flags, train.py holds the loop. The import stands
+below the guard because worker processes import this file again.
+"""
+
+import sys
+
+if __name__ == "__main__":
+    from cs_lm.cli.train import main
+
+    sys.exit(main())
