@@ -191,7 +191,7 @@ def attention(
     Numerics: softmax in float32. A query that may attend to nothing gives zeros.
     Cost: O(T S) memory.
     """
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (..., T, S)
+    scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)  # (..., T, S)
     if causal and q.shape[-2] > 1:  # a single query stands last: it sees every key
         earlier = causal_mask(q.shape[-2], k.shape[-2], q.device)
         mask = earlier if mask is None else mask & earlier

@@ -1,0 +1,169 @@
+"""FAST held to CLEAR and CLEAR to torch, entry by entry of the record, in value and gradient."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cs_lm import fast_ops, ops
+from cs_lm.fast_ops import FAST
+from cs_lm.ops import CLEAR, IGNORE_INDEX, Ops
+from tests.tolerances import DEEP, close
+
+B, H, K, T, S, D, V, FF = 2, 3, 4, 5, 7, 12, 17, 20
+
+
+def normal(*shape, dtype=torch.float32, grad=True):
+    values = torch.randn(*shape, generator=normal.generator, dtype=torch.float64).to(dtype)
+    return values.requires_grad_(grad)
+
+
+@pytest.fixture(autouse=True)
+def _seed(generator):
+    normal.generator = generator
+
+
+def rms_norm_inputs(dtype):
+    yield (normal(B, T, D, dtype=dtype), normal(D, dtype=dtype), 1e-5), {}
+    yield (normal(D, dtype=dtype), normal(D, dtype=dtype), 1e-5), {}
+
+
+def rope_inputs(dtype):
+    angle = normal(T, K // 2, dtype=dtype, grad=False)
+    yield (normal(B, H, T, K, dtype=dtype), angle.cos(), angle.sin()), {}
+
+
+def swiglu_inputs(dtype):
+    weights = [normal(FF, D, dtype=dtype), normal(D, FF, dtype=dtype), normal(FF, D, dtype=dtype)]
+    yield (normal(B, T, D, dtype=dtype), *weights), {}
+
+
+def attention_inputs(dtype):
+    def qkv(t, s):
+        return [normal(B, H, n, K, dtype=dtype) for n in (t, s, s)]
+
+    some = torch.rand(B, 1, T, S, generator=normal.generator) > 0.4
+    some[0, :, 2] = False  # a query that may attend to nothing
+    yield tuple(qkv(T, S)), {}
+    yield tuple(qkv(T, S)), {"causal": True}
+    yield tuple(qkv(1, S)), {"causal": True}
+    yield tuple(qkv(T, S)), {"mask": some}
+    yield tuple(qkv(T, S)), {"mask": some[:, :, :1], "causal": True}
+    yield tuple(qkv(150, 163)), {"causal": True}  # several blocks, the last one not full
+    yield tuple(qkv(S, T)), {"causal": True}  # queries before the first key
+
+
+def linear_cross_entropy_inputs(dtype):
+    targets = torch.randint(0, V, (B, T), generator=normal.generator)
+    ignored = targets.clone()
+    ignored[0, 1] = ignored[1, 3] = IGNORE_INDEX
+    for ids in (targets, ignored, torch.full_like(targets, IGNORE_INDEX)):
+        yield (normal(B, T, D, dtype=dtype), normal(V, D, dtype=dtype), ids), {}
+
+
+def reference_rope(x, cos, sin):
+    turned = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * torch.complex(cos, sin)
+    return torch.view_as_real(turned).flatten(-2)
+
+
+def reference_attention(q, k, v, mask=None, causal=False):
+    allowed = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool)
+    if causal:
+        allowed = allowed.tril(k.shape[-2] - q.shape[-2])
+    if mask is not None:
+        allowed = allowed & mask
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+    return torch.where(allowed.any(-1, keepdim=True), attended, 0.0)
+
+
+def reference_linear_cross_entropy(x, weight, targets):
+    scores = (x @ weight.T).flatten(0, -2)
+    loss = F.cross_entropy(scores, targets.flatten(), reduction="sum", ignore_index=IGNORE_INDEX)
+    return loss, (targets != IGNORE_INDEX).sum()
+
+
+INPUTS = {
+    "rms_norm": rms_norm_inputs,
+    "rope": rope_inputs,
+    "swiglu": swiglu_inputs,
+    "attention": attention_inputs,
+    "linear_cross_entropy": linear_cross_entropy_inputs,
+}
+REFERENCES = {
+    "rms_norm": lambda x, w, eps: F.rms_norm(x, (x.shape[-1],), w, eps),
+    "rope": reference_rope,
+    "swiglu": lambda x, w1, w2, w3: F.linear(F.silu(F.linear(x, w1)) * F.linear(x, w3), w2),
+    "attention": reference_attention,
+    "linear_cross_entropy": reference_linear_cross_entropy,
+}
+
+
+def results(operation, args, options):
+    """Outputs, and the gradients of a fixed random projection of the first one."""
+    leaves = [a.detach().clone() if torch.is_tensor(a) else a for a in args]
+    for leaf, arg in zip(leaves, args):
+        if torch.is_tensor(arg) and arg.requires_grad:
+            leaf.requires_grad_()
+    outputs = operation(*leaves, **options)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    weights = torch.randn(outputs[0].shape, generator=torch.Generator().manual_seed(5))
+    (outputs[0] * weights.to(outputs[0].dtype)).sum().backward()
+    return [o.detach() for o in outputs], [
+        leaf.grad for leaf in leaves if torch.is_tensor(leaf) and leaf.requires_grad
+    ]
+
+
+def assert_same(first, second, args, options, dtype):
+    (outputs, gradients), (expected, expected_gradients) = (
+        results(operation, args, options) for operation in (first, second)
+    )
+    for actual, wanted in zip(outputs + gradients, expected + expected_gradients, strict=True):
+        close(actual, wanted.to(actual.dtype), DEEP, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", Ops._fields)
+def test_fast_is_clear(name, dtype):
+    for args, options in INPUTS[name](dtype):
+        assert_same(getattr(FAST, name), getattr(CLEAR, name), args, options, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("name", Ops._fields)
+def test_clear_is_torch(name, dtype):
+    for args, options in INPUTS[name](dtype):
+        assert_same(getattr(CLEAR, name), REFERENCES[name], args, options, dtype)
+
+
+@pytest.mark.parametrize("name", [n for n in Ops._fields if getattr(FAST, n) != getattr(CLEAR, n)])
+def test_hand_derived_gradients_are_the_numeric_ones(name):
+    for args, options in INPUTS[name](torch.float64):
+        if args[0].numel() > 1000:
+            continue  # gradcheck is quadratic
+
+        def first_output(*leaves, name=name, options=options):
+            outputs = getattr(FAST, name)(*leaves, **options)
+            return outputs[0] if isinstance(outputs, tuple) else outputs
+
+        assert torch.autograd.gradcheck(first_output, args)
+
+
+def test_blocks_of_scores_do_not_change_the_loss(monkeypatch):
+    (args, _), *_ = linear_cross_entropy_inputs(torch.float64)
+    monkeypatch.setattr(fast_ops, "_BLOCK_SCORES", 3 * V)  # blocks of three rows, the last of one
+    assert_same(FAST.linear_cross_entropy, CLEAR.linear_cross_entropy, args, {}, torch.float64)
+
+
+@pytest.mark.parametrize("operation", ["softmax", "log_softmax"])
+def test_softmax_is_torch(operation):
+    x = normal(B, V, T, grad=False)
+    for dim in (0, 1, -1):
+        close(getattr(ops, operation)(x, dim), getattr(torch, operation)(x, dim))
+    large = torch.tensor([1e4, 1e4 - 1, -1e4, -math.inf])
+    close(getattr(ops, operation)(large), getattr(torch, operation)(large, -1))
+
+
+def test_silu_is_torch():
+    x = normal(B, T, D, grad=False)
+    close(ops.silu(x), F.silu(x))

@@ -1,0 +1,125 @@
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from cs_lm import ops
+from cs_lm.fast_ops import FAST
+from cs_lm.ops import CLEAR, IGNORE_INDEX
+from tests.tolerances import ROUNDING, close
+
+B, T, V = 2, 5, 17
+
+
+def test_softmax_of_nothing_allowed_is_zero():
+    x = torch.full((2, 3), -math.inf, requires_grad=True)
+    result = ops.softmax(x)
+    assert result.tolist() == [[0.0] * 3] * 2
+    result.sum().backward()
+    assert not x.grad.isnan().any()
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e4, -1e4])
+def test_cross_entropy_is_exact_for_large_scores(shift):
+    """log(2) and log(4), to the last bits of float32, wherever the scores stand."""
+    logits = torch.full((2, 4), shift)
+    logits[0, 2:] = -math.inf
+    loss_sum, count = ops.cross_entropy(logits, torch.tensor([0, 3]))
+    assert count.item() == 2
+    assert loss_sum.item() == pytest.approx(math.log(2) + math.log(4), rel=2e-7)
+
+
+def test_cross_entropy_of_an_impossible_target():
+    logits = torch.tensor([[0.0, -math.inf]], requires_grad=True)
+    loss_sum, _ = ops.cross_entropy(logits, torch.tensor([1]))
+    assert loss_sum.item() == math.inf
+    loss_sum, _ = ops.cross_entropy(logits, torch.tensor([0]))
+    loss_sum.backward()
+    assert loss_sum.item() == 0.0 and logits.grad.tolist() == [[0.0, 0.0]]
+
+
+def test_cross_entropy_counts_what_is_not_ignored():
+    logits = torch.randn(B, T, V)
+    targets = torch.full((B, T), IGNORE_INDEX)
+    loss_sum, count = ops.cross_entropy(logits, targets)
+    assert (loss_sum.item(), count.item()) == (0.0, 0)
+    targets[1, 2] = 3
+    loss_sum, count = ops.cross_entropy(logits, targets)
+    assert count.item() == 1
+    close(loss_sum, -torch.log_softmax(logits, -1)[1, 2, 3])
+    assert ops.cross_entropy(logits, torch.full((B, T), 7), ignore_index=7)[1].item() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_scores_give_a_float32_loss(dtype):
+    logits, targets = torch.randn(B, T, V).to(dtype), torch.randint(0, V, (B, T))
+    loss_sum, _ = ops.cross_entropy(logits, targets)
+    assert loss_sum.dtype == torch.float32
+    close(loss_sum, ops.cross_entropy(logits.float(), targets)[0])
+    assert ops.log_softmax(logits).dtype == torch.float32
+
+
+@pytest.mark.parametrize("operation", [CLEAR.linear_cross_entropy, FAST.linear_cross_entropy])
+@pytest.mark.parametrize("bad", [-1, V, 10**6])
+def test_target_out_of_range(operation, bad):
+    targets = torch.zeros(B, T, dtype=torch.int64)
+    targets[1, 4] = bad
+    with pytest.raises(ValueError, match=rf"got target {bad}, need an id in \[0, {V}\)"):
+        operation(torch.randn(B, T, 3), torch.randn(V, 3), targets)
+    with pytest.raises(ValueError, match=r"got targets of shape \(2, 4\), need \(2, 5\)"):
+        operation(torch.randn(B, T, 3), torch.randn(V, 3), targets[:, :4])
+
+
+def test_rms_norm_computes_in_float32():
+    x = torch.full((4096,), 300.0, dtype=torch.float16)  # its square overflows float16
+    result = ops.rms_norm(x, torch.ones(4096, dtype=torch.float16), 1e-5)
+    assert result.dtype == torch.float16
+    close(result, torch.ones(4096, dtype=torch.float16), {torch.float16: ROUNDING[torch.bfloat16]})
+    x = torch.randn(3, 64).bfloat16()
+    wide = ops.rms_norm(x.float(), torch.ones(64), 1e-5)
+    assert torch.equal(ops.rms_norm(x, torch.ones(64).bfloat16(), 1e-5), wide.bfloat16())
+
+
+def test_rope_keeps_length_and_depends_on_distance_alone():
+    from cs_lm.layers import RoPE
+
+    rope = RoPE(10_000.0, 8, 64)
+    q, k = torch.randn(8), torch.randn(8)
+
+    def product(m, n):
+        return rope(q[None], torch.tensor([m]))[0] @ rope(k[None], torch.tensor([n]))[0]
+
+    close(rope(q[None], torch.tensor([5])).norm(), q.norm())
+    close(product(3, 10), product(40, 47), {torch.float32: {"rtol": 1e-4, "atol": 1e-5}})
+    assert torch.equal(rope(q[None], torch.tensor([0]))[0], q)
+
+
+def test_embedding_out_of_range():
+    with pytest.raises(IndexError):
+        ops.embedding(torch.tensor([V]), torch.randn(V, 3))
+
+
+MEMORY_PROGRAM = """
+import resource, sys, torch
+from cs_lm import fast_ops, ops
+N, V, D = 2048, 8192, 16
+x, weight = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+targets = torch.randint(0, V, (N,))
+small = ops.CLEAR.linear_cross_entropy(x[:8], weight, targets[:8])[0].backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+record = {"clear": ops.CLEAR, "fast": fast_ops.FAST}[sys.argv[1]]
+record.linear_cross_entropy(x, weight, targets)[0].backward()
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print((after - before) * 1024 / (N * V * 4))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read in Linux's unit")
+@pytest.mark.parametrize("name, multiple", [("clear", 6.0), ("fast", 0.9)])
+def test_cross_entropy_memory_in_multiples_of_the_scores(name, multiple):
+    shown = subprocess.run(
+        [sys.executable, "-c", MEMORY_PROGRAM, name], capture_output=True, text=True, check=True
+    ).stdout
+    assert float(shown) < multiple
