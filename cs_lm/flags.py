@@ -94,6 +94,18 @@ def config_from_flags(
     return config
 
 
+def parse_config(
+    config_class: type, prog: str, description: str, argv: Sequence[str] | None
+) -> Any:
+    """A command's config from its arguments.
+
+    Raises: ValueError with everything that is wrong, one on a line.
+    """
+    parser = FlagParser(prog=prog, description=description)
+    add_flags(parser, config_class)
+    return config_from_flags(config_class(), parser.parse_strictly(argv))
+
+
 def _metavar(kind: Any, choices: tuple[str, ...] | None) -> str:
     if choices:
         return "{" + ",".join(choices) + "}"
@@ -108,7 +120,7 @@ def _help(each) -> str:
         default = " ".join(map(str, default))
     unit = f" [{each.metadata['unit']}]" if each.metadata["unit"] else ""
     shown = f"{each.metadata['help']}{unit}"
-    if default is not None and not isinstance(default, bool):
+    if default not in (None, "") and not isinstance(default, bool):
         shown += f" (default: {default})"
     elif isinstance(default, bool):
         shown += f" (default: {'on' if default else 'off'})"

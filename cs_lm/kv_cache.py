@@ -34,7 +34,7 @@ class KVCache:
         end = self.length + keys.shape[-2]
         if end > self.capacity:
             raise ValueError(f"KVCache: got position {end}, need at most {self.capacity}")
-        stored_keys, stored_values = self._memory[layer]
+        stored_keys, stored_values = self._memory[layer, 0], self._memory[layer, 1]
         stored_keys[:, :, self.length : end] = keys
         stored_values[:, :, self.length : end] = values
         return stored_keys[:, :, :end], stored_values[:, :, :end]

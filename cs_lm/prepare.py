@@ -87,7 +87,7 @@ def prepare(config: RunConfig, say: Say) -> PreparedData:
         _check_text_file("--valid_path", data.valid_path)
     if corpus == DATA / f"{EMBEDDED_LABEL}.txt" and data.corpus_path is None:
         _write_if_changed(corpus, embedded_text())
-    source = _identity(corpus, data.encoding_errors) if corpus else None
+    source = source_of(corpus, data.encoding_errors) if corpus else None
     tokenizer = _tokenizer(config, corpus, source, say)
     store = _store(config, corpus, source, store_folder(label), tokenizer, say)
     train, valid = _split(config, store, tokenizer, say)
@@ -104,7 +104,7 @@ def prepare(config: RunConfig, say: Say) -> PreparedData:
 def _split(config: RunConfig, store: MemmapManager, tokenizer, say: Say) -> tuple[Tokens, Tokens]:
     data = config.data
     if data.valid_path is not None:
-        source = _identity(Path(data.valid_path), data.encoding_errors)
+        source = source_of(Path(data.valid_path), data.encoding_errors)
         folder = valid_store_folder(label_of(config))
         return store, _store(config, Path(data.valid_path), source, folder, tokenizer, say)
     border = len(store) - int(len(store) * data.valid_fraction)
@@ -204,7 +204,7 @@ def _check_text_file(flag: str, path: str) -> None:
         raise ValueError(f"{flag}: {path!r} is empty; need a UTF-8 text file")
 
 
-def _identity(path: Path, encoding_errors: str) -> dict[str, Any]:
+def source_of(path: Path, encoding_errors: str) -> dict[str, Any]:
     """What the text of a file depends on; its name and date do not matter."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()

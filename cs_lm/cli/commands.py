@@ -1,0 +1,35 @@
+"""Finds the command that `python -m cs_lm <command>` names."""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+from cs_lm.cli.errors import readable_errors
+
+COMMANDS = {
+    "train-tokenizer": "learn a byte-pair vocabulary from a text",
+    "encode": "turn a text into a token store",
+    "evaluate": "loss, perplexity and bits per byte of a trained model on a text",
+    "generate": "let a trained model write",
+    "plot": "draw the losses of a run",
+    "selfcheck": "compare every hand-written operation with torch's on this machine",
+}
+
+
+@readable_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        print("usage: python -m cs_lm <command> [--help]\n\ncommands:")
+        for name, does in COMMANDS.items():
+            print(f"  {name:<{width}}  {does}")
+        print("\nTraining is `python run_clm.py`.")
+        return 0
+    if argv[0] not in COMMANDS:
+        nearest = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"need one of {', '.join(COMMANDS)}"
+        raise ValueError(f"cs_lm: got command {argv[0]!r}; {hint}")
+    module = importlib.import_module(f"cs_lm.cli.{argv[0].replace('-', '_')}")
+    return module.main(argv[1:])

@@ -1,0 +1,62 @@
+"""`python -m cs_lm encode`: a text and a tokenizer to a token store."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cs_lm.cli.errors import readable_errors
+from cs_lm.config import DEFAULT_SPECIAL_TOKENS, setting
+from cs_lm.flags import parse_config
+from cs_lm.prepare import source_of
+from cs_lm.token_store import MANIFEST, MemmapManager
+from cs_lm.tokenizer import BPETokenizer
+from cs_lm.tokenizer.text_source import read_text
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    corpus_path: str = setting("", "UTF-8 text to encode; required")
+    vocab_path: str = setting("vocab.json", "the tokenizer's vocabulary")
+    merges_path: str = setting("merges.txt", "the tokenizer's merges")
+    special_tokens: tuple[str, ...] = setting(
+        DEFAULT_SPECIAL_TOKENS, "tokens that split documents and are never split themselves"
+    )
+    store: str = setting("", "folder of the token store; required, data/<label>_chunks for a run")
+    chunk_size: int = setting(500_000, "length of a file of the store", "tokens")
+    encoding_errors: str = setting(
+        "strict", "bytes that are not UTF-8: stop, or read as U+FFFD", choices=("strict", "replace")
+    )
+    overwrite: bool = setting(False, "replace an existing store")
+
+    def problems(self) -> list[str]:
+        found = []
+        if not self.corpus_path:
+            found.append("--corpus_path: is missing; name a UTF-8 text file")
+        if not self.store:
+            found.append("--store: is missing; name the folder that the store shall be")
+        elif Path(self.store).exists() and not (Path(self.store) / MANIFEST).is_file():
+            found.append(f"--store: {self.store!r} exists and is no token store; name another folder")
+        elif Path(self.store).exists() and not self.overwrite:
+            found.append(f"--store: {self.store!r} exists; add --overwrite, or name another folder")
+        if self.chunk_size < 1:
+            found.append(f"--chunk_size: got {self.chunk_size}, need 1 or more")
+        return found
+
+
+@readable_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    config = parse_config(EncodeConfig, "python -m cs_lm encode", __doc__, argv)
+    tokenizer = BPETokenizer.from_files(
+        config.vocab_path, config.merges_path, config.special_tokens
+    )
+    texts = read_text(config.corpus_path, config.encoding_errors)
+    source = source_of(Path(config.corpus_path), config.encoding_errors)
+    store = MemmapManager.save_as_memmap(
+        texts, tokenizer, config.store, config.chunk_size, source
+    )
+    text_bytes = store.manifest["text_bytes"]
+    print(
+        f"{len(store):,} tokens from {text_bytes:,} bytes ({text_bytes / len(store):.2f} bytes a "
+        f"token) in {config.store}"
+    )
+    return 0

@@ -1,0 +1,66 @@
+"""`python -m cs_lm evaluate`: how well a trained model predicts a text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cs_lm.cli.errors import readable_errors
+from cs_lm.config import setting
+from cs_lm.device import resolve_device
+from cs_lm.evaluate import evaluate, token_byte_lengths
+from cs_lm.flags import parse_config
+from cs_lm.run_folder import RunFolder, load_trained
+from cs_lm.token_store import ArrayTokens
+from cs_lm.tokenizer.text_source import read_text
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    out_dir: str = setting("", "folder of the run; required")
+    text_path: str = setting("", "UTF-8 text to score; required")
+    checkpoint: str = setting("best", "which model of the run", choices=("best", "last"))
+    seq_length: int | None = setting(None, "window; default: the run's --seq_length", "tokens")
+    batch_size: int = setting(16, "windows in one forward pass; changes the speed alone")
+    max_tokens: int | None = setting(None, "score about this many; default: all", "tokens")
+    device: str = setting(
+        "auto", "auto takes CUDA if present, else the CPU", choices=("auto", "cuda", "cpu", "mps")
+    )
+
+    def problems(self) -> list[str]:
+        found = [f"--{n}: is missing" for n in ("out_dir", "text_path") if not getattr(self, n)]
+        for name in ("seq_length", "batch_size", "max_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                found.append(f"--{name}: got {value}, need 1 or more")
+        return found
+
+
+@readable_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    config = parse_config(EvaluateConfig, "python -m cs_lm evaluate", __doc__, argv)
+    trained = load_trained(
+        RunFolder(config.out_dir), config.checkpoint, resolve_device(config.device)
+    )
+    seq_length = config.seq_length or trained.config.seq_length
+    if seq_length > trained.config.model.context_length:
+        raise ValueError(
+            f"--seq_length: got {seq_length}, need at most the model's context "
+            f"({trained.config.model.context_length})"
+        )
+    blocks = trained.tokenizer.encode_blocks(read_text(config.text_path))
+    ids = np.concatenate([np.asarray(block, np.int64) for block in blocks])
+    result = evaluate(
+        trained.model,
+        ArrayTokens(ids),
+        seq_length,
+        config.batch_size,
+        token_byte_lengths(trained.tokenizer.vocab),
+        config.max_tokens,
+    )
+    print(f"model         {config.out_dir}, {config.checkpoint}, step {trained.iteration}")
+    print(f"scored        {result.num_tokens:,} tokens, {result.num_bytes:,} bytes")
+    print(f"loss          {result.loss_nats:.4f} nats per token")
+    print(f"perplexity    {result.perplexity:.2f}")
+    print(f"bits per byte {result.bits_per_byte:.4f}")
+    return 0

@@ -1,0 +1,85 @@
+"""`python -m cs_lm generate`: a trained model goes on from a prompt.
+
+The prompt comes from --prompt, --prompt_file or standard input; on a terminal without either,
+prompts are asked for one after another.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cs_lm.cli.errors import readable_errors
+from cs_lm.config import setting
+from cs_lm.decoding import DecodingConfig, generate_text
+from cs_lm.device import resolve_device
+from cs_lm.flags import parse_config
+from cs_lm.run_folder import RunFolder, TrainedModel, load_trained
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    out_dir: str = setting("", "folder of the run; required")
+    checkpoint: str = setting("best", "which model of the run", choices=("best", "last"))
+    prompt: str | None = setting(None, "text to go on from")
+    prompt_file: str | None = setting(None, "file with the text to go on from")
+    device: str = setting(
+        "auto", "auto takes CUDA if present, else the CPU", choices=("auto", "cuda", "cpu", "mps")
+    )
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)
+
+    def problems(self) -> list[str]:
+        found = [] if self.out_dir else ["--out_dir: is missing; name the folder of a run"]
+        if self.prompt is not None and self.prompt_file is not None:
+            found.append("--prompt, --prompt_file: got both; give one of the two")
+        if self.prompt == "":
+            found.append("--prompt: got an empty text, need at least one character")
+        if self.prompt_file is not None and not Path(self.prompt_file).is_file():
+            found.append(f"--prompt_file: got {self.prompt_file!r}, which is not a file")
+        return found + self.decoding.problems()
+
+
+@readable_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    config = parse_config(GenerateConfig, "python -m cs_lm generate", __doc__, argv)
+    device = resolve_device(config.device)
+    folder = RunFolder(config.out_dir)
+    prompt = config.prompt
+    if config.prompt_file is not None:
+        prompt = _decoded("--prompt_file", Path(config.prompt_file).read_bytes())
+    elif prompt is None and not sys.stdin.isatty():
+        prompt = _decoded("standard input", sys.stdin.buffer.read())
+    if prompt == "":
+        raise ValueError("prompt: got an empty text, need at least one character")
+    trained = load_trained(folder, config.checkpoint, device)
+    if prompt is not None:
+        _write(trained, prompt, config.decoding)
+        return 0
+    print("prompt, then Enter; an empty line ends", file=sys.stderr)
+    while line := _ask():
+        _write(trained, line, config.decoding)
+    return 0
+
+
+def _decoded(where: str, content: bytes) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: is not UTF-8 at byte offset {error.start}") from None
+
+
+def _ask() -> str:
+    try:
+        return input("> ")
+    except EOFError:
+        return ""
+
+
+def _write(trained: TrainedModel, prompt: str, decoding: DecodingConfig) -> None:
+    """The prompt and what the model adds, as soon as it is certain."""
+    print(prompt, end="", flush=True)
+    generate_text(
+        trained.model, trained.tokenizer, [prompt], decoding,
+        show=lambda _row, text: print(text, end="", flush=True),
+    )  # fmt: skip
+    print()

@@ -1,0 +1,27 @@
+"""`python -m cs_lm plot`: the losses of a run as a PNG."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cs_lm.cli.errors import readable_errors
+from cs_lm.config import setting
+from cs_lm.flags import parse_config
+from cs_lm.metrics import plot_losses
+from cs_lm.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class PlotConfig:
+    out_dir: str = setting("", "folder of the run; required")
+    png_path: str | None = setting(None, "where the plot goes; default: loss.png in the folder")
+
+    def problems(self) -> list[str]:
+        return [] if self.out_dir else ["--out_dir: is missing; name the folder of a run"]
+
+
+@readable_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    config = parse_config(PlotConfig, "python -m cs_lm plot", __doc__, argv)
+    folder = RunFolder(config.out_dir)
+    print(plot_losses(folder.metrics, config.png_path or folder.plot))
+    return 0

@@ -1,0 +1,180 @@
+"""`python -m cs_lm selfcheck`: every hand-written operation beside torch's, on this machine.
+
+This is the one file of the library that calls torch's own versions: they are what it compares
+with.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cs_lm import ops
+from cs_lm.cli.errors import readable_errors
+from cs_lm.config import setting
+from cs_lm.device import resolve_device
+from cs_lm.fast_ops import FAST
+from cs_lm.flags import parse_config
+from cs_lm.layers import RoPE
+from cs_lm.ops import CLEAR
+from cs_lm.optim import AdamW, clip_gradients
+
+# The difference that rounding explains, relative to the largest entry.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+B, H, T, K, D, FF, V = 2, 4, 96, 16, 64, 160, 512
+
+
+@dataclass(frozen=True)
+class SelfcheckConfig:
+    device: str = setting(
+        "auto", "auto takes CUDA if present, else the CPU", choices=("auto", "cuda", "cpu", "mps")
+    )
+    dtype: str = setting("float32", "type of the inputs", choices=("float32", "bfloat16"))
+    seed: int = setting(0, "the inputs follow from it")
+
+    def problems(self) -> list[str]:
+        return [] if self.seed >= 0 else [f"--seed: got {self.seed}, need 0 or more"]
+
+
+@dataclass(frozen=True)
+class Check:
+    name: str
+    ours: Callable[..., Tensor]
+    torchs: Callable[..., Tensor]
+    inputs: list[Tensor]
+    with_gradient: bool = True
+
+
+@readable_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    config = parse_config(SelfcheckConfig, "python -m cs_lm selfcheck", __doc__, argv)
+    device, dtype = resolve_device(config.device), getattr(torch, config.dtype)
+    generator = torch.Generator().manual_seed(config.seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    print(f"device {device}, {config.dtype}, torch {torch.__version__}")
+    print(f"{'operation':<36}{'value':>10}{'gradient':>10}   largest difference, relative")
+    num_wrong = 0
+    for check in _checks(normal, generator, device):
+        differences = _differences(check)
+        good = all(d <= TOLERANCE[dtype] for d in differences)
+        num_wrong += not good
+        shown = "".join(f"{d:>10.1e}" for d in differences)  # no gradient: the column stays empty
+        print(f"{check.name:<36}{shown:<20}   {'ok' if good else 'DIFFERENT'}")
+    if num_wrong:
+        print(f"{num_wrong} operations differ by more than {TOLERANCE[dtype]:.0e}")
+        return 1
+    print(f"all within {TOLERANCE[dtype]:.0e}")
+    return 0
+
+
+def _checks(normal, generator: torch.Generator, device: torch.device) -> Iterator[Check]:
+    x, gain, scores = normal(B, T, D), normal(D), normal(B, T, V)
+    ids = torch.randint(0, V, (B, T), generator=generator).to(device)
+    weight, table = normal(FF, D), normal(V, D)
+    yield Check("linear", ops.linear, F.linear, [x, weight])
+    yield Check(
+        "embedding", lambda t: ops.embedding(ids, t), lambda t: F.embedding(ids, t), [table]
+    )
+    yield Check("silu", ops.silu, F.silu, [x])
+    yield Check("softmax", ops.softmax, lambda s: F.softmax(s, -1), [scores])
+    yield Check("log_softmax", ops.log_softmax, lambda s: F.log_softmax(s.float(), -1), [scores])
+    yield Check(
+        "cross_entropy",
+        lambda s: ops.cross_entropy(s, ids)[0],
+        lambda s: F.cross_entropy(s.float().flatten(0, 1), ids.flatten(), reduction="sum"),
+        [scores],
+    )
+    rotation = RoPE(10_000.0, K, T, device=device).rotation(torch.arange(T, device=device))
+    swiglu_weights = [normal(FF, D) / 8, normal(D, FF) / 8, normal(FF, D) / 8]
+    qkv = [normal(B, H, T, K) for _ in range(3)]
+    for label, record in (("clear", CLEAR), ("fast", FAST)):
+        yield from _record_checks(label, record, x, gain, ids, table, rotation, swiglu_weights, qkv)
+    yield Check("AdamW, 10 updates", _adamw(AdamW), _adamw(torch.optim.AdamW), [weight], False)
+    clipped = _clipped(clip_gradients), _clipped(torch.nn.utils.clip_grad_norm_)
+    yield Check("clip_gradients", *clipped, [x], with_gradient=False)
+
+
+def _record_checks(label, record, x, gain, ids, table, rotation, weights, qkv) -> Iterator[Check]:
+    yield Check(
+        f"{label} rms_norm",
+        lambda a, g: record.rms_norm(a, g, 1e-5),
+        lambda a, g: F.rms_norm(a, (D,), g, 1e-5),
+        [x, gain],
+    )
+    yield Check(
+        f"{label} rope",
+        lambda q: record.rope(q, *rotation),
+        lambda q: _complex_rope(q, *rotation),
+        [qkv[0]],
+    )
+    yield Check(
+        f"{label} swiglu",
+        record.swiglu,
+        lambda a, w1, w2, w3: F.linear(F.silu(F.linear(a, w1)) * F.linear(a, w3), w2),
+        [x, *weights],
+    )
+    yield Check(
+        f"{label} causal attention",
+        lambda q, k, v: record.attention(q, k, v, causal=True),
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+        qkv,
+    )
+    yield Check(
+        f"{label} linear_cross_entropy",
+        lambda a, w: record.linear_cross_entropy(a, w, ids)[0],
+        lambda a, w: F.cross_entropy(
+            F.linear(a, w).float().flatten(0, 1), ids.flatten(), reduction="sum"
+        ),
+        [x, table],
+    )
+
+
+def _complex_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
+
+
+def _adamw(optimizer_class) -> Callable[[Tensor], Tensor]:
+    def run(weight: Tensor) -> Tensor:
+        parameter = weight.detach().clone().requires_grad_()
+        optimizer = optimizer_class([parameter], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+        for _ in range(10):
+            parameter.grad = torch.sin(parameter.detach())
+            optimizer.step()
+        return parameter.detach()
+
+    return run
+
+
+def _clipped(clip) -> Callable[[Tensor], Tensor]:
+    def run(x: Tensor) -> Tensor:
+        parameter = x.detach().clone().requires_grad_()
+        parameter.grad = x.detach().clone()
+        clip([parameter], 1.0)
+        return parameter.grad
+
+    return run
+
+
+def _differences(check: Check) -> list[float]:
+    """The largest difference of the value and of any gradient, relative to the largest entry."""
+    results = []
+    for function in (check.ours, check.torchs):
+        leaves = [t.detach().clone().requires_grad_() for t in check.inputs]
+        value = function(*leaves)
+        gradients: tuple[Tensor, ...] = ()
+        if check.with_gradient:
+            weights = torch.linspace(-1, 1, value.numel(), device=value.device)
+            total = (value.float() * weights.reshape(value.shape)).sum()
+            gradients = torch.autograd.grad(total, leaves)
+        results.append([value.detach(), *gradients])
+    relative = [
+        ((a.float() - b.float()).abs().amax() / b.float().abs().amax().clamp(min=1e-6)).item()
+        for a, b in zip(*results, strict=True)
+    ]
+    return [relative[0], max(relative[1:])] if check.with_gradient else relative

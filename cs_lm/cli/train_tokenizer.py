@@ -1,0 +1,61 @@
+"""`python -m cs_lm train-tokenizer`: a text to vocab.json and merges.txt."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cs_lm.cli.errors import readable_errors
+from cs_lm.config import DEFAULT_SPECIAL_TOKENS, setting
+from cs_lm.flags import parse_config
+from cs_lm.tokenizer import BPETokenizer, train_bpe
+
+
+@dataclass(frozen=True)
+class TrainTokenizerConfig:
+    corpus_path: str = setting("", "UTF-8 text to learn from; required")
+    vocab_size: int = setting(32000, "tokens, bytes and special tokens included")
+    vocab_path: str = setting("vocab.json", "where the vocabulary goes")
+    merges_path: str = setting("merges.txt", "where the merges go")
+    special_tokens: tuple[str, ...] = setting(
+        DEFAULT_SPECIAL_TOKENS, "tokens that split documents and are never split themselves"
+    )
+    num_workers: int | None = setting(None, "processes; default: all cores for a large text")
+    encoding_errors: str = setting(
+        "strict", "bytes that are not UTF-8: stop, or read as U+FFFD", choices=("strict", "replace")
+    )
+    overwrite: bool = setting(False, "replace existing files")
+
+    def problems(self) -> list[str]:
+        found = []
+        if not self.corpus_path:
+            found.append("--corpus_path: is missing; name a UTF-8 text file")
+        if self.num_workers is not None and self.num_workers < 1:
+            found.append(f"--num_workers: got {self.num_workers}, need 1 or more")
+        for flag, path in (("--vocab_path", self.vocab_path), ("--merges_path", self.merges_path)):
+            if Path(path).exists() and not self.overwrite:
+                found.append(f"{flag}: {path!r} exists; add --overwrite, or name another file")
+        return found
+
+
+@readable_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    config = parse_config(TrainTokenizerConfig, "python -m cs_lm train-tokenizer", __doc__, argv)
+    vocab, merges = train_bpe(
+        config.corpus_path,
+        config.vocab_size,
+        config.special_tokens,
+        config.num_workers,
+        config.encoding_errors,
+        progress=_show,
+    )
+    tokenizer = BPETokenizer(vocab, merges, config.special_tokens)
+    tokenizer.save(config.vocab_path, config.merges_path)
+    longest = max((t for t in vocab.values()), key=len).decode("utf-8", "replace")
+    print(f"{len(vocab):,} tokens, {len(merges):,} merges; longest token {longest!r}")
+    print(f"wrote {config.vocab_path} and {config.merges_path}")
+    return 0
+
+
+def _show(done: int, wanted: int) -> None:
+    if done % 4096 == 0 or done == wanted:
+        print(f"merges: {done:,} of {wanted:,}", flush=True)

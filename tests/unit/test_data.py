@@ -1,0 +1,205 @@
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from cs_lm.batches import BatchSource, epoch_starts, load_windows, permuted, random_starts
+from cs_lm.token_store import ArrayTokens, MemmapManager, TokenRange, id_dtype
+from cs_lm.tokenizer import BPETokenizer
+
+CPU = torch.device("cpu")
+BYTES = BPETokenizer({i: bytes([i]) for i in range(256)}, [])
+TEXT = "".join(chr(33 + i % 90) for i in range(1000))
+
+
+class WideTokenizer:
+    """Ids beyond uint16."""
+
+    vocab_size, fingerprint = 100_000, "wide"
+
+    def encode_blocks(self, parts):
+        for part in parts:
+            yield [70_000 + ord(character) for character in part]
+
+
+def save(folder, chunk_size=64, text=TEXT):
+    return MemmapManager.save_as_memmap([text[:7], text[7:]], BYTES, folder, chunk_size)
+
+
+def test_store_by_hand(tmp_path):
+    store = save(tmp_path / "s", source := 64)
+    assert source == 64 and len(store) == 1000 and store.dtype == np.uint16
+    expected = np.frombuffer(TEXT.encode(), np.uint8)
+    for start, end in [(0, 1000), (0, 0), (63, 65), (60, 200), (64, 128), (999, 1000), (1000, 1000)]:
+        ids = store.load_by_range(start, end)
+        assert ids.dtype == np.uint16 and np.array_equal(ids, expected[start:end])
+    store.verify()
+
+
+def test_manifest(tmp_path):
+    store = MemmapManager.save_as_memmap(["Déjà", " vu"], BYTES, tmp_path / "s", 5, {"name": "x"})
+    manifest = json.loads((tmp_path / "s" / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["dtype"] == "<u2" and manifest["num_tokens"] == 9
+    assert manifest["text_bytes"] == 9 and manifest["chunk_size"] == 5
+    assert manifest["tokenizer_fingerprint"] == BYTES.fingerprint == store.fingerprint
+    assert [len(c["sha256"]) for c in manifest["chunks"]] == [64, 64]
+    assert manifest["source"] == {"name": "x"}
+
+
+def test_large_vocabularies_take_four_bytes(tmp_path):
+    assert id_dtype(65_536) == np.uint16 and id_dtype(65_537) == np.uint32
+    store = MemmapManager.save_as_memmap(["ab"], WideTokenizer(), tmp_path / "s")
+    assert store.load_by_range(0, 2).tolist() == [70_097, 70_098]
+
+
+def test_store_takes_the_place_of_an_older_one_only_when_complete(tmp_path):
+    save(tmp_path / "s")
+
+    def broken():
+        yield "some text"
+        raise RuntimeError("the text broke off")
+
+    with pytest.raises(RuntimeError, match="broke off"):
+        MemmapManager.save_as_memmap(broken(), BYTES, tmp_path / "s")
+    assert len(MemmapManager(tmp_path / "s")) == 1000
+    save(tmp_path / "s", text=TEXT[:100])
+    assert len(MemmapManager(tmp_path / "s")) == 100
+    assert os.listdir(tmp_path) == ["s"], "nothing half-written is left"
+
+
+def test_bad_stores(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no manifest.json; encode a text"):
+        MemmapManager(tmp_path)
+    with pytest.raises(ValueError, match="got an empty text"):
+        MemmapManager.save_as_memmap([], BYTES, tmp_path / "empty")
+    assert os.listdir(tmp_path) == []
+    store = save(tmp_path / "s")
+    for start, end in [(-1, 5), (5, 4), (0, 1001)]:
+        with pytest.raises(ValueError, match=r"need a range inside \[0, 1000\)"):
+            store.load_by_range(start, end)
+    chunk = tmp_path / "s" / "chunk_00001.bin"
+    data = bytearray(chunk.read_bytes())
+    data[3] ^= 1
+    chunk.write_bytes(data)
+    with pytest.raises(ValueError, match=r"chunk_00001.bin.* has changed"):
+        store.verify()
+    chunk.write_bytes(data[:10])
+    with pytest.raises(ValueError, match=r"cannot read .*chunk_00001.bin"):
+        store.load_by_range(0, 128)
+    (tmp_path / "s" / "manifest.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match="delete the folder and encode"):
+        MemmapManager(tmp_path / "s")
+
+
+def test_token_range(tmp_path):
+    part = TokenRange(save(tmp_path / "s"), 100, 300)
+    assert len(part) == 200
+    assert np.array_equal(part.load_by_range(5, 90), np.frombuffer(TEXT.encode()[105:190], np.uint8))
+    with pytest.raises(ValueError, match=r"need inside \[0, 200\)"):
+        part.load_by_range(0, 201)
+    with pytest.raises(ValueError, match="TokenRange"):
+        TokenRange(ArrayTokens(np.arange(5)), 0, 6)
+
+
+MEMORY_PROGRAM = """
+import re, sys, numpy as np
+from cs_lm.token_store import MemmapManager
+
+class Numbers:
+    vocab_size, fingerprint = 60_000, "numbers"
+    def encode_blocks(self, parts):
+        for part in parts:
+            yield list(range(len(part)))
+
+def memory_kb(name):
+    return int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
+
+def texts():
+    for _ in range(800):
+        yield "x" * 50_000
+
+warm = MemmapManager.save_as_memmap(["x" * 50_000] * 12, Numbers(), sys.argv[1] + "/warm")
+before = memory_kb("VmHWM")
+store = MemmapManager.save_as_memmap(texts(), Numbers(), sys.argv[1] + "/big")
+writing = memory_kb("VmHWM") - before
+before = memory_kb("VmRSS")
+for start in range(0, len(store), 100_000):
+    store.load_by_range(start, start + 100_000)
+print(len(store) * 2 // 1024, writing, memory_kb("VmRSS") - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_memory_does_not_follow_the_size_of_the_store(tmp_path):
+    shown = subprocess.run(
+        [sys.executable, "-c", MEMORY_PROGRAM, str(tmp_path)],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    store_kb, writing_kb, reading_kb = map(int, shown.split())
+    assert store_kb > 75_000
+    assert writing_kb < store_kb / 3 and reading_kb < 5_000
+
+
+def windows(source, num_batches):
+    return [source(i)[0][:, 0].tolist() for i in range(num_batches)]
+
+
+@pytest.mark.parametrize("sampling", ["random", "epoch"])
+def test_batch_is_a_function_of_seed_and_number(sampling):
+    tokens = ArrayTokens(np.arange(500))
+
+    def source(seed):
+        return BatchSource(tokens, 4, 7, seed, sampling, CPU)
+
+    first = source(3)
+    x, y = first(5)
+    assert x.shape == y.shape == (4, 7) and x.dtype == torch.int64
+    assert torch.equal(y, x + 1)
+    again = source(3)
+    assert torch.equal(again(5)[0], x), "whatever was drawn before"
+    assert windows(source(3), 9) != windows(source(4), 9)
+
+
+def test_every_start_is_equally_likely():
+    tokens = ArrayTokens(np.arange(20))
+    starts = random_starts(tokens, 100, 7, seed=0)
+    drawn = np.concatenate([starts(i) for i in range(1300)])
+    counts = np.bincount(drawn, minlength=13)
+    assert len(counts) == 13, "the last window, 12 to 19, included"
+    expected = len(drawn) / 13
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    assert chi_square < 32.9  # 12 degrees of freedom: exceeded once in a thousand seeds
+
+
+def test_epoch_takes_each_window_once():
+    tokens = ArrayTokens(np.arange(7 * 23 + 1))  # exactly 23 windows, the last one included
+    starts = epoch_starts(tokens, 5, 7, seed=1)
+    drawn = np.concatenate([starts(i) for i in range(23 * 3)])[: 23 * 5]
+    epochs = drawn.reshape(5, 23) // 7
+    assert all(sorted(epoch) == list(range(23)) for epoch in epochs.tolist())
+    assert len({tuple(epoch) for epoch in epochs.tolist()}) == 5, "a new order each epoch"
+    assert load_windows(tokens, np.array([22 * 7]), 7, CPU)[1][0, -1] == 7 * 23
+
+
+def test_permutation_looks_random():
+    """Neighbouring places land far apart: the mean step of a random permutation is size / 3."""
+    order = permuted(np.arange(10_000), 10_000, (0, 0))
+    assert sorted(order) == list(range(10_000))
+    assert abs(np.abs(np.diff(order)).mean() / (10_000 / 3) - 1) < 0.05
+
+
+@pytest.mark.parametrize("sampling", ["random", "epoch"])
+def test_too_few_tokens(sampling):
+    BatchSource(ArrayTokens(np.arange(8)), 2, 7, 0, sampling, CPU)(0)
+    with pytest.raises(ValueError, match=r"tokens: got 7, need at least 8 for one window"):
+        BatchSource(ArrayTokens(np.arange(7)), 2, 7, 0, sampling, CPU)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_batches_reach_cuda():
+    x, y = BatchSource(ArrayTokens(np.arange(50)), 2, 7, 0, "random", torch.device("cuda"))(0)
+    assert x.device.type == "cuda" and torch.equal(y, x + 1)

@@ -1,0 +1,143 @@
+import copy
+import math
+
+import pytest
+import torch
+
+from cs_lm.config import ModelConfig, OptimConfig
+from cs_lm.model import TransformerLM
+from cs_lm.optim import AdamW, clip_gradients, parameter_groups
+from cs_lm.schedule import learning_rate
+from tests.tolerances import MANY_UPDATES, close
+
+
+def parameters(seed=0):
+    torch.manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(5, 7)), torch.nn.Parameter(torch.randn(3))]
+
+
+def run(optimizer, params, num_updates, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(num_updates):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator) * 3
+        optimizer.step()
+
+
+def test_equal_to_torch_with_groups():
+    ours, theirs = parameters(), parameters()
+    for params, optimizer_class in ((ours, AdamW), (theirs, torch.optim.AdamW)):
+        groups = [
+            {"params": params[:1], "weight_decay": 0.3, "lr": 3e-3},
+            {"params": params[1:], "betas": (0.5, 0.7), "eps": 1e-3},
+        ]
+        run(optimizer_class(groups, lr=1e-2, weight_decay=0.0), params, 1000)
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, **MANY_UPDATES)
+
+
+def test_state_is_lazy_and_updates_are_in_place():
+    params = parameters()
+    optimizer = AdamW(params)
+    assert not optimizer.state
+    places = [p.data_ptr() for p in params]
+    params[0].grad = torch.ones_like(params[0])
+    before = params[1].detach().clone()
+    optimizer.step()
+    assert set(optimizer.state) == {params[0]}, "no gradient, no state"
+    assert torch.equal(params[1], before)
+    assert [p.data_ptr() for p in params] == places
+
+
+def test_state_dict_round_trip_goes_on_identically():
+    first, second = parameters(), parameters()
+    optimizer = AdamW(first)
+    run(optimizer, first, 5)
+    other = AdamW(second)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # as from a file
+    for a, b in zip(first, second):
+        b.data.copy_(a)
+    run(optimizer, first, 5, seed=2)
+    run(other, second, 5, seed=2)
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_closure():
+    params = parameters()
+    optimizer = AdamW(params)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = sum((p**2).sum() for p in params)
+        loss.backward()
+        return loss
+
+    losses = [optimizer.step(closure).item() for _ in range(3)]
+    assert losses[0] > losses[1] > losses[2]
+
+
+@pytest.mark.parametrize(
+    "setting", [{"lr": -1.0}, {"eps": -1.0}, {"weight_decay": -0.1}, {"betas": (0.9, 1.0)},
+                {"betas": (0.9,)}, {"lr": math.nan}],
+)  # fmt: skip
+def test_bad_settings(setting):
+    with pytest.raises(ValueError, match=r"AdamW: got (lr|eps|weight_decay|betas) .*, need"):
+        AdamW(parameters(), **setting)
+
+
+def test_norms_and_embeddings_do_not_decay():
+    model = TransformerLM(ModelConfig(12, 3, 20, 17, 2, 11))
+    decayed, spared = parameter_groups(model, 0.1)
+    names = {id(p): name for name, p in model.named_parameters()}
+    spared_names = {names[id(p)] for p in spared["params"]}
+    assert decayed["weight_decay"] == 0.1 and spared["weight_decay"] == 0.0
+    assert len(decayed["params"]) + len(spared["params"]) == len(names)
+    assert spared_names == {n for n in names.values() if "ln" in n or "embeddings" in n}
+
+
+def test_clip_is_one_norm_over_all_gradients():
+    ours, theirs = parameters(), parameters()
+    for group in (ours, theirs):
+        for p in group:
+            p.grad = p.detach().clone() * 10
+    norm = clip_gradients((p for p in ours), 1.5)
+    expected = torch.nn.utils.clip_grad_norm_(theirs, 1.5)
+    close(norm, expected)
+    for a, b in zip(ours, theirs):
+        close(a.grad, b.grad)
+
+
+def test_clip_leaves_small_gradients_and_infinity_alone():
+    params = parameters()
+    params[0].grad = torch.full_like(params[0], 0.1)
+    clip_gradients(params, 100.0)
+    clip_gradients(params, math.inf)
+    assert (params[0].grad == 0.1).all()
+    assert clip_gradients([], 1.0).item() == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_clip_of_other_types(dtype):
+    params = [torch.nn.Parameter(torch.zeros(1000, dtype=dtype))]
+    params[0].grad = torch.full((1000,), 2.0, dtype=dtype)
+    assert clip_gradients(params, 1.0).item() == pytest.approx(2 * math.sqrt(1000), rel=1e-6)
+    assert params[0].grad.float().norm().item() == pytest.approx(1.0, rel=1e-2)
+
+
+def test_learning_rate_at_the_stated_steps():
+    optim = OptimConfig(lr=1.0, lr_min=0.1, warmup_ratio=0.1, warmfix_ratio=0.9)
+    rates = [learning_rate(step, 100, optim) for step in range(120)]
+    assert rates[0] == pytest.approx(0.1), "lr / w: the first update is not wasted"
+    assert rates[9] == 1.0 and rates[8] < 1.0
+    assert 0.99 < rates[10] < 1.0
+    assert rates[49] == pytest.approx(0.55)
+    assert rates[88] > 0.1 and rates[89:] == [0.1] * 31
+    assert max(rates) == 1.0
+
+
+def test_learning_rate_without_warm_up_or_cosine():
+    flat = OptimConfig(lr=1.0, lr_min=0.5, warmup_ratio=0.0, warmfix_ratio=0.0)
+    assert [learning_rate(s, 10, flat) for s in (0, 9)] == [0.5, 0.5]
+    warm = OptimConfig(lr=1.0, lr_min=0.5, warmup_ratio=1.0, warmfix_ratio=1.0)
+    assert [learning_rate(s, 10, warm) for s in (0, 4, 8)] == [0.1, 0.5, 0.9]
+    assert learning_rate(0, 1, OptimConfig()) > 0
