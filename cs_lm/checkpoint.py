@@ -99,7 +99,7 @@ class CheckpointManager:
         save_checkpoint(model, optimizer, iteration, self.last_path, **extras)
 
     def save_if_best(self, valid_loss: float, model, optimizer, iteration: int, **extras) -> bool:
-        """Keeps the model as `best.pt` if no earlier one of this run, resumed or not, was better."""
+        """Keeps the model as `best.pt` unless an earlier one of this run is as good."""
         if self._best_loss is None and self.best_path.is_file():
             self._best_loss = read_checkpoint(self.best_path)["extras"]["valid_loss"]
         if self._best_loss is not None and not valid_loss < self._best_loss:

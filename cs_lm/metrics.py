@@ -176,7 +176,10 @@ def plot_losses(metrics_path: str | Path, png_path: str | Path) -> Path:
                   label="train, running mean")  # fmt: skip
     if valid:
         last = valid[-1]
-        label = f"validation (last: {last['loss_nats']:.3f} nats, {last['bits_per_byte']:.3f} bits/byte)"
+        label = (
+            f"validation (last: {last['loss_nats']:.3f} nats, "
+            f"{last['bits_per_byte']:.3f} bits/byte)"
+        )
         axes.plot(_column(valid, "step"), _column(valid, "loss_nats"), "o-", color="C1", ms=4,
                   label=label)  # fmt: skip
     axes.set(xlabel="step", ylabel="loss [nats per token]", title=Path(metrics_path).parent.name)

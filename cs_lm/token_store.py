@@ -47,7 +47,7 @@ class MemmapManager:
     """
 
     def __init__(self, folder: str | Path):
-        """Raises: FileNotFoundError when the folder holds no store, ValueError for a damaged one."""
+        """Raises: FileNotFoundError where there is no store, ValueError for a damaged one."""
         self.folder = Path(folder)
         path = self.folder / MANIFEST
         if not path.is_file():
@@ -190,8 +190,8 @@ def _write_chunks(texts, tokenizer, folder: Path, chunk_size: int, progress) -> 
 
     chunks: list[dict[str, Any]] = []
     num_tokens = 0
-    for ids in _regroup(tokenizer.encode_blocks(counted()), chunk_size):
-        data = np.asarray(ids, dtype).tobytes()
+    for ids in _regroup(tokenizer.encode_blocks(counted()), chunk_size, dtype):
+        data = ids.tobytes()
         name = f"chunk_{len(chunks):05d}.bin"
         with open(folder / name, "wb") as file:
             file.write(data)
@@ -213,16 +213,21 @@ def _write_chunks(texts, tokenizer, folder: Path, chunk_size: int, progress) -> 
     }
 
 
-def _regroup(blocks: Iterable[list[int]], size: int) -> Iterator[list[int]]:
-    """The same ids in lists of exactly `size`, the last one shorter."""
-    held: list[int] = []
+def _regroup(blocks: Iterable[list[int]], size: int, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """The same ids in arrays of exactly `size`, the last one shorter."""
+    held = np.empty(size, dtype)
+    filled = 0
     for block in blocks:
-        held += block
-        while len(held) >= size:
-            yield held[:size]
-            del held[:size]
-    if held:
-        yield held
+        ids = np.asarray(block, dtype)
+        while filled + len(ids) >= size:
+            missing = size - filled
+            held[filled:] = ids[:missing]
+            yield held
+            ids, filled = ids[missing:], 0
+        held[filled : filled + len(ids)] = ids
+        filled += len(ids)
+    if filled:
+        yield held[:filled]
 
 
 def _put_in_place(new: Path, folder: Path) -> None:

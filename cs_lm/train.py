@@ -234,7 +234,8 @@ class Trainer:
                 f"{result.perplexity:.2f}, {result.bits_per_byte:.4f} bits/byte"
             )
         print(
-            f"checkpoints: {self.folder.checkpoints.last_path} and {self.folder.checkpoints.best_path}"
+            f"checkpoints: {self.folder.checkpoints.last_path} and "
+            f"{self.folder.checkpoints.best_path}"
         )
         print(shown)
         print(f'more text: python -m cs_lm generate --out_dir {path} --prompt "The "', flush=True)

@@ -35,7 +35,9 @@ class EncodeConfig:
         if not self.store:
             found.append("--store: is missing; name the folder that the store shall be")
         elif Path(self.store).exists() and not (Path(self.store) / MANIFEST).is_file():
-            found.append(f"--store: {self.store!r} exists and is no token store; name another folder")
+            found.append(
+                f"--store: {self.store!r} exists and is no token store; name another folder"
+            )
         elif Path(self.store).exists() and not self.overwrite:
             found.append(f"--store: {self.store!r} exists; add --overwrite, or name another folder")
         if self.chunk_size < 1:
@@ -51,9 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     texts = read_text(config.corpus_path, config.encoding_errors)
     source = source_of(Path(config.corpus_path), config.encoding_errors)
-    store = MemmapManager.save_as_memmap(
-        texts, tokenizer, config.store, config.chunk_size, source
-    )
+    store = MemmapManager.save_as_memmap(texts, tokenizer, config.store, config.chunk_size, source)
     text_bytes = store.manifest["text_bytes"]
     print(
         f"{len(store):,} tokens from {text_bytes:,} bytes ({text_bytes / len(store):.2f} bytes a "

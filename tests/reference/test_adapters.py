@@ -67,9 +67,15 @@ def test_layers_with_any_leading_axes(leading):
     close(adapters.run_swiglu(D, FF, w1, w2, w3, x), gated, DEEP)
     ids, table = torch.randint(0, V, (*leading, T)), torch.randn(V, D)
     close(adapters.run_embedding(V, D, table, ids), F.embedding(ids, table))
-    close(adapters.run_rope(D, THETA, CONTEXT, x, torch.arange(T)), by_hand_rope(x, torch.arange(T)))
+    close(
+        adapters.run_rope(D, THETA, CONTEXT, x, torch.arange(T)), by_hand_rope(x, torch.arange(T))
+    )
     weights = attention_weights()
-    close(adapters.run_multihead_self_attention(D, H, *weights, x), by_hand_attention(weights, x), DEEP)
+    close(
+        adapters.run_multihead_self_attention(D, H, *weights, x),
+        by_hand_attention(weights, x),
+        DEEP,
+    )
     block = block_weights()
     actual = adapters.run_transformer_block(D, H, FF, CONTEXT, THETA, block, x)
     close(actual, by_hand_block(block, x), DEEP)

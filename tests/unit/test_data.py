@@ -34,7 +34,15 @@ def test_store_by_hand(tmp_path):
     store = save(tmp_path / "s", source := 64)
     assert source == 64 and len(store) == 1000 and store.dtype == np.uint16
     expected = np.frombuffer(TEXT.encode(), np.uint8)
-    for start, end in [(0, 1000), (0, 0), (63, 65), (60, 200), (64, 128), (999, 1000), (1000, 1000)]:
+    for start, end in [
+        (0, 1000),
+        (0, 0),
+        (63, 65),
+        (60, 200),
+        (64, 128),
+        (999, 1000),
+        (1000, 1000),
+    ]:
         ids = store.load_by_range(start, end)
         assert ids.dtype == np.uint16 and np.array_equal(ids, expected[start:end])
     store.verify()
@@ -98,7 +106,9 @@ def test_bad_stores(tmp_path):
 def test_token_range(tmp_path):
     part = TokenRange(save(tmp_path / "s"), 100, 300)
     assert len(part) == 200
-    assert np.array_equal(part.load_by_range(5, 90), np.frombuffer(TEXT.encode()[105:190], np.uint8))
+    assert np.array_equal(
+        part.load_by_range(5, 90), np.frombuffer(TEXT.encode()[105:190], np.uint8)
+    )
     with pytest.raises(ValueError, match=r"need inside \[0, 200\)"):
         part.load_by_range(0, 201)
     with pytest.raises(ValueError, match="TokenRange"):

@@ -151,7 +151,11 @@ def test_stop_strings_end_a_row_of_a_batch(model):
     assert stopped[0] == free[0][: free[0].index(free[0][4:6])]
     pieces = {0: "", 1: ""}
     texts = generate_text(
-        model, BYTES, ["ab", "x"], config, lambda row, text: pieces.__setitem__(row, pieces[row] + text)
+        model,
+        BYTES,
+        ["ab", "x"],
+        config,
+        lambda row, text: pieces.__setitem__(row, pieces[row] + text),
     )
     assert [pieces[0], pieces[1]] == texts
 

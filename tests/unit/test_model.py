@@ -101,7 +101,9 @@ def test_initialisation(generator):
     again = Linear(300, 500, torch.Generator().manual_seed(0))
     assert torch.equal(linear.weight, again.weight)
     assert linear.weight.std().item() == pytest.approx(linear_std(300, 500) * 0.9866, rel=0.01)
-    assert Embedding(50, 40, torch.Generator()).weight.std().item() == pytest.approx(0.9866, rel=0.1)
+    assert Embedding(50, 40, torch.Generator()).weight.std().item() == pytest.approx(
+        0.9866, rel=0.1
+    )
     assert torch.equal(RMSNorm(7).weight, torch.ones(7))
 
 
