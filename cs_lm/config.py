@@ -26,6 +26,24 @@ def setting(
     return field(default=default, metadata=metadata)
 
 
+def device_setting() -> Any:
+    return setting(
+        "auto", "auto takes CUDA if present, else the CPU", choices=("auto", "cuda", "cpu", "mps")
+    )
+
+
+def encoding_errors_setting() -> Any:
+    return setting(
+        "strict", "bytes that are not UTF-8: stop, or read as U+FFFD", choices=("strict", "replace")
+    )
+
+
+def special_tokens_setting() -> Any:
+    return setting(
+        DEFAULT_SPECIAL_TOKENS, "tokens that split documents and are never split themselves"
+    )
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """What the shape of a model follows from."""
@@ -76,12 +94,8 @@ class DataConfig:
         None, "tokenizer's vocab.json; trained and written there if missing"
     )
     merges_path: str | None = setting(None, "tokenizer's merges.txt, beside --vocab_path")
-    special_tokens: tuple[str, ...] = setting(
-        DEFAULT_SPECIAL_TOKENS, "tokens that split documents and are never split themselves"
-    )
-    encoding_errors: str = setting(
-        "strict", "bytes that are not UTF-8: stop, or read as U+FFFD", choices=("strict", "replace")
-    )
+    special_tokens: tuple[str, ...] = special_tokens_setting()
+    encoding_errors: str = encoding_errors_setting()
     sampling: str = setting(
         "random", "windows: any start, or each window once an epoch", choices=("random", "epoch")
     )
@@ -155,9 +169,7 @@ class RunConfig:
     grad_accum: int = setting(1, "forward passes to one update")
     num_epochs: float = setting(10.0, "updates follow from this many passes over the store")
     max_steps: int | None = setting(None, "at most this many updates", "steps")
-    device: str = setting(
-        "auto", "auto takes CUDA if present, else the CPU", choices=("auto", "cuda", "cpu", "mps")
-    )
+    device: str = device_setting()
     dtype: str = setting(
         "float32",
         "bfloat16: matrix products in bfloat16, weights and sums in float32",
@@ -199,12 +211,7 @@ class RunConfig:
             )
         if not self.prompt:
             found.append("--prompt: got an empty text, need at least one character")
-        return found + _not_among_choices(self)
-
-    def validate(self) -> None:
-        """Raises: ValueError with all problems, one on a line."""
-        if found := self.problems():
-            raise ValueError("\n".join(found))
+        return found
 
     @property
     def tokens_per_step(self) -> int:
@@ -288,12 +295,17 @@ def _not_positive(config: Any, may_be_zero: tuple[str, ...] = ()) -> list[str]:
     return found
 
 
-def _not_among_choices(config: RunConfig) -> list[str]:
+def all_problems(config: Any) -> list[str]:
+    """What a config finds wrong with itself, and values outside their choices."""
+    return config.problems() + _not_among_choices(config)
+
+
+def _not_among_choices(config: Any) -> list[str]:
     found = []
-    for part in (config, config.data):
-        for each in dataclasses.fields(part):
-            choices = each.metadata.get("choices")
-            value = getattr(part, each.name)
-            if choices and value not in choices:
-                found.append(f"{flag_of(each)}: got {value!r}, need one of {', '.join(choices)}")
+    for each in dataclasses.fields(config):
+        choices, value = each.metadata.get("choices"), getattr(config, each.name)
+        if dataclasses.is_dataclass(value):
+            found += _not_among_choices(value)
+        elif choices and value not in choices:
+            found.append(f"{flag_of(each)}: got {value!r}, need one of {', '.join(choices)}")
     return found

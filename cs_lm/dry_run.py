@@ -5,7 +5,15 @@ from pathlib import Path
 
 from cs_lm.config import RunConfig
 from cs_lm.model import flops_per_token, num_parameters
-from cs_lm.prepare import DATA, EMBEDDED_LABEL, embedded_text, find_corpus, label_of, store_folder
+from cs_lm.prepare import (
+    DATA,
+    EMBEDDED_LABEL,
+    embedded_text,
+    find_corpus,
+    label_of,
+    num_training_tokens,
+    store_folder,
+)
 from cs_lm.schedule import learning_rate
 from cs_lm.token_store import MemmapManager
 from cs_lm.train import num_training_steps
@@ -17,13 +25,13 @@ FLOAT_BYTES = 4
 def training_tokens(config: RunConfig) -> tuple[int, bool]:
     """Tokens to train on, and whether that number is known rather than guessed."""
     folder = store_folder(label_of(config))
-    keep = 1.0 if config.data.valid_path else 1 - config.data.valid_fraction
     if folder.is_dir():
-        return int(len(MemmapManager(folder)) * keep), True
+        return num_training_tokens(config, len(MemmapManager(folder))), True
     corpus = find_corpus(config)
     embedded = corpus == DATA / f"{EMBEDDED_LABEL}.txt" and config.data.corpus_path is None
     num_bytes = len(embedded_text().encode()) if embedded else os.path.getsize(corpus)
-    return max(1, int(num_bytes / GUESSED_BYTES_PER_TOKEN * keep)), False
+    guessed = max(1, int(num_bytes / GUESSED_BYTES_PER_TOKEN))
+    return num_training_tokens(config, guessed), False
 
 
 def memory_bytes(config: RunConfig) -> int:

@@ -1,6 +1,7 @@
 """How well a model predicts a fixed text: loss, perplexity, bits per byte."""
 
 import math
+import zlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -92,12 +93,27 @@ def evaluate(
             x, y = _padded(rows, seq_length)
             with precision or nullcontext():
                 batch_sum, batch_count = next_token_loss(model, x.to(device), y.to(device))
-            loss_sum += batch_sum.double().item()
+            loss_sum += batch_sum.item()
             num_tokens += int(batch_count)
             num_bytes += sum(int(byte_lengths[row[1:]].sum()) for row in rows)
     finally:
         model.train(was_training)
     return Evaluation(loss_sum, num_tokens, num_bytes)
+
+
+def gzip_bits_per_byte(
+    tokens: Tokens, vocab: Mapping[int, bytes], seq_length: int, max_tokens: int | None = None
+) -> float:
+    """Bits that `gzip -9` needs for a byte of the text that `evaluate` scores: a yardstick."""
+    compressor = zlib.compressobj(9, wbits=31)  # 31: gzip's header and the largest window
+    num_bytes = num_compressed = 0
+    for start in evaluation_starts(len(tokens), seq_length, max_tokens):
+        row = tokens.load_by_range(start + 1, min(start + seq_length + 1, len(tokens)))
+        text = b"".join([vocab[i] for i in row.tolist()])
+        num_bytes += len(text)
+        num_compressed += len(compressor.compress(text))
+    num_compressed += len(compressor.flush())
+    return 8 * num_compressed / num_bytes
 
 
 def _padded(rows: list[np.ndarray], seq_length: int) -> tuple[torch.Tensor, torch.Tensor]:

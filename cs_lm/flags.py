@@ -9,7 +9,7 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cs_lm.config import flag_of, plain_type, replace, settings_of
+from cs_lm.config import all_problems, flag_of, plain_type, replace, settings_of
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -85,7 +85,7 @@ def config_from_flags(
     """
     values, problems = read_flags(namespace, type(base))
     config = replace(base, values)
-    problems += config.problems()
+    problems += all_problems(config)
     if more_problems is not None:
         problems += [line for line in more_problems(config) if line.split(":")[0] not in
                      {known.split(":")[0] for known in problems}]  # fmt: skip

@@ -101,13 +101,20 @@ def prepare(config: RunConfig, say: Say) -> PreparedData:
     return PreparedData(tokenizer, train, valid)
 
 
+def num_training_tokens(config: RunConfig, num_tokens: int) -> int:
+    """How many of a store's tokens are trained on; the rest, at its end, is for validation."""
+    if config.data.valid_path is not None:
+        return num_tokens
+    return num_tokens - int(num_tokens * config.data.valid_fraction)
+
+
 def _split(config: RunConfig, store: MemmapManager, tokenizer, say: Say) -> tuple[Tokens, Tokens]:
     data = config.data
     if data.valid_path is not None:
         source = source_of(Path(data.valid_path), data.encoding_errors)
         folder = valid_store_folder(label_of(config))
         return store, _store(config, Path(data.valid_path), source, folder, tokenizer, say)
-    border = len(store) - int(len(store) * data.valid_fraction)
+    border = num_training_tokens(config, len(store))
     return TokenRange(store, 0, border), TokenRange(store, border, len(store))
 
 

@@ -71,6 +71,12 @@ def load_trained(folder: RunFolder, which: str, device: torch.device) -> Trained
     """
     path = folder.checkpoints.last_path if which == "last" else folder.checkpoints.best_path
     tokenizer = folder.load_tokenizer()
+    if not path.is_file():
+        other = "last" if which == "best" else "best"
+        raise FileNotFoundError(
+            f"--checkpoint: got {which!r}, but {str(folder.path)!r} holds no {path.name} yet; "
+            f"train on with --resume, or try --checkpoint {other}"
+        )
     content = read_checkpoint(path)
     if content["extras"]["tokenizer_fingerprint"] != tokenizer.fingerprint:
         raise ValueError(

@@ -17,7 +17,7 @@ from cs_lm.checkpoint import restore
 from cs_lm.config import RunConfig, to_json
 from cs_lm.decoding import DecodingConfig, generate_text
 from cs_lm.device import describe, resolve_device
-from cs_lm.evaluate import Evaluation, evaluate, token_byte_lengths
+from cs_lm.evaluate import Evaluation, evaluate, gzip_bits_per_byte, token_byte_lengths
 from cs_lm.fast_ops import FAST
 from cs_lm.metrics import (
     Display,
@@ -141,6 +141,7 @@ class Trainer:
         self.log = MetricsLog(folder.metrics)
         self.tensorboard = open_tensorboard(folder.tensorboard) if config.tensorboard else None
         self.step = 0
+        self.trained_tokens = 0
         self.trained_before_s = 0.0
         self.last_evaluation: Evaluation | None = None
         if checkpoint is not None:
@@ -179,6 +180,7 @@ class Trainer:
             )
         restore(checkpoint, self.model, self.optimizer)
         self.step = checkpoint["iteration"]
+        self.trained_tokens = extras["trained_tokens"]
         self.trained_before_s = extras["elapsed_s"]
 
     def _begin(self) -> None:
@@ -224,14 +226,15 @@ class Trainer:
             shown = f"plot: {plot_losses(self.folder.metrics, self.folder.plot)}"
         except ValueError as error:  # matplotlib is an extra: without it, the run is no failure
             shown = str(error)
-        tokens = self.step * self.config.tokens_per_step
         print(
-            f"done: {self.step} steps, {tokens:,} tokens, {format_duration(elapsed_s)} of training"
+            f"done: {self.step} steps, {self.trained_tokens:,} tokens, "
+            f"{format_duration(elapsed_s)} of training"
         )
         if result is not None:
             print(
                 f"validation: loss {result.loss_nats:.4f} nats/token, perplexity "
-                f"{result.perplexity:.2f}, {result.bits_per_byte:.4f} bits/byte"
+                f"{result.perplexity:.2f}, {result.bits_per_byte:.4f} bits/byte "
+                f"(gzip -9 on the same text: {self._gzip_bits_per_byte():.4f})"
             )
         print(
             f"checkpoints: {self.folder.checkpoints.last_path} and "
@@ -239,6 +242,12 @@ class Trainer:
         )
         print(shown)
         print(f'more text: python -m cs_lm generate --out_dir {path} --prompt "The "', flush=True)
+
+    def _gzip_bits_per_byte(self) -> float:
+        config, data = self.config, self.data
+        return gzip_bits_per_byte(
+            data.valid, data.tokenizer.vocab, config.seq_length, config.eval_tokens
+        )
 
     # ---- one step and what follows it ----
 
@@ -254,6 +263,7 @@ class Trainer:
             self.precision,
         )  # fmt: skip
         self.step += 1
+        self.trained_tokens += config.tokens_per_step
 
     def _after_step(self, is_last: bool) -> None:
         """Saves before it validates and samples: what can fail comes after the work is safe."""
@@ -308,6 +318,7 @@ class Trainer:
             "config": to_json(replace(self.config, resume=False, dry_run=False)),
             "tokenizer_fingerprint": self.data.tokenizer.fingerprint,
             "elapsed_s": self.trained_before_s + self.watch.elapsed_s,
+            "trained_tokens": self.trained_tokens,
         }
 
     def _validate(self) -> None:
@@ -337,8 +348,7 @@ class Trainer:
         self.say(f"step {self.step} | sample: {prompt}{text}\n")
 
     def _record(self, kind: str, **values: Any) -> None:
-        tokens = self.step * self.config.tokens_per_step
-        self.log.write(kind, step=self.step, tokens=tokens, **values)
+        self.log.write(kind, step=self.step, tokens=self.trained_tokens, **values)
         if self.tensorboard is not None:
             for name, value in values.items():
                 if isinstance(value, float):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cs_lm.cli.errors import readable_errors
-from cs_lm.config import DEFAULT_SPECIAL_TOKENS, setting
+from cs_lm.config import encoding_errors_setting, setting, special_tokens_setting
 from cs_lm.flags import parse_config
 from cs_lm.prepare import source_of
 from cs_lm.token_store import MANIFEST, MemmapManager
@@ -18,14 +18,10 @@ class EncodeConfig:
     corpus_path: str = setting("", "UTF-8 text to encode; required")
     vocab_path: str = setting("vocab.json", "the tokenizer's vocabulary")
     merges_path: str = setting("merges.txt", "the tokenizer's merges")
-    special_tokens: tuple[str, ...] = setting(
-        DEFAULT_SPECIAL_TOKENS, "tokens that split documents and are never split themselves"
-    )
+    special_tokens: tuple[str, ...] = special_tokens_setting()
     store: str = setting("", "folder of the token store; required, data/<label>_chunks for a run")
     chunk_size: int = setting(500_000, "length of a file of the store", "tokens")
-    encoding_errors: str = setting(
-        "strict", "bytes that are not UTF-8: stop, or read as U+FFFD", choices=("strict", "replace")
-    )
+    encoding_errors: str = encoding_errors_setting()
     overwrite: bool = setting(False, "replace an existing store")
 
     def problems(self) -> list[str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cs_lm.cli.errors import readable_errors
-from cs_lm.config import setting
+from cs_lm.config import device_setting, encoding_errors_setting, setting
 from cs_lm.device import resolve_device
 from cs_lm.evaluate import evaluate, token_byte_lengths
 from cs_lm.flags import parse_config
@@ -23,9 +23,8 @@ class EvaluateConfig:
     seq_length: int | None = setting(None, "window; default: the run's --seq_length", "tokens")
     batch_size: int = setting(16, "windows in one forward pass; changes the speed alone")
     max_tokens: int | None = setting(None, "score about this many; default: all", "tokens")
-    device: str = setting(
-        "auto", "auto takes CUDA if present, else the CPU", choices=("auto", "cuda", "cpu", "mps")
-    )
+    encoding_errors: str = encoding_errors_setting()
+    device: str = device_setting()
 
     def problems(self) -> list[str]:
         found = [f"--{n}: is missing" for n in ("out_dir", "text_path") if not getattr(self, n)]
@@ -48,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--seq_length: got {seq_length}, need at most the model's context "
             f"({trained.config.model.context_length})"
         )
-    blocks = trained.tokenizer.encode_blocks(read_text(config.text_path))
+    blocks = trained.tokenizer.encode_blocks(read_text(config.text_path, config.encoding_errors))
     ids = np.concatenate([np.asarray(block, np.int64) for block in blocks])
     result = evaluate(
         trained.model,

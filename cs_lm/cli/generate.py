@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cs_lm.cli.errors import readable_errors
-from cs_lm.config import setting
+from cs_lm.config import device_setting, setting
 from cs_lm.decoding import DecodingConfig, generate_text
 from cs_lm.device import resolve_device
 from cs_lm.flags import parse_config
@@ -23,9 +23,7 @@ class GenerateConfig:
     checkpoint: str = setting("best", "which model of the run", choices=("best", "last"))
     prompt: str | None = setting(None, "text to go on from")
     prompt_file: str | None = setting(None, "file with the text to go on from")
-    device: str = setting(
-        "auto", "auto takes CUDA if present, else the CPU", choices=("auto", "cuda", "cpu", "mps")
-    )
+    device: str = device_setting()
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
 
     def problems(self) -> list[str]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cs_lm.cli.errors import readable_errors
-from cs_lm.config import DEFAULT_SPECIAL_TOKENS, setting
+from cs_lm.config import encoding_errors_setting, setting, special_tokens_setting
 from cs_lm.flags import parse_config
 from cs_lm.tokenizer import BPETokenizer, train_bpe
 
@@ -16,13 +16,9 @@ class TrainTokenizerConfig:
     vocab_size: int = setting(32000, "tokens, bytes and special tokens included")
     vocab_path: str = setting("vocab.json", "where the vocabulary goes")
     merges_path: str = setting("merges.txt", "where the merges go")
-    special_tokens: tuple[str, ...] = setting(
-        DEFAULT_SPECIAL_TOKENS, "tokens that split documents and are never split themselves"
-    )
+    special_tokens: tuple[str, ...] = special_tokens_setting()
     num_workers: int | None = setting(None, "processes; default: all cores for a large text")
-    encoding_errors: str = setting(
-        "strict", "bytes that are not UTF-8: stop, or read as U+FFFD", choices=("strict", "replace")
-    )
+    encoding_errors: str = encoding_errors_setting()
     overwrite: bool = setting(False, "replace existing files")
 
     def problems(self) -> list[str]:

@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# Sets up what is missing, then runs:
+#
+#   bash run_clm.sh            a small model on the Python language manual, about 4 minutes of training
+#   bash run_clm.sh lecture    the course's full configuration on data/lecture.txt, for a GPU
+#   bash run_clm.sh test       the tests
+#
+# Flags after `lecture` or `default` are laid over those below: bash run_clm.sh default --seed 1
+# Words after `test` go to pytest: bash run_clm.sh test -k tokenizer
+#
+# PYTHON      the Python to make the environment with (3.11 or newer); default: python3
+# CS_LM_VENV  where the virtual environment lies or goes; default: .venv
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+venv="${CS_LM_VENV:-.venv}"
+
+fail() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+# set_up EXTRAS: the virtual environment with the pinned packages of these extras.
+set_up() {
+    local stamp="$venv/installed-$1" base="${PYTHON:-python3}"
+    cat pyproject.toml constraints.txt | cmp -s - "$stamp" && return
+    command -v "$base" >/dev/null || fail "$base: not found; install Python 3.11 or newer, or name one with PYTHON=..."
+    "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+        fail "$base is $("$base" --version); need Python 3.11 or newer; name one with PYTHON=..."
+    echo "setting up $venv with the packages of constraints.txt ..."
+    "$base" -m venv "$venv" || fail "$base cannot make a virtual environment; install its venv module"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+        --constraint constraints.txt --editable ".[$1]" || fail "pip could not install the packages"
+    cat pyproject.toml constraints.txt >"$stamp"
+}
+
+mode="${1:-default}"
+[ $# -eq 0 ] || shift
+
+case "$mode" in
+default)
+    set_up ui
+    "$venv/bin/python" run_clm.py \
+        --corpus_size python-manual --vocab_size 2048 --special_tokens '<|endoftext|>' \
+        --valid_fraction 0.1 --chunk_size 500000 --sampling random \
+        --d_model 128 --num_heads 4 --d_ff 352 --num_layers 4 \
+        --max_seq_length 256 --seq_length 256 --theta 10000 \
+        --batch_size 16 --grad_accum 1 --num_epochs 20 \
+        --lr 3e-3 --lr_min 3e-4 --warmup_ratio 0.05 --warmfix_ratio 0.9 \
+        --weight_decay 0.1 --betas 0.9 0.95 --eps 1e-8 --max_norm 1.0 \
+        --device auto --dtype float32 --ops fast --seed 0 \
+        --log_interval 20 --eval_interval 100 --eval_tokens 100000 \
+        --save_interval 200 --sample_interval 200 --prompt "The " \
+        --out_dir runs/python-manual "$@"
+    ;;
+lecture)
+    set_up ui
+    "$venv/bin/python" run_clm.py \
+        --corpus_path data/lecture.txt --corpus_size lecture --vocab_size 32000 \
+        --special_tokens '<|endoftext|>' --valid_fraction 0.1 --chunk_size 500000 \
+        --d_model 512 --num_heads 8 --d_ff 1344 --num_layers 8 \
+        --max_seq_length 512 --seq_length 256 --theta 100000 \
+        --batch_size 48 --grad_accum 1 --num_epochs 10 \
+        --lr 1e-4 --lr_min 1e-5 --warmup_ratio 0.1 --warmfix_ratio 0.9 \
+        --weight_decay 0.01 --betas 0.9 0.95 --eps 1e-8 --max_norm 1.0 \
+        --device auto --dtype float32 --ops fast --seed 0 \
+        --log_interval 10 --eval_interval 250 --eval_tokens 100000 \
+        --save_interval 500 --sample_interval 500 --prompt "The " \
+        --out_dir runs/lecture "$@"
+    ;;
+test)
+    set_up ui,test,parity
+    "$venv/bin/python" -m pytest "$@"
+    ;;
+*) fail "got $mode; need default, lecture or test" ;;
+esac

@@ -1,0 +1,99 @@
+"""The flags of run_clm.py are frozen: courses and scripts name them."""
+
+import argparse
+import typing
+
+import pytest
+
+from cs_lm.cli.commands import COMMANDS
+from cs_lm.cli.commands import main as command
+from cs_lm.cli.train import main as train
+from cs_lm.config import RunConfig, settings_of
+from cs_lm.flags import FlagParser, add_flags, read_flags
+
+# spelling: (field, default), the course's own
+COURSE_FLAGS = {
+    "--d_model": ("d_model", 512),
+    "--num_heads": ("num_heads", 8),
+    "--d_ff": ("d_ff", 1344),
+    "--vocab_size": ("vocab_size", 32000),
+    "--num_layers": ("num_layers", 6),
+    "--max_seq_length": ("context_length", 512),
+    "--seq_length": ("seq_length", 256),
+    "--batch_size": ("batch_size", 32),
+    "--theta": ("rope_theta", 100000.0),
+    "--device": ("device", "auto"),
+    "--num_epochs": ("num_epochs", 10.0),
+    "--lr": ("lr", 1e-4),
+    "--lr_min": ("lr_min", 1e-5),
+    "--warmup_ratio": ("warmup_ratio", 0.1),
+    "--warmfix_ratio": ("warmfix_ratio", 0.9),
+    "--corpus_size": ("corpus_size", None),
+    "--chunk_size": ("chunk_size", 500_000),
+    "--vocab_path": ("vocab_path", None),
+    "--merges_path": ("merges_path", None),
+    "--special_tokens": ("special_tokens", ("<|endoftext|>",)),
+    "--log_interval": ("log_interval", 10),
+    "--save_interval": ("save_interval", 500),
+    "--weight_decay": ("weight_decay", 0.01),
+    "--betas": ("betas", (0.9, 0.95)),
+    "--eps": ("eps", 1e-8),
+    "--max_norm": ("max_norm", 1.0),
+}
+OUR_FLAGS = {
+    "--corpus_path", "--valid_path", "--valid_fraction", "--encoding_errors", "--sampling",
+    "--grad_accum", "--dtype", "--compile", "--no-compile", "--eval_interval", "--eval_tokens",
+    "--sample_interval", "--prompt", "--seed", "--max_steps", "--out_dir", "--resume",
+    "--no-resume", "--dry_run", "--no-dry_run", "--tensorboard", "--no-tensorboard", "--ops",
+    "--context_length", "--rope_theta",
+}  # fmt: skip
+HELP = {"-h", "--help"}
+
+
+@pytest.fixture
+def parser() -> argparse.ArgumentParser:
+    parser = FlagParser(prog="run_clm.py")
+    add_flags(parser, RunConfig)
+    return parser
+
+
+def test_flags_are_these(parser):
+    spellings = {s for action in parser._actions for s in action.option_strings}
+    assert spellings == set(COURSE_FLAGS) | OUR_FLAGS | HELP
+
+
+@pytest.mark.parametrize("flag", COURSE_FLAGS)
+def test_course_flag_keeps_field_type_and_default(parser, flag):
+    name, default = COURSE_FLAGS[flag]
+    owner, each = settings_of(RunConfig)[name]
+    assert each.default == default
+    hint = typing.get_type_hints(owner)[name]
+    given = {"d_model": "7", "betas": "0.5 0.25"}.get(name)
+    if default is not None and not isinstance(default, (str, tuple)):
+        assert hint is type(default)
+        given = "7"
+    values, problems = read_flags(parser.parse_args([flag, *(given or "word").split()]), RunConfig)
+    assert not problems and list(values) == [name]
+    assert type(values[name]) is (type(default) if default is not None else str)
+
+
+def test_help_shows_every_flag_with_default_and_unit(capsys):
+    with pytest.raises(SystemExit) as end:
+        train(["--help"])
+    assert end.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for flag, (_, default) in COURSE_FLAGS.items():
+        assert flag in shown
+        if default is not None:
+            one = " ".join(map(str, default)) if isinstance(default, tuple) else default
+            assert f"(default: {one})" in shown, flag
+    assert "[tokens]" in shown and "[steps]" in shown and "(default: off)" in shown
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_has_help_with_defaults(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        command([name, "--help"])
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    assert "default: " in shown or "required" in shown

@@ -1,0 +1,154 @@
+"""Imports go down the floors; files stay readable; importing does nothing."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / "cs_lm").rglob("*.py"))
+# 7 commands, 5 training, 4 evaluation and decoding, 3 model and what surrounds it, 2 layers,
+# 1 quick operations, stores and tokenizer, 0 definitions and settings.
+FLOORS = {
+    "config": 0, "ops": 0, "device": 0,
+    "fast_ops": 1, "weight_init": 1, "kv_cache": 1, "token_store": 1, "tokenizer": 1, "flags": 1,
+    "layers": 2, "prepare": 2,
+    "model": 3, "optim": 3, "schedule": 3, "batches": 3, "checkpoint": 3, "metrics": 3,
+    "evaluate": 4, "decoding": 4, "run_folder": 4,
+    "train": 5,
+    "dry_run": 6,
+    "cli": 7,
+}  # fmt: skip
+MAX_LINES = 400
+FACADE = {"__init__", "__main__"}  # names the public things of every floor
+
+
+def component(module: str) -> str:
+    """`cs_lm.tokenizer.bpe` belongs to the component `tokenizer`."""
+    return module.split(".")[1]
+
+
+def imports_of(path: Path) -> list[str]:
+    modules = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            modules += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide the floor"
+            if node.module == "cs_lm":
+                modules += [f"cs_lm.{alias.name}" for alias in node.names]
+            else:
+                modules.append(node.module)
+    return modules
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_imports_go_down(path):
+    parts = path.relative_to(ROOT / "cs_lm").with_suffix("").parts
+    if parts[0] in FACADE:
+        pytest.skip("the package's own face, or its command line, may name every floor")
+    for module in imports_of(path):
+        if module.startswith("cs_lm.") and component(module) != parts[0]:
+            above = FLOORS[component(module)] >= FLOORS[parts[0]]
+            assert not above, f"{'/'.join(parts)} imports {module}, which is not on a lower floor"
+
+
+def test_no_cycle_inside_a_package():
+    """Within tokenizer/ and cli/ there are no floors, but still an order."""
+    graph = {
+        ".".join(p.relative_to(ROOT).with_suffix("").parts): imports_of(p)
+        for p in FILES
+        if p.name != "__init__.py"
+    }
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, f"import cycle: {' -> '.join([*path, module])}"
+        if module in graph and module not in done:
+            for other in graph[module]:
+                visit(other, (*path, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+def test_every_component_has_a_floor():
+    found = {p.relative_to(ROOT / "cs_lm").with_suffix("").parts[0] for p in FILES} - FACADE
+    assert found == set(FLOORS)
+
+
+def test_tokenizer_knows_no_torch():
+    for path in (ROOT / "cs_lm" / "tokenizer").glob("*.py"):
+        assert not [m for m in imports_of(path) if m.split(".")[0] == "torch"], path.name
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_files_fit_a_head(path):
+    assert path.stem not in {"utils", "common", "helpers", "misc"}
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_LINES
+
+
+def text_calls_without_encoding(tree: ast.AST) -> list[int]:
+    """Lines of `open`, `read_text`, `write_text` that leave the encoding to the platform."""
+    lines = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name = getattr(node.func, "attr", getattr(node.func, "id", None))
+        is_open = name == "open" and isinstance(node.func, ast.Name)
+        if not is_open and name not in {"read_text", "write_text"}:
+            continue
+        modes = [a.value for a in node.args[1:2] if is_open and isinstance(a, ast.Constant)]
+        named = any(keyword.arg == "encoding" for keyword in node.keywords)
+        if not named and not any("b" in str(mode) for mode in modes):
+            lines.append(node.lineno)
+    return lines
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_text_files_name_their_encoding(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    ours = {  # cs_lm's own read_text is UTF-8 always
+        node.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "read_text"
+    }
+    assert not [line for line in text_calls_without_encoding(tree) if line not in ours]
+
+
+def test_a_missing_encoding_is_found():
+    assert text_calls_without_encoding(ast.parse("open(p); x.read_text(); open(p, 'w')")) == [1] * 3
+    assert not text_calls_without_encoding(ast.parse("open(p, 'rb'); open(p, encoding='utf-8')"))
+
+
+def test_every_torch_load_is_weights_only():
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                assert "weights_only=True" in ast.unparse(node), path
+
+
+def test_importing_does_nothing(tmp_path):
+    modules = [
+        ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for p in FILES
+        if p.name != "__main__.py"
+    ]
+    program = (
+        "import importlib, logging, sys\n"
+        f"for name in {modules!r}: importlib.import_module(name)\n"
+        "import torch\n"
+        "print(logging.getLogger().handlers, torch.cuda.is_initialized(),"
+        " 'matplotlib' in sys.modules)"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert shown.split("\n")[-2] == "[] False False"
+    assert list(tmp_path.iterdir()) == []

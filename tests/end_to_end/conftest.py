@@ -1,0 +1,49 @@
+"""A text, and a run on it that several tests read."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# fmt: off
+TINY = [
+    "--vocab_size", "300", "--d_model", "16", "--num_heads", "2", "--d_ff", "40",
+    "--num_layers", "2", "--max_seq_length", "32", "--seq_length", "16", "--batch_size", "4",
+    "--lr", "1e-2", "--log_interval", "5", "--eval_interval", "20", "--save_interval", "20",
+    "--sample_interval", "20",
+]
+# fmt: on
+
+
+def run_script(folder: Path, *argv: str, **options) -> subprocess.CompletedProcess:
+    """`python run_clm.py` as a user starts it, in a folder of its own."""
+    return subprocess.run(
+        [sys.executable, ROOT / "run_clm.py", *argv],
+        cwd=folder, capture_output=True, text=True, encoding="utf-8",
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"}, **options,
+    )  # fmt: skip
+
+
+def write_corpus(folder: Path) -> Path:
+    animals = ["cat", "dog", "bird", "fish", "née 🙂 horse"]
+    lines = [
+        f"The {animals[i % 5]} saw the {animals[i * 7 % 3]} {i % 11} times.\n" for i in range(600)
+    ]
+    path = folder / "animals.txt"
+    path.write_text("".join(lines), encoding="utf-8", newline="")
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory) -> Path:
+    """The folder in which a run of 40 steps was made, in runs/animals."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_corpus(folder)
+    argv = [*TINY, "--corpus_path", "animals.txt", "--max_steps", "40", "--prompt", "The cat"]
+    result = run_script(folder, *argv)
+    assert result.returncode == 0, result.stderr
+    (folder / "output.txt").write_text(result.stdout, encoding="utf-8")
+    return folder

@@ -1,0 +1,101 @@
+import io
+import os
+
+import pytest
+import torch
+
+from cs_lm import checkpoint as module
+from cs_lm.checkpoint import CheckpointManager, load_checkpoint, read_checkpoint, save_checkpoint
+from cs_lm.config import ModelConfig
+from cs_lm.model import TransformerLM, next_token_loss
+from cs_lm.optim import AdamW
+
+CONFIG = ModelConfig(12, 3, 20, 17, 2, 11)
+
+
+def trained(seed, num_updates):
+    model = TransformerLM(CONFIG, generator=torch.Generator().manual_seed(seed))
+    optimizer = AdamW(model.parameters(), lr=1e-2)
+    update(model, optimizer, num_updates)
+    return model, optimizer
+
+
+def update(model, optimizer, times):
+    ids = torch.arange(10).reshape(2, 5)
+    for _ in range(times):
+        optimizer.zero_grad()
+        next_token_loss(model, ids, ids)[0].backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("to_file", [False, True])
+def test_round_trip_goes_on_identically(tmp_path, to_file):
+    model, optimizer = trained(0, 3)
+    place = io.BytesIO() if to_file else tmp_path / "new" / "a.pt"
+    torch.manual_seed(5)
+    save_checkpoint(model, optimizer, 3, place, note="kept")
+    drawn = torch.rand(4)
+    if to_file:
+        place.seek(0)
+    other, other_optimizer = trained(1, 1)
+    assert load_checkpoint(place, other, other_optimizer) == 3
+    assert torch.equal(torch.rand(4), drawn), "the random state comes back too"
+    update(model, optimizer, 2)
+    update(other, other_optimizer, 2)
+    for a, b in zip(model.parameters(), other.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_extras_and_a_load_without_optimizer(tmp_path):
+    model, optimizer = trained(0, 1)
+    save_checkpoint(model, optimizer, 7, tmp_path / "a.pt", config={"x": [1, 2]})
+    assert read_checkpoint(tmp_path / "a.pt")["extras"] == {"config": {"x": [1, 2]}}
+    other, _ = trained(1, 0)
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    assert load_checkpoint(tmp_path / "a.pt", other) == 7
+    assert torch.equal(torch.rand(2), expected), "loading a model alone leaves the random state"
+
+
+def test_a_failed_save_leaves_the_older_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.pt"
+    save_checkpoint(*trained(0, 1), 1, path)
+    before = path.read_bytes()
+
+    def broken(_content, file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(module.torch, "save", broken)
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint(*trained(0, 1), 2, path)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.pt"]
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is not a file; check the path"):
+        read_checkpoint(tmp_path / "no.pt")
+    save_checkpoint(*trained(0, 1), 1, tmp_path / "a.pt")
+    content = (tmp_path / "a.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(content[: len(content) // 2])
+    (tmp_path / "text.pt").write_text("hello", encoding="utf-8")
+    torch.save({"format_version": 99}, tmp_path / "newer.pt")
+    torch.save({"f": print}, tmp_path / "code.pt")
+    for name in ("cut", "text", "newer", "code"):
+        with pytest.raises(ValueError, match=rf"cannot read .*{name}.pt .*need a file that cs_lm"):
+            read_checkpoint(tmp_path / f"{name}.pt")
+
+
+def test_best_is_never_overwritten_by_a_worse_one(tmp_path):
+    manager = CheckpointManager(tmp_path)
+    model, optimizer = trained(0, 1)
+    assert manager.save_if_best(2.0, model, optimizer, 1)
+    assert not manager.save_if_best(2.5, model, optimizer, 2)
+    assert not manager.save_if_best(float("nan"), model, optimizer, 2)
+    resumed = CheckpointManager(tmp_path)
+    assert not resumed.save_if_best(2.1, model, optimizer, 3)
+    assert read_checkpoint(resumed.best_path)["iteration"] == 1
+    assert resumed.save_if_best(1.9, model, optimizer, 4)
+    assert read_checkpoint(resumed.best_path)["iteration"] == 4
+    assert not resumed.last_path.exists()

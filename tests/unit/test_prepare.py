@@ -1,0 +1,129 @@
+import os
+
+import pytest
+
+from cs_lm import prepare as module
+from cs_lm.config import DataConfig, ModelConfig, RunConfig
+from cs_lm.config import replace as replaced
+from cs_lm.prepare import embedded_text, find_corpus, label_of, prepare
+from cs_lm.token_store import MemmapManager
+from cs_lm.tokenizer import BPETokenizer
+
+TEXT = "the cat sat on the mat, the dog sat on the log.\n" * 40
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cats.txt").write_text(TEXT, encoding="utf-8")
+
+
+def config(**changes) -> RunConfig:
+    base = RunConfig(ModelConfig(vocab_size=270), DataConfig("cats.txt"), seq_length=8)
+    return replaced(base, changes)
+
+
+def prepared(**changes):
+    said: list[str] = []
+    data = prepare(config(**changes), said.append)
+    return data, " | ".join(said)
+
+
+def whole_text(data) -> str:
+    ids = [i for part in (data.train, data.valid) for i in part.load_by_range(0, len(part))]
+    return data.tokenizer.decode(ids)
+
+
+def test_makes_what_is_missing_and_uses_it_again():
+    data, said = prepared()
+    assert "training 270 tokens on cats.txt" in said and "is missing, encoding cats.txt" in said
+    assert whole_text(data) == TEXT
+    assert len(data.valid) == int(0.1 * (len(data.train) + len(data.valid)))
+    again, said = prepared()
+    assert "training" not in said and "encoding" not in said
+    assert whole_text(again) == TEXT
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({"vocab_size": 280}, "belongs to other settings, training a new one"),
+        ({"special_tokens": ("<|x|>",)}, "belongs to other settings, training a new one"),
+        ({"chunk_size": 100}, "has chunks of 500000 tokens, encoding cats.txt"),
+        ({"encoding_errors": "replace"}, "was made from another text"),
+    ],
+)
+def test_other_settings_make_it_anew(changes, expected):
+    prepared()
+    data, said = prepared(**changes)
+    assert expected in said
+    assert whole_text(data) == TEXT
+
+
+def test_another_text_under_the_same_name_makes_it_anew(tmp_path):
+    prepared()
+    (tmp_path / "cats.txt").write_text(TEXT + "a new end", encoding="utf-8")
+    data, said = prepared()
+    assert "training a new one" in said and whole_text(data) == TEXT + "a new end"
+
+
+def test_validation_text_of_its_own(tmp_path):
+    (tmp_path / "dogs.txt").write_text("the dog sat on the dog. " * 9, encoding="utf-8")
+    data, _ = prepared(valid_path="dogs.txt")
+    assert data.tokenizer.decode(data.train.load_by_range(0, len(data.train))) == TEXT
+    assert len(data.valid) > 8
+
+
+def test_tokenizer_files_of_the_user(tmp_path):
+    data, said = prepared(vocab_path="t/v.json", merges_path="t/m.txt")
+    assert "wrote t/v.json and t/m.txt" in said.replace(os.sep, "/")
+    data, said = prepared(vocab_path="t/v.json", merges_path="t/m.txt")
+    assert "training" not in said and whole_text(data) == TEXT
+    with pytest.raises(ValueError, match=r"--vocab_size: got 260, need at least 270: the tokeniz"):
+        prepared(vocab_path="t/v.json", merges_path="t/m.txt", vocab_size=260)
+    _, said = prepared(vocab_path="t/v.json", merges_path="t/m.txt", vocab_size=300)
+    assert "the model keeps 300 rows (--vocab_size 270 is enough)" in said
+
+
+def test_label_names_an_existing_store(tmp_path):
+    prepared()
+    data, said = prepared(corpus_path=None, corpus_size="cats")
+    assert whole_text(data) == TEXT and "training" not in said
+    with pytest.raises(FileNotFoundError, match=r"--corpus_size: got 'dogs', but .* holds no tok"):
+        prepared(corpus_path=None, corpus_size="dogs")
+
+
+def test_a_store_of_another_tokenizer_is_refused(tmp_path):
+    prepared()
+    BPETokenizer({i: bytes([i]) for i in range(256)}, []).save("v.json", "m.txt")
+    with pytest.raises(ValueError, match="was made with another tokenizer; give --corpus_path to"):
+        prepared(corpus_path=None, corpus_size="cats", vocab_path="v.json", merges_path="m.txt")
+    assert len(MemmapManager("data/cats_chunks")) > 0, "and kept"
+
+
+def test_text_shorter_than_a_window(tmp_path):
+    with pytest.raises(ValueError, match=r"validation text: got \d+ tokens, need at least 201 for"):
+        prepared(seq_length=200)
+    with pytest.raises(ValueError, match=r"training text: got \d+ tokens, need at least 5001 for"):
+        prepared(seq_length=5000)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [(b"", "'new.txt' is empty"), (TEXT.encode() + b"\xff", "not UTF-8 at byte offset 1920 ")],
+)
+def test_bad_text_leaves_nothing_half_written(tmp_path, content, message):
+    (tmp_path / "new.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        prepared(corpus_path="new.txt")
+    assert not [p for p in tmp_path.rglob("*") if "new" in p.name and p.name != "new.txt"]
+
+
+def test_embedded_text(monkeypatch):
+    text = embedded_text()
+    assert len(text) > 300_000 and "statement" in text
+    assert label_of(RunConfig()) == "python-manual"
+    assert find_corpus(RunConfig()).as_posix() == "data/python-manual.txt"
+    monkeypatch.setitem(__import__("sys").modules, "pydoc_data.topics", None)
+    with pytest.raises(FileNotFoundError, match="give a text of your own with --corpus_path"):
+        module.embedded_text()

@@ -1,0 +1,97 @@
+import os
+import signal
+
+import pytest
+import torch
+
+from cs_lm.config import ModelConfig, RunConfig
+from cs_lm.model import TransformerLM
+from cs_lm.ops import IGNORE_INDEX
+from cs_lm.optim import AdamW, parameter_groups
+from cs_lm.train import StopSignals, autocast, num_training_steps, train_step
+
+CONFIG = ModelConfig(12, 3, 20, 17, 2, 11)
+B, T = 4, 5
+
+
+def model_and_optimizer(device="cpu"):
+    generator = torch.Generator().manual_seed(0)
+    model = TransformerLM(CONFIG, generator=generator, device=device)
+    return model, AdamW(parameter_groups(model, 0.1), lr=1e-2)
+
+
+def batch():
+    ids = torch.randint(0, 17, (B, T + 1), generator=torch.Generator().manual_seed(1))
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
+def test_micro_batches_are_one_batch():
+    """Also when they hold different numbers of counted targets: a mean of means would differ."""
+    x, y = batch()
+    y[0] = IGNORE_INDEX
+    results = []
+    for batches in ([(x, y)], [(x[:1], y[:1]), (x[1:3], y[1:3]), (x[3:], y[3:])]):
+        model, optimizer = model_and_optimizer()
+        loss, norm = train_step(model, optimizer, batches, 0.5)
+        results.append((loss, norm, [p.detach() for p in model.parameters()]))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+def test_returns_loss_and_norm_from_before_the_update():
+    model, optimizer = model_and_optimizer()
+    x, y = batch()
+    expected = torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten()).detach()
+    loss, norm = train_step(model, optimizer, [(x, y)], 1e-3)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    clipped = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
+    assert norm.item() > 1e-3 and clipped == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_a_step_learns():
+    model, optimizer = model_and_optimizer()
+    losses = [train_step(model, optimizer, [batch()], 1.0)[0].item() for _ in range(60)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_step_never_waits_for_the_device():
+    """Tensors without memory have no values: reading one back, as .item() would, is an error."""
+    model, optimizer = model_and_optimizer("meta")
+    x, y = (ids.to("meta") for ids in batch())
+    for _ in range(2):
+        loss, norm = train_step(model, optimizer, [(x, y), (x, y)], 1.0)
+    assert loss.is_meta and norm.is_meta
+    with pytest.raises(RuntimeError):
+        loss.item()
+
+
+def test_bfloat16_keeps_float32_weights_and_comes_close():
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        model, optimizer = model_and_optimizer()
+        precision = autocast(torch.device("cpu"), dtype)
+        for _ in range(3):
+            loss, _ = train_step(model, optimizer, [batch()], 1.0, precision=precision)
+        losses[dtype] = loss.item()
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        assert {s["exp_avg"].dtype for s in optimizer.state.values()} == {torch.float32}
+    assert losses["float32"] != losses["bfloat16"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
+
+
+def test_number_of_steps():
+    config = RunConfig(batch_size=4, seq_length=8, grad_accum=2, num_epochs=2.5)
+    assert num_training_steps(config, 640) == 25
+    assert num_training_steps(config, 3) == 1
+    limited = RunConfig(batch_size=4, seq_length=8, num_epochs=100.0, max_steps=7)
+    assert num_training_steps(limited, 640) == 7
+
+
+def test_first_signal_is_noted_and_the_second_ends():
+    before = signal.getsignal(signal.SIGINT)
+    with StopSignals() as signals:
+        assert signals.received is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received is signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
