@@ -42,14 +42,14 @@ default)
     "$venv/bin/python" run_clm.py \
         --corpus_size python-manual --vocab_size 2048 --special_tokens '<|endoftext|>' \
         --valid_fraction 0.1 --chunk_size 500000 --sampling random \
-        --d_model 128 --num_heads 4 --d_ff 352 --num_layers 4 \
+        --d_model 192 --num_heads 6 --d_ff 512 --num_layers 4 \
         --max_seq_length 256 --seq_length 256 --theta 10000 \
-        --batch_size 16 --grad_accum 1 --num_epochs 20 \
-        --lr 3e-3 --lr_min 3e-4 --warmup_ratio 0.05 --warmfix_ratio 0.9 \
-        --weight_decay 0.1 --betas 0.9 0.95 --eps 1e-8 --max_norm 1.0 \
+        --batch_size 16 --grad_accum 1 --num_epochs 10 \
+        --lr 2e-3 --lr_min 2e-5 --warmup_ratio 0.05 --warmfix_ratio 0.9 \
+        --weight_decay 0.5 --betas 0.9 0.95 --eps 1e-8 --max_norm 1.0 \
         --device auto --dtype float32 --ops fast --seed 0 \
-        --log_interval 20 --eval_interval 100 --eval_tokens 100000 \
-        --save_interval 200 --sample_interval 200 --prompt "The " \
+        --log_interval 10 --eval_interval 40 --eval_tokens 100000 \
+        --save_interval 80 --sample_interval 80 --prompt "The " \
         --out_dir runs/python-manual "$@"
     ;;
 lecture)

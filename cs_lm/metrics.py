@@ -173,7 +173,7 @@ def plot_losses(metrics_path: str | Path, png_path: str | Path) -> Path:
     axes.plot(_column(train, "step"), _column(train, "loss_nats"), lw=0.8, alpha=0.5, label="train")
     if len(train) >= 20:
         axes.plot(_column(train, "step"), _smoothed(_column(train, "loss_nats")), color="C0",
-                  label="train, running mean")  # fmt: skip
+                  label="train, smoothed")  # fmt: skip
     if valid:
         last = valid[-1]
         label = (
@@ -201,13 +201,11 @@ def _column(records: list[dict], key: str) -> list:
     return [record[key] for record in records]
 
 
-def _smoothed(values: list[float], keep: float = 0.9) -> list[float]:
-    """Exponential running mean, corrected for its start."""
-    mean, weight, smooth = 0.0, 0.0, []
-    for value in values:
-        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
-        smooth.append(mean / weight)
-    return smooth
+def _smoothed(values: list[float]) -> list[float]:
+    """Mean over a window around each value; the window is narrower at both ends."""
+    reach = max(1, len(values) // 50)
+    around = [values[max(0, i - reach) : i + reach + 1] for i in range(len(values))]
+    return [sum(window) / len(window) for window in around]
 
 
 def _thousands_formatter():
