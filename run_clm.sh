@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up what is missing, then runs:
 #
-#   bash run_clm.sh            a small model on the Python language manual, about 4 minutes of training
+#   bash run_clm.sh            a small model on the Python language manual, about 3 minutes of training on 2 cores
 #   bash run_clm.sh lecture    the course's full configuration on data/lecture.txt, for a GPU
 #   bash run_clm.sh test       the tests
 #
@@ -73,3 +73,4 @@ test)
     ;;
 *) fail "got $mode; need default, lecture or test" ;;
 esac
+[ "$mode" = test ] || echo "before other commands: source $venv/bin/activate"
