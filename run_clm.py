@@ -8,6 +8,8 @@ below the guard because worker processes import this file again.
 import sys
 
 if __name__ == "__main__":
-    from cs_lm.cli.train import main
-
+    try:
+        from cs_lm.cli.train import main
+    except KeyboardInterrupt:  # while torch is being loaded
+        sys.exit(130)
     sys.exit(main())

@@ -5,7 +5,7 @@
 #   bash run_clm.sh lecture    the course's full configuration on data/lecture.txt, for a GPU
 #   bash run_clm.sh test       the tests
 #
-# Flags after `lecture` or `default` are laid over those below: bash run_clm.sh default --seed 1
+# Flags are laid over those below: bash run_clm.sh --seed 1, bash run_clm.sh lecture --seed 1
 # Words after `test` go to pytest: bash run_clm.sh test -k tokenizer
 #
 # PYTHON      the Python to make the environment with (3.11 or newer); default: python3
@@ -33,8 +33,10 @@ set_up() {
     cat pyproject.toml constraints.txt >"$stamp"
 }
 
-mode="${1:-default}"
-[ $# -eq 0 ] || shift
+case "${1:-}" in
+"" | --*) mode=default ;;
+*) mode="$1" && shift ;;
+esac
 
 case "$mode" in
 default)

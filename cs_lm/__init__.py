@@ -24,7 +24,7 @@ _HOME = {
     "DecodingConfig": "cs_lm.decoding",
     "generate": "cs_lm.decoding",
     "generate_text": "cs_lm.decoding",
-    "evaluate": "cs_lm.evaluate",
+    "evaluate": "cs_lm.evaluation",
     "train_step": "cs_lm.train",
     "Trainer": "cs_lm.train",
 }

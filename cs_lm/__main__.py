@@ -3,6 +3,8 @@
 import sys
 
 if __name__ == "__main__":
-    from cs_lm.cli.commands import main
-
+    try:
+        from cs_lm.cli.commands import main
+    except KeyboardInterrupt:  # while torch is being loaded
+        sys.exit(130)
     sys.exit(main())

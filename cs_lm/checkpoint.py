@@ -1,5 +1,6 @@
 """Checkpoints: everything a run needs to go on, in one file that is complete or not there."""
 
+import math
 import os
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -60,10 +61,10 @@ def read_checkpoint(path_or_file: PathOrFile, device: str | torch.device = "cpu"
         if content["format_version"] != FORMAT_VERSION:
             raise ValueError(f"format {content['format_version']}")
     except Exception as error:  # torch.load raises whatever its unpickler meets
-        first_line = str(error).partition("\n")[0]
+        shown = os.fspath(path_or_file) if isinstance(path_or_file, os.PathLike) else path_or_file
         raise ValueError(
-            f"checkpoint: cannot read {getattr(path_or_file, 'name', path_or_file)!s} "
-            f"({type(error).__name__}: {first_line}); need a file that cs_lm wrote"
+            f"checkpoint: cannot read {shown!s} ({type(error).__name__}): it is damaged or of "
+            "another kind; need a file that cs_lm wrote, try the other of last.pt and best.pt"
         ) from None
     return content
 
@@ -100,6 +101,8 @@ class CheckpointManager:
 
     def save_if_best(self, valid_loss: float, model, optimizer, iteration: int, **extras) -> bool:
         """Keeps the model as `best.pt` unless an earlier one of this run is as good."""
+        if not math.isfinite(valid_loss):
+            return False
         if self._best_loss is None and self.best_path.is_file():
             self._best_loss = read_checkpoint(self.best_path)["extras"]["valid_loss"]
         if self._best_loss is not None and not valid_loss < self._best_loss:
@@ -120,4 +123,6 @@ def _rng_state() -> dict[str, Any]:
 def _set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["cpu"].cpu())
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+        # a run may go on with fewer devices than it began with
+        for device, device_state in zip(range(torch.cuda.device_count()), state["cuda"]):
+            torch.cuda.set_rng_state(device_state.cpu(), device)

@@ -12,6 +12,10 @@ from typing import Any
 
 DEFAULT_SPECIAL_TOKENS = ("<|endoftext|>",)
 NUM_BYTE_TOKENS = 256
+MAX_CHUNK_SIZE = 1 << 30  # tokens; one chunk is held in memory while it is written
+MOST = (
+    1_000_000_000_000  # more than any count here can mean; any count below it is exact as a float
+)
 
 
 def setting(
@@ -113,6 +117,8 @@ class DataConfig:
             if self.vocab_path is None:
                 given, other = other, given
             found.append(f"{given}: got it without {other}; give both or none")
+        if self.chunk_size > MAX_CHUNK_SIZE:
+            found.append(f"--chunk_size: got {self.chunk_size}, need at most {MAX_CHUNK_SIZE}")
         if any(not token for token in self.special_tokens):
             found.append("--special_tokens: got an empty one; need at least one character each")
         if self.corpus_size is not None and not self.corpus_size.strip("."):
@@ -139,9 +145,10 @@ class OptimConfig:
 
     def problems(self) -> list[str]:
         found = []
-        for name in ("lr", "eps", "max_norm"):
-            if not getattr(self, name) > 0:
-                found.append(f"--{name}: got {getattr(self, name)}, need more than 0")
+        for name, most in (("lr", 1e3), ("eps", 1e3), ("max_norm", math.inf)):
+            if not 0 < getattr(self, name) <= most:
+                need = "more than 0" + (f", at most {most:g}" if most < math.inf else "")
+                found.append(f"--{name}: got {getattr(self, name)}, need {need}")
         if not 0 <= self.lr_min <= self.lr:
             found.append(f"--lr_min: got {self.lr_min}, need 0 to --lr ({self.lr})")
         if not 0 <= self.warmup_ratio <= self.warmfix_ratio <= 1:
@@ -149,8 +156,8 @@ class OptimConfig:
                 f"--warmup_ratio, --warmfix_ratio: got {self.warmup_ratio} and "
                 f"{self.warmfix_ratio}, need 0 <= warmup_ratio <= warmfix_ratio <= 1"
             )
-        if not self.weight_decay >= 0:
-            found.append(f"--weight_decay: got {self.weight_decay}, need 0 or more")
+        if not 0 <= self.weight_decay <= 1e3:
+            found.append(f"--weight_decay: got {self.weight_decay}, need 0 to 1000")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             shown = " ".join(map(str, self.betas))
             found.append(f"--betas: got {shown}, need two numbers from 0 to below 1")
@@ -211,6 +218,8 @@ class RunConfig:
             )
         if not self.prompt:
             found.append("--prompt: got an empty text, need at least one character")
+        elif not is_unicode(self.prompt):
+            found.append(f"--prompt: got {self.prompt!r}, need text that UTF-8 can hold")
         return found
 
     @property
@@ -267,6 +276,11 @@ def from_json(config_class: type, stored: dict[str, Any]) -> Any:
     return config_class(**values)
 
 
+def is_unicode(text: str) -> bool:
+    """False for the lone surrogates that a terminal makes of bytes that are not UTF-8."""
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def plain_type(hint: Any) -> Any:
     """The type behind `X | None`."""
     if isinstance(hint, types.UnionType):
@@ -287,11 +301,12 @@ def _not_positive(config: Any, may_be_zero: tuple[str, ...] = ()) -> list[str]:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not each.metadata:
             continue
         least = 0 if each.name in may_be_zero else 1 if isinstance(value, int) else math.ulp(0.0)
-        if not value >= least or math.isinf(value):
-            need = "a number above 0" if isinstance(value, float) else f"{least} or more"
-            if math.isinf(value):
-                need = "a finite number"
-            found.append(f"{flag_of(each)}: got {value}, need {need}")
+        if value >= least and value < MOST:
+            continue
+        need = "a number above 0" if isinstance(value, float) else f"{least} or more"
+        if value >= MOST:
+            need = f"less than {MOST:.0e}"
+        found.append(f"{flag_of(each)}: got {value}, need {need}")
     return found
 
 

@@ -37,7 +37,11 @@ class DecodingConfig:
     def problems(self) -> list[str]:
         checks = [
             ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
-            ("temperature", 0 <= self.temperature < math.inf, "0 or more"),
+            (
+                "temperature",
+                self.temperature == 0 or 1e-6 <= self.temperature < math.inf,
+                "0, or at least 1e-6",
+            ),
             ("top_k", self.top_k is None or self.top_k >= 1, "1 or more"),
             ("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0, at most 1"),
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0"),
@@ -48,11 +52,17 @@ class DecodingConfig:
             ),
             ("stop", all(self.stop), "at least one character each"),
             ("slide", self.slide >= 1, "1 or more"),
-            ("seed", self.seed >= 0, "0 or more"),
+            ("seed", 0 <= self.seed < 1 << 63, "0 or more, below 2^63"),
         ]
-        return [
+        found = [
             f"--{n}: got {getattr(self, n)}, need {need}" for n, good, need in checks if not good
         ]
+        for name in ("top_k", "top_p"):
+            if self.temperature == 0 and getattr(self, name) is not None:
+                found.append(f"--{name}: has no effect at --temperature 0; leave one of them out")
+        if self.repetition_window is not None and self.repetition_penalty == 1.0:
+            found.append("--repetition_window: has no effect without --repetition_penalty")
+        return found
 
 
 # ---- filters: pure functions on scores (..., V), which return scores of the same shape ----
@@ -118,7 +128,8 @@ class _Reader:
     """Feeds sequences of different length to a model in one batch and gives their last scores.
 
     Rows are padded on the left; positions count from each row's own first token, and padding is
-    masked, so a row's scores do not depend on its neighbours.
+    masked, so a row's scores do not depend on its neighbours. Only beyond the context do rows
+    share something: with `slide` > 1, all of them drop their oldest positions at the same time.
     """
 
     def __init__(self, model: TransformerLM, rows: Sequence[list[int]], max_new: int, slide: int):
@@ -266,10 +277,12 @@ class TextStream:
         if self.stopped:
             return ""
         self._held += text
-        found = [place for place in map(self._held.find, self._stop) if place >= 0]
-        if found:
+        found = [(self._held.find(stop) + len(stop), stop) for stop in self._stop]
+        found = [(end, stop) for end, stop in found if end >= len(stop)]
+        if found:  # the one that is complete first, however the text came in tokens
             self.stopped = True
-            shown, self._held = self._held[: min(found)], ""
+            end, stop = min(found)
+            shown, self._held = self._held[: end - len(stop)], ""
             return shown
         certain = len(self._held) - self._length_of_possible_stop()
         shown, self._held = self._held[:certain], self._held[certain:]

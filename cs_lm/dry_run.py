@@ -1,5 +1,6 @@
 """What a run would do and need, without doing it."""
 
+import math
 import os
 from pathlib import Path
 
@@ -8,50 +9,63 @@ from cs_lm.model import flops_per_token, num_parameters
 from cs_lm.prepare import (
     DATA,
     EMBEDDED_LABEL,
+    check_length,
     embedded_text,
     find_corpus,
-    label_of,
     num_training_tokens,
-    store_folder,
+    reusable_store,
 )
 from cs_lm.schedule import learning_rate
-from cs_lm.token_store import MemmapManager
 from cs_lm.train import num_training_steps
 
-GUESSED_BYTES_PER_TOKEN = 4.0
 FLOAT_BYTES = 4
 
 
-def training_tokens(config: RunConfig) -> tuple[int, bool]:
-    """Tokens to train on, and whether that number is known rather than guessed."""
-    folder = store_folder(label_of(config))
-    if folder.is_dir():
-        return num_training_tokens(config, len(MemmapManager(folder))), True
+# Floats that a forward pass keeps for the backward one, counted with saved_tensors_hooks:
+# multiples of D, F and H * T for each layer and position, and of V for each position.
+KEPT_FLOATS = {
+    ("fast", "float32"): (11, 5, 0, 0),
+    ("fast", "bfloat16"): (10, 3, 0, 0),
+    ("clear", "float32"): (10, 5, 2, 2),
+    ("clear", "bfloat16"): (9, 3, 1.5, 1.5),
+}
+
+
+def store_tokens(config: RunConfig) -> tuple[int, bool]:
+    """Tokens of the whole corpus, and whether that number is known rather than guessed."""
+    store = reusable_store(config)
+    if store is not None:
+        return len(store), True
     corpus = find_corpus(config)
     embedded = corpus == DATA / f"{EMBEDDED_LABEL}.txt" and config.data.corpus_path is None
     num_bytes = len(embedded_text().encode()) if embedded else os.path.getsize(corpus)
-    guessed = max(1, int(num_bytes / GUESSED_BYTES_PER_TOKEN))
-    return num_training_tokens(config, guessed), False
+    return max(1, int(num_bytes / guessed_bytes_per_token(config.model.vocab_size))), False
+
+
+def guessed_bytes_per_token(vocab_size: int) -> float:
+    """About what English text gave: 2.1 with 512 tokens, 3.6 with 2,048, 4.2 with 32,000."""
+    return max(1.0, min(4.2, 0.8 * (math.log2(vocab_size) - 6.4)))
 
 
 def memory_bytes(config: RunConfig) -> int:
-    """Weights, gradients and two averages; and what a forward pass keeps for the backward one.
-
-    A position keeps about 14 D + 5 F floats a layer, and 4 rows of H * T attention weights;
-    with the clear operations also 4 rows of V scores.
-    """
+    """Weights, gradients and two averages; and what a forward pass keeps for the backward one."""
     model = config.model
     state = 4 * num_parameters(model)
-    per_layer = 14 * model.d_model + 5 * model.d_ff + 4 * model.num_heads * config.seq_length
-    per_position = model.num_layers * per_layer
-    if config.ops == "clear":
-        per_position += 4 * model.vocab_size
-    return FLOAT_BYTES * (state + config.batch_size * config.seq_length * per_position)
+    of_d, of_f, of_ht, of_v = KEPT_FLOATS[config.ops, config.dtype]
+    per_layer = of_d * model.d_model + of_f * model.d_ff
+    per_layer += of_ht * model.num_heads * config.seq_length
+    per_position = model.num_layers * per_layer + 3 * model.d_model + of_v * model.vocab_size
+    positions = config.batch_size * config.seq_length
+    return int(FLOAT_BYTES * (state + positions * per_position))
 
 
 def report(config: RunConfig, out_dir: Path) -> str:
     model = config.model
-    tokens, known = training_tokens(config)
+    all_tokens, known = store_tokens(config)
+    tokens = num_training_tokens(config, all_tokens)
+    check_length("training", tokens, config)
+    if config.data.valid_path is None:
+        check_length("validation", all_tokens - tokens, config)
     steps = num_training_steps(config, tokens)
     trained = steps * config.tokens_per_step
     parameters = num_parameters(model)
@@ -70,7 +84,7 @@ def report(config: RunConfig, out_dir: Path) -> str:
         (
             "disk",
             f"{_size(2 * checkpoint_bytes)} for two checkpoints in {out_dir}, "
-            f"{about}{_size(id_bytes * tokens)} for the token store",
+            f"{about}{_size(id_bytes * all_tokens)} for the token store",
         ),
     ]
     warmup, end = (

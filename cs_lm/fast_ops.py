@@ -8,6 +8,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from cs_lm.ops import CLEAR, IGNORE_INDEX, causal_mask, check_targets
 
@@ -48,6 +49,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss_sum, num_counted
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_loss, _grad_count):
         grad_x, grad_weight = ctx.saved_tensors
         return grad_x * grad_loss, grad_weight * grad_loss, None, None, None
@@ -100,6 +102,7 @@ class _Attention(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_output):
         q, k, v, mask, output, log_normaliser = ctx.saved_tensors
         scale = q.shape[-1] ** -0.5

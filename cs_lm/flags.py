@@ -44,7 +44,10 @@ class FlagParser(argparse.ArgumentParser):
 
 def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
     """One flag for each setting of the config; a flag that is not given stays absent."""
+    groups = {}
     for name, (owner, each) in settings_of(config_class).items():
+        if owner not in groups:
+            groups[owner] = parser.add_argument_group((owner.__doc__ or "").strip().rstrip("."))
         spellings = [s for s in (each.metadata["flag"], f"--{name}") if s]
         kind = plain_type(typing.get_type_hints(owner)[name])
         options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
@@ -54,7 +57,7 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
             options["metavar"] = _metavar(kind, each.metadata["choices"])
             if typing.get_origin(kind) is tuple:
                 options["nargs"] = "*"
-        parser.add_argument(*spellings, help=_help(each), **options)
+        groups[owner].add_argument(*spellings, help=_help(each), **options)
 
 
 def read_flags(

@@ -1,6 +1,7 @@
 """What a run reports: a JSON-lines log, a progress display, TensorBoard events, the plot."""
 
 import json
+import math
 import os
 import sys
 import time
@@ -19,10 +20,13 @@ class MetricsLog:
 
     def write(self, kind: str, **values: Any) -> None:
         """Appends one record; a number that is not finite becomes null, as JSON has none."""
-        record = {"kind": kind, **{k: _json_number(v) for k, v in values.items()}}
+        line = _as_line({"kind": kind, **values})
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        with open(self.path, "ab") as file:
+            file.write(line)
+
+    def clear(self) -> None:
+        self.path.unlink(missing_ok=True)
 
     def drop_after(self, step: int) -> None:
         """Removes what a run had logged beyond the checkpoint that it now goes on from."""
@@ -32,16 +36,22 @@ class MetricsLog:
             r for r in read_metrics(self.path) if r.get("step", 0) <= step and r["kind"] != "end"
         ]
         writing = self.path.with_name(self.path.name + ".writing")
-        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in kept]
-        with open(writing, "w", encoding="utf-8") as file:
-            file.writelines(lines)
+        with open(writing, "wb") as file:
+            file.writelines(map(_as_line, kept))
             file.flush()
             os.fsync(file.fileno())
         os.replace(writing, self.path)
 
 
-def _json_number(value: Any) -> Any:
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+def _as_line(record: dict[str, Any]) -> bytes:
+    text = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8") + b"\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
 
@@ -53,13 +63,13 @@ def read_metrics(path: str | Path) -> Iterator[dict[str, Any]]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"metrics: got {str(path)!r}, which is not a file; check the path")
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    lines = Path(path).read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):
         if not line:
             continue
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
+            yield json.loads(line.decode("utf-8"))
+        except ValueError:
             if number == len(lines):
                 return
             raise ValueError(f"metrics: line {number} of {str(path)!r} is not JSON") from None
@@ -127,8 +137,11 @@ class Display:
     def say(self, text: str) -> None:
         if self._bar is not None:
             self._bar.write(text, file=self._file)
-        else:
+            return
+        try:
             print(text, file=self._file, flush=True)
+        except BrokenPipeError:  # nobody reads any more: that is no reason to stop training
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._file.fileno())
 
     def close(self) -> None:
         if self._bar is not None:
@@ -143,14 +156,9 @@ def format_duration(seconds: float) -> str:
 
 
 def open_tensorboard(folder: Path):
-    """A writer of TensorBoard event files.
+    """A writer of TensorBoard event files; needs the package tensorboard."""
+    from torch.utils.tensorboard import SummaryWriter
 
-    Raises: ValueError when the tensorboard package is missing.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ValueError(f"--tensorboard: needs the package tensorboard; {SPARE_HELP}") from None
     return SummaryWriter(str(folder))
 
 

@@ -64,7 +64,8 @@ def _shifted_scores_and_log_normaliser(x: Tensor, dim: int) -> tuple[Tensor, Ten
     scores = _at_least_float32(x)
     peak = scores.detach().amax(dim, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
     shifted = scores - peak
-    return shifted, torch.exp(shifted).sum(dim, keepdim=True).log()
+    # the sum is 1 or more but in a row of -inf alone, whose gradient the clamp makes 0, not NaN
+    return shifted, torch.exp(shifted).sum(dim, keepdim=True).clamp(min=1.0).log()
 
 
 def log_softmax(x: Tensor, dim: int = -1) -> Tensor:

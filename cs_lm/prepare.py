@@ -3,13 +3,13 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from cs_lm.config import RunConfig
-from cs_lm.token_store import MemmapManager, TokenRange, Tokens
+from cs_lm.config import DataConfig, RunConfig
+from cs_lm.token_store import MANIFEST, MemmapManager, TokenRange, Tokens
 from cs_lm.tokenizer import BPETokenizer, train_bpe
 from cs_lm.tokenizer.text_source import read_text
 
@@ -39,7 +39,7 @@ def store_folder(label: str) -> Path:
 
 
 def valid_store_folder(label: str) -> Path:
-    return DATA / f"{label}_valid_chunks"
+    return DATA / f"{label}_chunks_valid"  # no label's own store has this name
 
 
 def embedded_text() -> str:
@@ -76,29 +76,59 @@ def find_corpus(config: RunConfig) -> Path | None:
     return None
 
 
-def prepare(config: RunConfig, say: Say) -> PreparedData:
-    """Tokenizer, training tokens and validation tokens of a run.
+def prepare(config: RunConfig, say: Say, tokenizer: BPETokenizer | None = None) -> PreparedData:
+    """The tokenizer, and the texts to train and validate on.
 
-    Raises: FileNotFoundError or ValueError, one readable line, for whatever does not fit.
+    tokenizer  of the run that goes on, instead of the one in data/
+    say        told what is made and why
+    Raises: ValueError or FileNotFoundError for texts, tokenizers and stores that cannot be used.
     """
-    data, label = config.data, label_of(config)
-    corpus = find_corpus(config)
+    data = config.data
+    corpus, source = _corpus_and_source(config)
     if data.valid_path is not None:
         _check_text_file("--valid_path", data.valid_path)
-    if corpus == DATA / f"{EMBEDDED_LABEL}.txt" and data.corpus_path is None:
-        _write_if_changed(corpus, embedded_text())
-    source = source_of(corpus, data.encoding_errors) if corpus else None
-    tokenizer = _tokenizer(config, corpus, source, say)
-    store = _store(config, corpus, source, store_folder(label), tokenizer, say)
+    if tokenizer is None:
+        tokenizer = _tokenizer(config, corpus, source, say)
+    store = _store(config, corpus, source, store_folder(label_of(config)), tokenizer, say)
     train, valid = _split(config, store, tokenizer, say)
     for name, tokens in (("training", train), ("validation", valid)):
-        if len(tokens) <= config.seq_length:
-            raise ValueError(
-                f"{name} text: got {len(tokens)} tokens, need at least {config.seq_length + 1} "
-                f"for one window of --seq_length ({config.seq_length}); give a longer text or a "
-                "shorter --seq_length"
-            )
+        check_length(name, len(tokens), config)
     return PreparedData(tokenizer, train, valid)
+
+
+def reusable_store(config: RunConfig) -> MemmapManager | None:
+    """The store that a run would train on, if it need not be made first."""
+    files, folder = _tokenizer_files(config), store_folder(label_of(config))
+    corpus, source = find_corpus(config), None
+    if corpus is not None:
+        if not corpus.is_file():
+            return None
+        source = source_of(corpus, config.data.encoding_errors)
+    if not (folder / MANIFEST).is_file() or not files.are_usable(
+        _tokenizer_settings(config, source)
+    ):
+        return None
+    tokenizer = files.read(config.data.special_tokens)
+    store = MemmapManager(folder)
+    return store if _difference(store, tokenizer, source, config) is None else None
+
+
+def check_length(name: str, num_tokens: int, config: RunConfig) -> None:
+    if num_tokens <= config.seq_length:
+        raise ValueError(
+            f"{name} text: got {num_tokens} tokens, need at least {config.seq_length + 1} "
+            f"for one window of --seq_length ({config.seq_length}); give a longer text or a "
+            "shorter --seq_length"
+        )
+
+
+def _corpus_and_source(config: RunConfig) -> tuple[Path | None, dict[str, Any] | None]:
+    corpus = find_corpus(config)
+    if corpus is None:
+        return None, None
+    if config.data.corpus_path is None:
+        _write_if_changed(corpus, embedded_text())
+    return corpus, source_of(corpus, config.data.encoding_errors)
 
 
 def num_training_tokens(config: RunConfig, num_tokens: int) -> int:
@@ -118,36 +148,51 @@ def _split(config: RunConfig, store: MemmapManager, tokenizer, say: Say) -> tupl
     return TokenRange(store, 0, border), TokenRange(store, border, len(store))
 
 
+class _TokenizerFiles(NamedTuple):
+    vocab_path: Path
+    merges_path: Path
+    settings_path: Path | None  # None: the user's own files, whatever they were trained with
+
+    def are_usable(self, settings: dict[str, Any]) -> bool:
+        if self.settings_path is None:
+            return self.vocab_path.exists() or self.merges_path.exists()
+        if not (self.vocab_path.exists() and self.merges_path.exists()):
+            return False
+        without_corpus = settings["source"] is None
+        return without_corpus or _read_json(self.settings_path) == settings
+
+    def read(self, special_tokens: Sequence[str]) -> BPETokenizer:
+        return BPETokenizer.from_files(self.vocab_path, self.merges_path, special_tokens)
+
+
+def _tokenizer_files(config: RunConfig) -> _TokenizerFiles:
+    if config.data.vocab_path is not None:
+        return _TokenizerFiles(Path(config.data.vocab_path), Path(config.data.merges_path), None)
+    folder = DATA / f"{label_of(config)}_tokenizer"
+    return _TokenizerFiles(folder / "vocab.json", folder / "merges.txt", folder / SETTINGS)
+
+
+def _tokenizer_settings(config: RunConfig, source: dict[str, Any] | None) -> dict[str, Any]:
+    specials = list(config.data.special_tokens)
+    return {"vocab_size": config.model.vocab_size, "special_tokens": specials, "source": source}
+
+
 def _tokenizer(config: RunConfig, corpus: Path | None, source, say: Say) -> BPETokenizer:
-    data = config.data
-    specials = list(data.special_tokens)
-    if data.vocab_path is not None:
-        vocab_path, merges_path = Path(data.vocab_path), Path(data.merges_path)
-        settings_path, usable = None, vocab_path.exists() or merges_path.exists()
-    else:
-        folder = DATA / f"{label_of(config)}_tokenizer"
-        vocab_path, merges_path = folder / "vocab.json", folder / "merges.txt"
-        settings_path = folder / SETTINGS
-        usable = vocab_path.exists() and merges_path.exists()
-    settings = {"vocab_size": config.model.vocab_size, "special_tokens": specials, "source": source}
-    if usable and settings_path and corpus:
-        usable = _read_json(settings_path) == settings
-        if not usable:
-            say(f"tokenizer: {vocab_path.parent} belongs to other settings, training a new one")
-    if not usable:
+    files, settings = _tokenizer_files(config), _tokenizer_settings(config, source)
+    if not files.are_usable(settings):
         if corpus is None:
             raise FileNotFoundError(
-                f"tokenizer: {str(vocab_path)!r} is missing; give --corpus_path to train it, or "
-                "--vocab_path and --merges_path of the store's tokenizer"
+                f"tokenizer: {str(files.vocab_path)!r} is missing; give --corpus_path to train it, "
+                "or --vocab_path and --merges_path of the store's tokenizer"
             )
-        _train_tokenizer(config, corpus, vocab_path, merges_path, say)
-        if settings_path:
-            _write_json(settings_path, settings)
-    tokenizer = BPETokenizer.from_files(vocab_path, merges_path, specials)
+        if files.settings_path is not None and files.vocab_path.exists():
+            say(f"tokenizer: {files.vocab_path.parent} belongs to other settings")
+        _train_tokenizer(config, corpus, files, settings, say)
+    tokenizer = files.read(config.data.special_tokens)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
             f"--vocab_size: got {config.model.vocab_size}, need at least {tokenizer.vocab_size}: "
-            f"the tokenizer {str(vocab_path)!r} has that many tokens"
+            f"the tokenizer {str(files.vocab_path)!r} has that many tokens"
         )
     if tokenizer.vocab_size < config.model.vocab_size:
         say(
@@ -158,26 +203,28 @@ def _tokenizer(config: RunConfig, corpus: Path | None, source, say: Say) -> BPET
 
 
 def _train_tokenizer(
-    config: RunConfig, corpus: Path, vocab_path: Path, merges_path: Path, say: Say
-):
+    config: RunConfig, corpus: Path, files: _TokenizerFiles, settings: dict[str, Any], say: Say
+) -> None:
     say(f"tokenizer: training {config.model.vocab_size:,} tokens on {corpus}")
+    specials = config.data.special_tokens
     vocab, merges = train_bpe(
-        corpus,
-        config.model.vocab_size,
-        config.data.special_tokens,
-        encoding_errors=config.data.encoding_errors,
+        corpus, config.model.vocab_size, specials, encoding_errors=config.data.encoding_errors
     )
-    BPETokenizer(vocab, merges, config.data.special_tokens).save(vocab_path, merges_path)
-    say(f"tokenizer: wrote {vocab_path} and {merges_path}")
+    if files.settings_path is not None:  # from here on, the files may be other ones
+        files.settings_path.unlink(missing_ok=True)
+    BPETokenizer(vocab, merges, specials).save(files.vocab_path, files.merges_path)
+    if files.settings_path is not None:
+        _write_json(files.settings_path, settings)
+    say(f"tokenizer: wrote {files.vocab_path} and {files.merges_path}")
 
 
 def _store(config, corpus: Path | None, source, folder: Path, tokenizer, say: Say) -> MemmapManager:
-    chunk_size = config.data.chunk_size
-    store = MemmapManager(folder) if folder.is_dir() else None
+    store = MemmapManager(folder) if (folder / MANIFEST).is_file() else None
     why = "is missing"
     if store is not None:
-        why = _difference(store, tokenizer, source, chunk_size if corpus else None)
+        why = _difference(store, tokenizer, source, config)
         if why is None:
+            store.verify()
             say(f"token store: {folder}, {len(store):,} tokens")
             return store
         if corpus is None:
@@ -187,19 +234,23 @@ def _store(config, corpus: Path | None, source, folder: Path, tokenizer, say: Sa
             )
     say(f"token store: {folder} {why}, encoding {corpus}")
     texts = read_text(corpus, config.data.encoding_errors)
-    store = MemmapManager.save_as_memmap(texts, tokenizer, folder, chunk_size, source)
+    store = MemmapManager.save_as_memmap(texts, tokenizer, folder, config.data.chunk_size, source)
     bytes_per_token = store.manifest["text_bytes"] / len(store)
     say(f"token store: wrote {len(store):,} tokens, {bytes_per_token:.2f} bytes each, to {folder}")
     return store
 
 
-def _difference(store: MemmapManager, tokenizer, source, chunk_size: int | None) -> str | None:
-    """Why a store cannot be used, or None."""
+def _difference(store: MemmapManager, tokenizer, source, config: RunConfig) -> str | None:
+    """Why a store cannot be used, or None; without a corpus, default settings ask for nothing."""
     if store.fingerprint != tokenizer.fingerprint:
         return "was made with another tokenizer"
-    if source is not None and store.manifest["source"] != source:
+    if source is not None and store.source != source:
         return "was made from another text"
-    if chunk_size is not None and store.chunk_size != chunk_size:
+    data = config.data
+    if source is None and data.encoding_errors not in ("strict", store.source["encoding_errors"]):
+        return "was made with --encoding_errors strict"
+    is_asked = source is not None or data.chunk_size != DataConfig.chunk_size
+    if is_asked and store.chunk_size != data.chunk_size:
         return f"has chunks of {store.chunk_size} tokens"
     return None
 

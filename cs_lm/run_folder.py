@@ -25,7 +25,8 @@ class RunFolder:
         self._tokenizer = self.path / "tokenizer"
 
     def exists(self) -> bool:
-        return self.metrics.is_file() or self.checkpoints.last_path.is_file()
+        """Whether there is work to lose; a run that ended before its first checkpoint has none."""
+        return self.checkpoints.last_path.is_file() or self.checkpoints.best_path.is_file()
 
     def save_tokenizer(self, tokenizer: BPETokenizer) -> None:
         """A copy, so that the folder alone is enough to generate text."""
@@ -39,22 +40,26 @@ class RunFolder:
             raise FileNotFoundError(
                 f"run: {str(self.path)!r} holds no tokenizer; name the folder of a run (--out_dir)"
             )
-        specials = json.loads(specials_path.read_text(encoding="utf-8"))
+        try:
+            specials = json.loads(specials_path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise ValueError(f"run: {str(specials_path)!r} is damaged; need a JSON list") from None
         return BPETokenizer.from_files(
             self._tokenizer / "vocab.json", self._tokenizer / "merges.txt", specials
         )
 
     def read_last(self) -> dict[str, Any]:
-        """The content of the last checkpoint.
+        """The content of the last checkpoint, or of the best one where none was saved yet.
 
         Raises: FileNotFoundError saying that there is no run here.
         """
-        if not self.checkpoints.last_path.is_file():
+        if not self.exists():
             raise FileNotFoundError(
                 f"run: {str(self.path)!r} holds no checkpoint; check --out_dir, or start the run "
                 "without --resume"
             )
-        return read_checkpoint(self.checkpoints.last_path)
+        paths = (self.checkpoints.last_path, self.checkpoints.best_path)
+        return read_checkpoint(next(path for path in paths if path.is_file()))
 
 
 class TrainedModel(NamedTuple):

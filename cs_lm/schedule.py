@@ -12,7 +12,7 @@ def cosine_schedule(it: int, lr_max: float, lr_min: float, warmup: int, cycle: i
 
         lr_min + (1 + cos(pi f)) / 2 * (lr_max - lr_min)
     """
-    if it < warmup:
+    if it <= warmup and warmup > 0:
         return lr_max * it / warmup
     if it >= cycle:
         return lr_min
@@ -23,7 +23,7 @@ def cosine_schedule(it: int, lr_max: float, lr_min: float, warmup: int, cycle: i
 def learning_rate(step: int, num_steps: int, optim: OptimConfig) -> float:
     """The rate of update `step` (0 is the first) in a run of `num_steps` updates.
 
-    With w = round(warmup_ratio * T) and c = round(warmfix_ratio * T), for 0 < w < c < T:
+    With w = round(warmup_ratio * T), at least 1, and c = round(warmfix_ratio * T), for w < c < T:
 
         step 0    lr / w      the first update is not wasted on a rate of 0
         step w-1  lr          the highest
@@ -32,4 +32,6 @@ def learning_rate(step: int, num_steps: int, optim: OptimConfig) -> float:
     """
     warmup = round(optim.warmup_ratio * num_steps)
     cycle = round(optim.warmfix_ratio * num_steps)
+    if cycle > 0:
+        warmup = max(1, warmup)
     return cosine_schedule(step + 1, optim.lr, optim.lr_min, warmup, cycle)

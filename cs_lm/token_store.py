@@ -54,6 +54,7 @@ class MemmapManager:
             raise FileNotFoundError(
                 f"token store: {str(self.folder)!r} holds no {MANIFEST}; encode a text there first"
             )
+        self._identity = _identity(path)
         try:
             self.manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             self.dtype = np.dtype(self.manifest["dtype"])
@@ -61,6 +62,9 @@ class MemmapManager:
             self.chunk_size = int(self.manifest["chunk_size"])
             self.fingerprint = self.manifest["tokenizer_fingerprint"]
             self._chunks = [(c["file"], c["sha256"]) for c in self.manifest["chunks"]]
+            self.source: dict[str, Any] = self.manifest["source"]
+            if self.manifest["format_version"] != FORMAT_VERSION:
+                raise ValueError(f"format {self.manifest['format_version']}")
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"token store: cannot read {str(path)!r} ({error!r}); delete the folder and encode "
@@ -135,6 +139,11 @@ class MemmapManager:
 
     def _read(self, chunk: int, offset: int, count: int) -> np.ndarray:
         path = self.folder / self._chunks[chunk][0]
+        if _identity(self.folder / MANIFEST) != self._identity:
+            raise ValueError(
+                f"token store: {str(self.folder)!r} was written anew while in use (a second run on "
+                "this text, with other settings?); give each its own --corpus_size"
+            )
         try:
             mapped = np.memmap(path, self.dtype, mode="r", offset=offset * self.dtype.itemsize,
                                shape=(count,))  # fmt: skip
@@ -144,6 +153,12 @@ class MemmapManager:
                 "the text again"
             ) from None
         return np.array(mapped)
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """Other for every file that takes the place of this one."""
+    found = os.stat(path)
+    return found.st_ino, found.st_mtime_ns
 
 
 class TokenRange:

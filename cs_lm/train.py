@@ -1,5 +1,6 @@
 """Training: one step, and the loop around it that logs, validates, samples and saves."""
 
+import math
 import platform
 import signal
 import threading
@@ -17,7 +18,7 @@ from cs_lm.checkpoint import restore
 from cs_lm.config import RunConfig, to_json
 from cs_lm.decoding import DecodingConfig, generate_text
 from cs_lm.device import describe, resolve_device
-from cs_lm.evaluate import Evaluation, evaluate, gzip_bits_per_byte, token_byte_lengths
+from cs_lm.evaluation import Evaluation, evaluate, gzip_bits_per_byte, token_byte_lengths
 from cs_lm.fast_ops import FAST
 from cs_lm.metrics import (
     Display,
@@ -67,7 +68,7 @@ def train_step(
     Returns the mean loss [nats per token] before the update and the gradient norm before
     clipping, both scalars on the device: nothing here waits for the device.
     """
-    num_targets = sum((y != IGNORE_INDEX).sum() for _, y in batches)
+    num_targets = sum((y != IGNORE_INDEX).sum() for _, y in batches).clamp(min=1)
     optimizer.zero_grad(set_to_none=True)
     loss = torch.zeros((), device=model.lm_head.weight.device)
     for x, y in batches:
@@ -82,7 +83,7 @@ def train_step(
 
 
 class StopSignals:
-    """While entered, the first SIGINT or SIGTERM is noted instead of ending the process.
+    """While entered, the first SIGINT, SIGTERM or SIGHUP is noted instead of ending the process.
 
     A second one ends it at once.
     """
@@ -93,7 +94,8 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            hangup = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []
+            for number in (signal.SIGINT, signal.SIGTERM, *hangup):
                 self._previous[number] = signal.signal(number, self._note)
         return self
 
@@ -161,6 +163,7 @@ class Trainer:
                         f"stopped by {signals.received.name} after step {self.step} of "
                         f"{self.num_steps}: saved; the same command with --resume goes on"
                     )
+                    self.say(self._plot())
                     return 128 + signals.received
             finally:
                 self.display.close()
@@ -178,7 +181,13 @@ class Trainer:
                 "--resume: the run was trained with another tokenizer than the one given now; use "
                 "that one, or start a new run in another --out_dir"
             )
+        settings = [
+            {name: value for name, value in group.items() if name != "params"}
+            for group in self.optimizer.param_groups
+        ]
         restore(checkpoint, self.model, self.optimizer)
+        for group, chosen in zip(self.optimizer.param_groups, settings):
+            group.update(chosen)  # weight decay, betas and eps may be other ones from here on
         self.step = checkpoint["iteration"]
         self.trained_tokens = extras["trained_tokens"]
         self.trained_before_s = extras["elapsed_s"]
@@ -191,6 +200,7 @@ class Trainer:
         if resumed:
             self.log.drop_after(self.step)
         else:
+            self.log.clear()  # of a run that ended before its first checkpoint
             self.folder.save_tokenizer(self.data.tokenizer)
         self.log.write(
             "resume" if resumed else "config",
@@ -222,10 +232,6 @@ class Trainer:
         if result is not None:
             summary["bits_per_byte"] = result.bits_per_byte
         self.log.write("end", step=self.step, **summary)
-        try:
-            shown = f"plot: {plot_losses(self.folder.metrics, self.folder.plot)}"
-        except ValueError as error:  # matplotlib is an extra: without it, the run is no failure
-            shown = str(error)
         print(
             f"done: {self.step} steps, {self.trained_tokens:,} tokens, "
             f"{format_duration(elapsed_s)} of training"
@@ -240,8 +246,14 @@ class Trainer:
             f"checkpoints: {self.folder.checkpoints.last_path} and "
             f"{self.folder.checkpoints.best_path}"
         )
-        print(shown)
+        print(self._plot())
         print(f'more text: python -m cs_lm generate --out_dir {path} --prompt "The "', flush=True)
+
+    def _plot(self) -> str:
+        try:
+            return f"plot: {plot_losses(self.folder.metrics, self.folder.plot)}"
+        except ValueError as error:  # matplotlib is an extra: without it, the run is no failure
+            return str(error)
 
     def _gzip_bits_per_byte(self) -> float:
         config, data = self.config, self.data
@@ -299,17 +311,26 @@ class Trainer:
     def _finite_loss(self) -> float:
         """The last step's loss. Raises: ValueError when it is no number any more."""
         loss = self.loss.item()
-        if loss != loss or loss == float("inf"):
-            raise ValueError(
-                f"training: the loss is {loss} at step {self.step}; the checkpoint of step "
-                f"{max(self._saved_step, 0)} is kept; lower --lr or --max_norm and start again"
-            )
+        if not math.isfinite(loss):
+            raise ValueError(self._diverged(f"the loss is {loss}"))
         return loss
+
+    def _diverged(self, what: str) -> str:
+        kept = "there is no checkpoint yet"
+        if self._saved_step >= 0:
+            kept = f"the checkpoint of step {self._saved_step} is kept"
+        return (
+            f"training: {what} at step {self.step}; {kept}; start again with a lower --lr or "
+            "--max_norm in another --out_dir"
+        )
 
     def _save(self) -> None:
         if self._saved_step == self.step:
             return
         self._finite_loss()
+        finite = torch.stack([p.isfinite().all() for p in self.model.parameters()]).all()
+        if not finite.item():
+            raise ValueError(self._diverged("a weight is not finite any more"))
         self.folder.checkpoints.save(self.model, self.optimizer, self.step, **self._extras())
         self._saved_step = self.step
 

@@ -1,10 +1,17 @@
 """What a user can cause becomes readable lines and exit status 2; a traceback is for bugs."""
 
 import functools
+import os
 import sys
 from collections.abc import Callable, Sequence
 
 Main = Callable[[Sequence[str] | None], int]
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch's allocators raise a RuntimeError, on the CPU one without a class of its own."""
+    is_cpu = "alloc" in str(error) and "memory" in str(error)
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or is_cpu
 
 
 def readable_errors(main: Main) -> Main:
@@ -12,6 +19,19 @@ def readable_errors(main: Main) -> Main:
     def guarded(argv: Sequence[str] | None = None) -> int:
         try:
             return main(argv)
+        except BrokenPipeError:  # the reader of our output has had enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            first_line = str(error).partition("\n")[0]
+            print(
+                f"error: out of memory ({first_line}); lower --batch_size (and raise "
+                "--grad_accum), --seq_length or the model's size",
+                file=sys.stderr,
+            )
+            return 2
         except (ValueError, OSError) as error:
             for line in str(error).splitlines():
                 print(f"error: {line}", file=sys.stderr)

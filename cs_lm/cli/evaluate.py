@@ -8,7 +8,7 @@ import numpy as np
 from cs_lm.cli.errors import readable_errors
 from cs_lm.config import device_setting, encoding_errors_setting, setting
 from cs_lm.device import resolve_device
-from cs_lm.evaluate import evaluate, token_byte_lengths
+from cs_lm.evaluation import evaluate, token_byte_lengths
 from cs_lm.flags import parse_config
 from cs_lm.run_folder import RunFolder, load_trained
 from cs_lm.token_store import ArrayTokens

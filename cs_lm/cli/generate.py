@@ -53,15 +53,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if prompt is not None:
         _write(trained, prompt, config.decoding)
         return 0
-    print("prompt, then Enter; an empty line ends", file=sys.stderr)
+    print("prompt, then Enter; Ctrl-C ends an answer, an empty line all", file=sys.stderr)
     while line := _ask():
-        _write(trained, line, config.decoding)
+        try:
+            _write(trained, line, config.decoding)
+        except KeyboardInterrupt:  # enough of this one
+            print()
     return 0
 
 
 def _decoded(where: str, content: bytes) -> str:
+    """The text, without the newline that editors and `echo` put at the end."""
     try:
-        return content.decode("utf-8")
+        return content.decode("utf-8").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: is not UTF-8 at byte offset {error.start}") from None
 

@@ -16,7 +16,10 @@ class PlotConfig:
     png_path: str | None = setting(None, "where the plot goes; default: loss.png in the folder")
 
     def problems(self) -> list[str]:
-        return [] if self.out_dir else ["--out_dir: is missing; name the folder of a run"]
+        found = [] if self.out_dir else ["--out_dir: is missing; name the folder of a run"]
+        if self.png_path is not None and not self.png_path.endswith(".png"):
+            found.append(f"--png_path: got {self.png_path!r}, need a name that ends in .png")
+        return found
 
 
 @readable_errors

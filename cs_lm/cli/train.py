@@ -1,5 +1,7 @@
 """`run_clm.py`: settings from flags and saved runs, then a dry run or a training run."""
 
+import importlib.util
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from cs_lm.cli.errors import readable_errors
 from cs_lm.config import ModelConfig, RunConfig, flag_of, from_json, replace, settings_of
 from cs_lm.device import resolve_device
 from cs_lm.flags import FlagParser, add_flags, config_from_flags, read_flags
+from cs_lm.metrics import SPARE_HELP
 from cs_lm.prepare import find_corpus, label_of, prepare
 from cs_lm.run_folder import RunFolder
 
@@ -15,6 +18,9 @@ DESCRIPTION = """\
 Trains a Transformer language model on a text. A tokenizer and the encoded text are
 made in data/ where they are missing; the run lands in runs/<label> or --out_dir.
 Units stand in [brackets]."""
+_FIXED_DATA_SETTINGS = {
+    "special_tokens", "vocab_path", "merges_path", "valid_path", "valid_fraction",
+}  # fmt: skip
 # Settings that say what to do now rather than what the run is.
 _OF_THIS_CALL = {"resume", "dry_run", "out_dir"}
 
@@ -29,13 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _resume(namespace, given, wrong_values)
     config = config_from_flags(RunConfig(), namespace, _problems_of_this_machine)
     folder = RunFolder(config.out_dir or Path("runs") / label_of(config))
-    if config.dry_run:
-        return _print_dry_run(config, folder)
+    _check_writable(folder.path)
     if folder.exists():
         raise ValueError(
             f"--out_dir: {str(folder.path)!r} holds a run already; add --resume to continue it, "
             "or name another folder"
         )
+    if config.dry_run:
+        return _print_dry_run(config, folder)
     return _train(config, folder, None)
 
 
@@ -46,7 +53,7 @@ def _resume(namespace, given: dict[str, Any], wrong_values: list[str]) -> int:
     folder = RunFolder(asked.out_dir or Path("runs") / label_of(asked))
     checkpoint = folder.read_last()
     saved = from_json(RunConfig, checkpoint["extras"]["config"])
-    _refuse_another_model(saved, given)
+    _refuse_what_cannot_change(saved, given)
     config = config_from_flags(saved, namespace, _problems_of_this_machine)
     for name in sorted(set(given) - _OF_THIS_CALL):
         before, now = _value(saved, name), given[name]
@@ -57,15 +64,17 @@ def _resume(namespace, given: dict[str, Any], wrong_values: list[str]) -> int:
     return _train(config, folder, checkpoint)
 
 
-def _refuse_another_model(saved: RunConfig, given: dict[str, Any]) -> None:
+def _refuse_what_cannot_change(saved: RunConfig, given: dict[str, Any]) -> None:
+    """The model and its tokenizer are what they are, and so is the text that decides the best."""
     wrong = []
-    for name, (_, each) in settings_of(ModelConfig).items():
-        before = getattr(saved.model, name)
-        if name in given and given[name] != before:
-            wrong.append(
-                f"{flag_of(each)}: got {given[name]}, but the run to resume has {before}; leave "
-                "the flag out, or start a new run in another --out_dir"
-            )
+    for name, (owner, each) in settings_of(RunConfig).items():
+        if name in given and (owner is ModelConfig or name in _FIXED_DATA_SETTINGS):
+            before = _value(saved, name)
+            if given[name] != before:
+                wrong.append(
+                    f"{flag_of(each)}: got {given[name]}, but the run to resume has {before}; "
+                    "leave the flag out, or start a new run in another --out_dir"
+                )
     if wrong:
         raise ValueError("\n".join(wrong))
 
@@ -89,7 +98,19 @@ def _problems_of_this_machine(config: RunConfig) -> list[str]:
     valid_path = config.data.valid_path
     if valid_path is not None and not Path(valid_path).is_file():
         found.append(f"--valid_path: got {valid_path!r}, which is not a file; check the path")
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        found.append(f"--tensorboard: needs the package tensorboard; {SPARE_HELP}")
     return found
+
+
+def _check_writable(folder: Path) -> None:
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        why = "is not writable" if existing.is_dir() else "is a file"
+        shown = os.path.relpath(existing)
+        raise ValueError(
+            f"--out_dir: got {str(folder)!r}, but {shown!r} {why}; name another folder"
+        )
 
 
 def _print_dry_run(config: RunConfig, folder: RunFolder) -> int:
@@ -103,12 +124,13 @@ def _print_dry_run(config: RunConfig, folder: RunFolder) -> int:
 def _train(config: RunConfig, folder: RunFolder, checkpoint: dict[str, Any] | None) -> int:
     from cs_lm.train import Trainer
 
-    data = prepare(config, lambda text: print(text, flush=True))
+    tokenizer = folder.load_tokenizer() if checkpoint is not None else None
+    data = prepare(config, lambda text: print(text, flush=True), tokenizer)
     trainer = Trainer(config, data, folder, checkpoint)
     if trainer.step >= trainer.num_steps:
         print(
-            f"resume: the run has all its {trainer.num_steps} steps; raise --num_epochs or "
-            "--max_steps to train on"
+            f"resume: the run is at step {trainer.step} of {trainer.num_steps} already; raise "
+            "--num_epochs or --max_steps to train on"
         )
         return 0
     return trainer.fit()

@@ -27,8 +27,12 @@ class TrainTokenizerConfig:
             found.append("--corpus_path: is missing; name a UTF-8 text file")
         if self.num_workers is not None and self.num_workers < 1:
             found.append(f"--num_workers: got {self.num_workers}, need 1 or more")
+        if Path(self.vocab_path).absolute() == Path(self.merges_path).absolute():
+            found.append(f"--merges_path: got {self.merges_path!r}, which is --vocab_path too")
         for flag, path in (("--vocab_path", self.vocab_path), ("--merges_path", self.merges_path)):
-            if Path(path).exists() and not self.overwrite:
+            if Path(path).is_dir():
+                found.append(f"{flag}: got {path!r}, which is a folder; name a file")
+            elif Path(path).exists() and not self.overwrite:
                 found.append(f"{flag}: {path!r} exists; add --overwrite, or name another file")
         return found
 

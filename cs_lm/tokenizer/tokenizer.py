@@ -144,15 +144,21 @@ class BPETokenizer:
             if not all(isinstance(token_id, int) for token_id in names.values()):
                 raise TypeError("an id is not an integer")
             vocab = {token_id: token_of_name(name) for name, token_id in names.items()}
+            if len(vocab) != len(names):
+                raise TypeError("two tokens have the same id")
         except (json.JSONDecodeError, AttributeError, TypeError, UnicodeDecodeError) as error:
             raise ValueError(
                 f"--vocab_path: {str(vocab_path)!r} is not a vocab.json ({error}); "
                 "need a JSON object of token names and ids"
             ) from None
+        try:
+            lines = Path(merges_path).read_text(encoding="utf-8").split("\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"--merges_path: {str(merges_path)!r} is not UTF-8 ({error})"
+            ) from None
         merges = []
-        for number, line in enumerate(
-            Path(merges_path).read_text(encoding="utf-8").split("\n"), start=1
-        ):
+        for number, line in enumerate(lines, start=1):
             if not line or (number == 1 and line.startswith("#version")):
                 continue
             pair = line.rstrip("\r").split(" ")

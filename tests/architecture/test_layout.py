@@ -17,7 +17,7 @@ FLOORS = {
     "fast_ops": 1, "weight_init": 1, "kv_cache": 1, "token_store": 1, "tokenizer": 1, "flags": 1,
     "layers": 2, "prepare": 2,
     "model": 3, "optim": 3, "schedule": 3, "batches": 3, "checkpoint": 3, "metrics": 3,
-    "evaluate": 4, "decoding": 4, "run_folder": 4,
+    "evaluation": 4, "decoding": 4, "run_folder": 4,
     "train": 5,
     "dry_run": 6,
     "cli": 7,
@@ -152,3 +152,12 @@ def test_importing_does_nothing(tmp_path):
     ).stdout  # fmt: skip
     assert shown.split("\n")[-2] == "[] False False"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_public_names_are_the_same_thing_each_time():
+    """A submodule of the same name would take the place of a lazily imported function."""
+    import cs_lm
+
+    for name in cs_lm.__all__:
+        first = getattr(cs_lm, name)
+        assert getattr(cs_lm, name) is first and type(first).__name__ != "module", name

@@ -19,7 +19,7 @@ def test_a_run_says_what_it_does(finished_run):
     for expected in [
         r"tokenizer: training 300 tokens on animals.txt",
         r"token store: wrote [\d,]+ tokens, [\d.]+ bytes each",
-        r"step 5/40 \| loss [\d.]+ \| lr [\de.-]+ \| norm [\d.]+ \| [\d,]+ tokens/s \| ETA 0:0\d",
+        r"step 5/40 \| loss [\d.]+ \| lr [\de.-]+ \| norm [\d.]+ \| [\d,]+ tokens/s \| ETA",
         r"step 20 \| validation loss [\d.]+ \| perplexity [\d.]+ \| [\d.]+ bits/byte \| best",
         r"step 20 \| sample: The cat",
         r"done: 40 steps, 2,560 tokens",
@@ -64,7 +64,7 @@ def test_an_existing_run_is_never_overwritten(finished_run):
 
 def test_resume_of_a_finished_run_says_so(finished_run):
     result = run_script(finished_run, "--corpus_path", "animals.txt", "--resume")
-    assert result.returncode == 0 and "has all its 40 steps; raise --num_epochs" in result.stdout
+    assert result.returncode == 0 and "is at step 40 of 40 already; raise --num" in result.stdout
 
 
 def test_resume_refuses_another_model(finished_run):
@@ -158,8 +158,112 @@ def test_dry_run_of_the_embedded_default_writes_nothing(tmp_path):
 
 def test_dry_run_knows_the_store_that_a_run_made(finished_run):
     argv = [*TINY, "--corpus_path", "animals.txt", "--dry_run", "--num_epochs", "3"]
+    argv += ["--out_dir", "other"]
     result = run_script(finished_run, *argv)
     assert result.returncode == 0 and "not encoded yet" not in result.stdout
     config = next(read_metrics(finished_run / "runs" / "animals" / "metrics.jsonl"))
     assert f"{config['num_parameters']:,}" in result.stdout
     assert f"{config['train_tokens']:,} tokens" in result.stdout
+
+
+def last_checkpoint(folder):
+    return read_checkpoint(folder / "runs" / "animals" / "checkpoints" / "last.pt")
+
+
+def test_resume_takes_new_settings_of_the_optimizer(tmp_path):
+    write_corpus(tmp_path)
+    run_script(tmp_path, *TINY, "--corpus_path", "animals.txt", "--max_steps", "4")
+    changes = ["--weight_decay", "0.7", "--betas", "0.5", "0.6", "--eps", "1e-3"]
+    argv = ["--corpus_path", "animals.txt", "--resume", "--max_steps", "6", *changes]
+    result = run_script(tmp_path, *argv)
+    assert result.returncode == 0, result.stderr
+    assert "--weight_decay is 0.7 from here on, it was 0.01" in result.stdout
+    groups = last_checkpoint(tmp_path)["optimizer"]["param_groups"]
+    assert [g["weight_decay"] for g in groups] == [0.7, 0.0]
+    assert {(*g["betas"], g["eps"]) for g in groups} == {(0.5, 0.6, 1e-3)}
+
+
+def test_resume_refuses_another_tokenizer_and_leaves_data_alone(finished_run):
+    files = sorted((finished_run / "data").rglob("*.*"))
+    before = [path.read_bytes() for path in files if path.is_file()]
+    argv = ["--corpus_path", "animals.txt", "--resume", "--special_tokens", "<x>"]
+    result = run_script(finished_run, *argv)
+    assert result.returncode == 2 and "--special_tokens: got ('<x>',), but the run" in result.stderr
+    assert [path.read_bytes() for path in files if path.is_file()] == before
+
+
+def test_a_run_that_diverges_stops(tmp_path):
+    write_corpus(tmp_path)
+    argv = [*TINY, "--corpus_path", "animals.txt", "--max_steps", "30", "--warmup_ratio", "0"]
+    argv += ["--save_interval", "1", "--lr", "1000", "--max_norm", "inf", "--weight_decay", "1000"]
+    result = run_script(tmp_path, *argv)
+    assert result.returncode == 2, result.stdout
+    assert re.search(r"error: training: .* at step \d+; .* lower --lr or --max_norm", result.stderr)
+    state = last_checkpoint(tmp_path)["model"]
+    assert all(weight.isfinite().all() for weight in state.values())
+
+
+def test_a_run_that_died_before_its_first_checkpoint_begins_anew(tmp_path):
+    write_corpus(tmp_path)
+    (tmp_path / "runs" / "animals").mkdir(parents=True)
+    log = tmp_path / "runs" / "animals" / "metrics.jsonl"
+    log.write_text('{"kind": "config", "step": 0}\n', encoding="utf-8")
+    result = run_script(tmp_path, *TINY, "--corpus_path", "animals.txt", "--max_steps", "2")
+    assert result.returncode == 0, result.stderr
+    assert [r["kind"] for r in read_metrics(log)].count("config") == 1
+
+
+def test_a_run_with_only_a_best_checkpoint_goes_on_from_it(tmp_path):
+    write_corpus(tmp_path)
+    argv = ["--corpus_path", "animals.txt"]
+    run_script(tmp_path, *TINY, *argv, "--max_steps", "4", "--eval_interval", "4")
+    (tmp_path / "runs" / "animals" / "checkpoints" / "last.pt").unlink()
+    result = run_script(tmp_path, *argv, "--resume", "--max_steps", "6")
+    assert result.returncode == 0 and "steps 4 to 6" in result.stdout, result.stderr
+
+
+def test_dry_run_refuses_what_the_run_would(finished_run, tmp_path):
+    (tmp_path / "short.txt").write_text("ab", encoding="utf-8")
+    argv = [*TINY, "--corpus_path", "animals.txt", "--dry_run"]
+    for more, message in [
+        ([], "holds a run already; add --resume"),
+        (
+            ["--out_dir", "x", "--max_seq_length", "9999", "--seq_length", "9999"],
+            "training text: g",
+        ),
+        (["--out_dir", "x", "--valid_fraction", "0.001"], "validation text: got 5 tokens"),
+        (["--out_dir", "animals.txt/x"], "--out_dir: got 'animals.txt/x', but 'animals.txt' is"),
+        (["--out_dir", "x", "--corpus_path", str(tmp_path / "short.txt")], "training text: got"),
+    ]:
+        result = run_script(finished_run, *argv, *more)
+        assert result.returncode == 2 and message in result.stderr, result.stderr
+    other = run_script(finished_run, *argv, "--out_dir", "x", "--vocab_size", "310")
+    assert other.returncode == 0 and "(not encoded yet)" in other.stdout
+
+
+def test_training_outlives_its_terminal(tmp_path):
+    """A closed pipe ends the display, not the run."""
+    write_corpus(tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "run_clm.py", *TINY, "--corpus_path", "animals.txt",
+         "--max_steps", "60"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    for line in process.stdout:
+        if line.startswith(b"training"):
+            break
+    process.stdout.close()
+    errors = process.stderr.read().decode()
+    assert process.wait() == 0 and errors == ""
+    assert last_checkpoint(tmp_path)["iteration"] == 60
+
+
+def test_a_damaged_store_is_noticed(tmp_path):
+    write_corpus(tmp_path)
+    argv = [*TINY, "--corpus_path", "animals.txt", "--max_steps", "2"]
+    assert run_script(tmp_path, *argv).returncode == 0
+    chunk = tmp_path / "data" / "animals_chunks" / "chunk_00000.bin"
+    chunk.write_bytes(chunk.read_bytes()[:-2] + b"\xff\xff")
+    result = run_script(tmp_path, *argv, "--out_dir", "x")
+    assert result.returncode == 2 and "has changed since it was written; delete" in result.stderr

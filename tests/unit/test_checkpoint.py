@@ -90,6 +90,7 @@ def test_unreadable_files(tmp_path):
 def test_best_is_never_overwritten_by_a_worse_one(tmp_path):
     manager = CheckpointManager(tmp_path)
     model, optimizer = trained(0, 1)
+    assert not manager.save_if_best(float("nan"), model, optimizer, 0)
     assert manager.save_if_best(2.0, model, optimizer, 1)
     assert not manager.save_if_best(2.5, model, optimizer, 2)
     assert not manager.save_if_best(float("nan"), model, optimizer, 2)

@@ -213,3 +213,10 @@ def test_too_few_tokens(sampling):
 def test_batches_reach_cuda():
     x, y = BatchSource(ArrayTokens(np.arange(50)), 2, 7, 0, "random", torch.device("cuda"))(0)
     assert x.device.type == "cuda" and torch.equal(y, x + 1)
+
+
+def test_a_store_that_was_replaced_is_not_read_as_the_old_one(tmp_path):
+    old = save(tmp_path / "s")
+    save(tmp_path / "s", text=TEXT[::-1])
+    with pytest.raises(ValueError, match="was written anew while in use .* --corpus_size"):
+        old.load_by_range(0, 5)

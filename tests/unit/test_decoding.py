@@ -119,7 +119,8 @@ def test_bad_prompts_and_settings(model):
         generate(model, [[1]], greedy(top_p=1.5))
     for name, value in [("top_k", 0), ("temperature", -1.0), ("max_new_tokens", 0), ("slide", 0),
                         ("repetition_penalty", 0.0), ("stop", ("",)), ("seed", -1),
-                        ("repetition_window", 0)]:  # fmt: skip
+                        ("repetition_window", 0), ("temperature", 1e-30),
+                        ("seed", 1 << 63)]:  # fmt: skip
         assert f"--{name}: got" in DecodingConfig(**{name: value}).problems()[0]
 
 
@@ -141,6 +142,9 @@ def test_stop_strings():
     assert shown(b"1112", ["12"]) == (["", "1", "1", "", ""], True), "12 found in 1,1,1,2"
     assert shown(b"ab1", ["12"]) == (["a", "b", "", "1"], False)
     assert shown(b"abcX", ["bcX", "c"]) == (["a", "", "b", "", ""], True)
+    assert shown(b"abc", ["abc", "b"])[0] == ["", "a", "", ""], "b is complete before abc"
+    whole = TextStream({0: b"abc"}, ["abc", "b"])
+    assert whole.push(0) == "a", "however the text is cut into tokens"
     assert shown("né!".encode(), ["é"])[0] == ["n", "", "", "", ""]
 
 
@@ -168,3 +172,12 @@ def test_special_token_ends_the_text(model):
     assert generate_text(model, BYTES, ["a"], greedy()) == [""]
     with torch.no_grad():
         model.lm_head.weight.copy_(saved)
+
+
+def test_settings_without_effect_are_refused():
+    for settings, message in [
+        ({"temperature": 0.0, "top_k": 3}, "--top_k: has no effect at --temperature 0"),
+        ({"temperature": 0.0, "top_p": 0.5}, "--top_p: has no effect at --temperature 0"),
+        ({"repetition_window": 3}, "--repetition_window: has no effect without --repetition_pen"),
+    ]:
+        assert message in DecodingConfig(**settings).problems()[0]

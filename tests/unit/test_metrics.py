@@ -9,10 +9,10 @@ from cs_lm.metrics import Display, MetricsLog, Stopwatch, format_duration, plot_
 
 def test_log_round_trip(tmp_path):
     log = MetricsLog(tmp_path / "new" / "m.jsonl")
-    log.write("config", step=0, prompt="né")
+    log.write("config", step=0, prompt="né", config={"max_norm": float("inf")})
     log.write("train", step=1, loss_nats=2.5, grad_norm=float("nan"), lr=float("inf"))
     assert list(read_metrics(log.path)) == [
-        {"kind": "config", "step": 0, "prompt": "né"},
+        {"kind": "config", "step": 0, "prompt": "né", "config": {"max_norm": None}},
         {"kind": "train", "step": 1, "loss_nats": 2.5, "grad_norm": None, "lr": None},
     ]
 
@@ -20,6 +20,8 @@ def test_log_round_trip(tmp_path):
 def test_a_line_that_a_crash_cut_is_left_out(tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_text('{"kind": "a"}\n{"kind": "b", "st', encoding="utf-8")
+    assert list(read_metrics(path)) == [{"kind": "a"}]
+    path.write_bytes('{"kind": "a"}\n{"prompt": "é'.encode()[:-1])
     assert list(read_metrics(path)) == [{"kind": "a"}]
     path.write_text('{"kind": "a"}\n{"ki\n{"kind": "c"}\n', encoding="utf-8")
     with pytest.raises(ValueError, match="metrics: line 2 of .* is not JSON"):

@@ -123,3 +123,13 @@ def test_cross_entropy_memory_in_multiples_of_the_scores(name, multiple):
         [sys.executable, "-c", MEMORY_PROGRAM, name], capture_output=True, text=True, check=True
     ).stdout
     assert float(shown) < multiple
+
+
+def test_an_ignored_row_of_impossible_scores_leaves_no_nan():
+    logits = torch.zeros(2, 3)
+    logits[0] = -math.inf
+    logits.requires_grad_()
+    loss_sum, count = ops.cross_entropy(logits, torch.tensor([IGNORE_INDEX, 1]))
+    loss_sum.backward()
+    assert loss_sum.item() == pytest.approx(math.log(3)) and count.item() == 1
+    assert not logits.grad.isnan().any() and logits.grad[0].eq(0).all()

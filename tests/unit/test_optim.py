@@ -139,5 +139,16 @@ def test_learning_rate_without_warm_up_or_cosine():
     flat = OptimConfig(lr=1.0, lr_min=0.5, warmup_ratio=0.0, warmfix_ratio=0.0)
     assert [learning_rate(s, 10, flat) for s in (0, 9)] == [0.5, 0.5]
     warm = OptimConfig(lr=1.0, lr_min=0.5, warmup_ratio=1.0, warmfix_ratio=1.0)
-    assert [learning_rate(s, 10, warm) for s in (0, 4, 8)] == [0.1, 0.5, 0.9]
+    assert [learning_rate(s, 10, warm) for s in (0, 4, 8, 9)] == [0.1, 0.5, 0.9, 1.0]
     assert learning_rate(0, 1, OptimConfig()) > 0
+
+
+def test_short_runs_reach_the_highest_rate():
+    for num_steps in (1, 2, 5, 10):
+        for warmup in (0.0, 0.1, 0.5):
+            optim = OptimConfig(lr=1.0, lr_min=0.0, warmup_ratio=warmup, warmfix_ratio=0.5)
+            rates = [learning_rate(step, num_steps, optim) for step in range(num_steps)]
+            if num_steps > 1:
+                assert max(rates) == 1.0 and rates[0] > 0, (num_steps, warmup, rates)
+    one = OptimConfig(lr=1.0, lr_min=0.0)
+    assert learning_rate(0, 1, one) == 1.0

@@ -47,8 +47,8 @@ def test_makes_what_is_missing_and_uses_it_again():
 @pytest.mark.parametrize(
     "changes, expected",
     [
-        ({"vocab_size": 280}, "belongs to other settings, training a new one"),
-        ({"special_tokens": ("<|x|>",)}, "belongs to other settings, training a new one"),
+        ({"vocab_size": 280}, "belongs to other settings | tokenizer: training"),
+        ({"special_tokens": ("<|x|>",)}, "belongs to other settings | tokenizer: training"),
         ({"chunk_size": 100}, "has chunks of 500000 tokens, encoding cats.txt"),
         ({"encoding_errors": "replace"}, "was made from another text"),
     ],
@@ -64,7 +64,7 @@ def test_another_text_under_the_same_name_makes_it_anew(tmp_path):
     prepared()
     (tmp_path / "cats.txt").write_text(TEXT + "a new end", encoding="utf-8")
     data, said = prepared()
-    assert "training a new one" in said and whole_text(data) == TEXT + "a new end"
+    assert "training 270 tokens" in said and whole_text(data) == TEXT + "a new end"
 
 
 def test_validation_text_of_its_own(tmp_path):
@@ -127,3 +127,23 @@ def test_embedded_text(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pydoc_data.topics", None)
     with pytest.raises(FileNotFoundError, match="give a text of your own with --corpus_path"):
         module.embedded_text()
+
+
+def test_settings_are_not_ignored_without_a_corpus():
+    prepared()
+    for changes, message in [
+        ({"chunk_size": 7}, "has chunks of 500000 tokens; give --corpus_path"),
+        ({"encoding_errors": "replace"}, "was made with --encoding_errors strict; give --corpus"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            prepared(corpus_path=None, corpus_size="cats", **changes)
+
+
+def test_a_tokenizer_half_replaced_is_never_taken_for_the_older_one(monkeypatch):
+    prepared()
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "_write_json", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepared(vocab_size=260)
+    data, said = prepared()
+    assert "training 270 tokens" in said and data.tokenizer.vocab_size == 270

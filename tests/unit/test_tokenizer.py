@@ -197,7 +197,11 @@ def test_bad_vocabularies(small, tmp_path):
     merges.write_text("a b c\n", encoding="utf-8")
     with pytest.raises(ValueError, match="line 1 of .* need two tokens"):
         BPETokenizer.from_files(vocab, merges)
-    for content in ["[1]", "{", json.dumps({"a": "x"}), json.dumps({"a b": 1})]:
+    merges.write_bytes(b"\xff a\n")
+    with pytest.raises(ValueError, match="--merges_path: .* is not UTF-8"):
+        BPETokenizer.from_files(vocab, merges)
+    two_names = json.dumps({"a": 1, "b": 1})
+    for content in ["[1]", "{", json.dumps({"a": "x"}), json.dumps({"a b": 1}), two_names]:
         vocab.write_text(content, encoding="utf-8")
         with pytest.raises(ValueError, match=r"--vocab_path|vocabulary:"):
             BPETokenizer.from_files(vocab, merges)

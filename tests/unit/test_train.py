@@ -86,6 +86,14 @@ def test_number_of_steps():
     assert num_training_steps(limited, 640) == 7
 
 
+def test_no_counted_target_changes_nothing_to_nan():
+    model, optimizer = model_and_optimizer()
+    x, y = batch()
+    loss, norm = train_step(model, optimizer, [(x, torch.full_like(y, IGNORE_INDEX))], 1.0)
+    assert (loss.item(), norm.item()) == (0.0, 0.0)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
 def test_first_signal_is_noted_and_the_second_ends():
     before = signal.getsignal(signal.SIGINT)
     with StopSignals() as signals:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cs_lm.config import ModelConfig
-from cs_lm.evaluate import (
+from cs_lm.evaluation import (
     evaluate,
     evaluation_starts,
     gzip_bits_per_byte,
