@@ -7,12 +7,14 @@ looking through all of them again: O(n log n) for a word of n bytes instead of O
 
 from collections.abc import Callable, Mapping
 from heapq import heapify, heappop, heappush
+from math import inf
 
 from cs_lm.tokenizer.bpe import Pair, as_single_bytes
 from cs_lm.tokenizer.pair_index import PairIndex
 
 # Below this many bytes, looking through all pairs is quicker than keeping a heap.
 _HEAP_FROM_BYTES = 48
+_SINGLE_BYTES = as_single_bytes(bytes(range(256)))  # made once: their hashes are known
 
 
 def train_merges(
@@ -38,22 +40,21 @@ def encode_word(word: bytes, ranks: Mapping[Pair, int]) -> list[bytes]:
     """`bpe.encode_word`: the tokens of one word."""
     if len(word) >= _HEAP_FROM_BYTES:
         return _encode_long_word(word, ranks)
-    tokens = as_single_bytes(word)
-    no_rank = len(ranks)
-    while len(tokens) > 1:
-        pair_ranks = [ranks.get(pair, no_rank) for pair in zip(tokens, tokens[1:])]
-        best = min(pair_ranks)
-        if best == no_rank:
-            break
-        merged, i = [], 0
-        while i < len(tokens):
-            if i < len(pair_ranks) and pair_ranks[i] == best:
-                merged.append(tokens[i] + tokens[i + 1])
-                i += 2
-            else:
-                merged.append(tokens[i])
-                i += 1
-        tokens = merged
+    rank_of = ranks.get
+    tokens = [_SINGLE_BYTES[byte] for byte in word]
+    pair_ranks = [rank_of(pair, inf) for pair in zip(tokens, tokens[1:])]
+    best = min(pair_ranks, default=inf)
+    while best < inf:
+        i = 0
+        while best in pair_ranks:  # every place of this pair, left to right
+            i = pair_ranks.index(best, i)
+            tokens[i : i + 2] = [tokens[i] + tokens[i + 1]]
+            del pair_ranks[i]
+            if i > 0:
+                pair_ranks[i - 1] = rank_of((tokens[i - 1], tokens[i]), inf)
+            if i < len(pair_ranks):
+                pair_ranks[i] = rank_of((tokens[i], tokens[i + 1]), inf)
+        best = min(pair_ranks, default=inf)
     return tokens
 
 

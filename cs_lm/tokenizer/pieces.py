@@ -7,7 +7,6 @@ where cutting inside would change the result, are taken out first.
 """
 
 import re
-from collections import Counter
 from collections.abc import Iterator
 
 from cs_lm.tokenizer.pretokenizer import split_words
@@ -56,16 +55,3 @@ def _without_ending(text: str) -> tuple[str, str]:
     if text[-1:] in " \n" and text[-2:-1] and text[-2] in WHITE_SPACE:
         return text[:-2], text[-2:]
     return text, ""
-
-
-def count_words(text: str) -> Counter[str]:
-    """How often each word occurs in a text without special tokens."""
-    piece_counts: Counter[str] = Counter()
-    word_counts: Counter[str] = Counter()
-    for words, pieces in cut_pieces(text):
-        word_counts.update(words)
-        piece_counts.update(pieces)
-    for piece, count in piece_counts.items():
-        for word in words_of_piece(piece):
-            word_counts[word] += count
-    return word_counts

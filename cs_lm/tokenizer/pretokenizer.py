@@ -3,10 +3,7 @@
 Byte-pair merges never cross a border drawn here, so words can be counted and encoded one by one.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from multiprocessing import get_context
 
 import regex
 
@@ -23,9 +20,6 @@ _LAST_SURE_BORDER = regex.compile(
     r"(?r)(?<=\p{L})[^\p{L}]|(?<=\p{N})[^\p{N}]"
     r"|(?<=[^\s\p{L}\p{N}'])[\s\p{L}\p{N}]|(?<=')[\s\p{N}]"
 )
-
-STREAM_BLOCK_CHARS = 1 << 14
-WORKER_BLOCK_CHARS = 1 << 21
 
 
 def split_words(text: str) -> list[str]:
@@ -100,44 +94,3 @@ class SpecialTokenSplitter:
                 threshold = max(block_chars, 2 * held_chars)
         if held_chars:
             yield "".join(held)
-
-
-def count_words(text: str, special_tokens: Sequence[str] = ()) -> Counter[str]:
-    """How often each word occurs in a text; special tokens split it and are not counted."""
-    counts: Counter[str] = Counter()
-    for segment in SpecialTokenSplitter(special_tokens).split(text)[::2]:
-        counts.update(split_words(segment))
-    return counts
-
-
-def count_words_in_stream(
-    parts: Iterable[str],
-    special_tokens: Sequence[str] = (),
-    num_workers: int = 1,
-    block_chars: int = WORKER_BLOCK_CHARS,
-) -> Counter[str]:
-    """`count_words` of the joined parts, with memory that follows the number of distinct words.
-
-    The counts are the same for any number of workers: blocks end at safe borders only.
-    """
-    blocks = SpecialTokenSplitter(special_tokens).safe_blocks(parts, block_chars)
-    total: Counter[str] = Counter()
-    if num_workers <= 1:
-        for block in blocks:
-            total.update(count_words(block, special_tokens))
-        return total
-    with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
-        pending = set()
-        try:
-            for block in blocks:
-                pending.add(pool.submit(count_words, block, special_tokens))
-                if len(pending) > 2 * num_workers:
-                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                    for future in done:
-                        total.update(future.result())
-            for future in pending:
-                total.update(future.result())
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return total

@@ -4,23 +4,23 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 from cs_lm.tokenizer import fast_bpe
 from cs_lm.tokenizer.bpe import Pair
 from cs_lm.tokenizer.byte_names import name_of_token, token_of_name
-from cs_lm.tokenizer.pretokenizer import (
-    STREAM_BLOCK_CHARS,
-    SpecialTokenSplitter,
-    count_words_in_stream,
-    split_words,
-)
+from cs_lm.tokenizer.piece_encoder import PieceEncoder
+from cs_lm.tokenizer.pretokenizer import SpecialTokenSplitter
 from cs_lm.tokenizer.text_source import read_text
+from cs_lm.tokenizer.word_counts import count_words
 
-# Words that are not one token are remembered, at about 200 bytes each: 13 MB for `encode`,
-# 0.2 MB for `encode_iterable`, which promises to hold less than 1 MB.
-CACHED_WORDS = 1 << 16
-STREAM_CACHED_WORDS = 1 << 10
+BLOCK_CHARS = 1 << 16
+# Pieces of text that are remembered, at about 200 bytes each: 50 MB.
+CACHED_PIECES = 1 << 18
+# `encode_iterable` promises to hold less than 1 MB.
+STREAM_BLOCK_CHARS = 1 << 13
+STREAM_CACHED_PIECES = 1 << 10
 
 
 def train_bpe(
@@ -54,7 +54,7 @@ def train_bpe(
     if num_workers is None:
         large = os.path.isfile(input_path) and os.path.getsize(input_path) > 16 << 20
         num_workers = (os.cpu_count() or 1) if large else 1
-    counts = count_words_in_stream(parts, special_tokens, num_workers)
+    counts = count_words(parts, special_tokens, num_workers)
     word_counts = {word.encode("utf-8"): count for word, count in counts.items()}
     merges = fast_bpe.train_merges(word_counts, vocab_size - least, progress)
     tokens = [bytes([byte]) for byte in range(256)] + [a + b for a, b in merges]
@@ -102,7 +102,7 @@ class BPETokenizer:
             self._ranks.setdefault(pair, rank)
         self._splitter = SpecialTokenSplitter(self.special_tokens)
         self._one_token_words = self._find_one_token_words()
-        self._cache: dict[str, list[int]] = {}
+        self._pieces = PieceEncoder(self._encode_word, self._one_token_words, CACHED_PIECES)
         self._fingerprint: str | None = None
 
     def _append_if_missing(self, token: bytes) -> None:
@@ -115,11 +115,12 @@ class BPETokenizer:
         words = {}
         for left, right in self._ranks:
             token = left + right
+            try:
+                word = token.decode("utf-8")
+            except UnicodeDecodeError:
+                continue  # part of a character: never a whole word
             if fast_bpe.encode_word(token, self._ranks) == [token]:
-                try:
-                    words[token.decode("utf-8")] = [self._ids[token]]
-                except UnicodeDecodeError:
-                    pass  # part of a character: never a whole word
+                words[word] = [self._ids[token]]
         return words
 
     @classmethod
@@ -205,22 +206,23 @@ class BPETokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a text; `decode` gives the text back."""
-        return self._encode(text, self._cache, CACHED_WORDS)
+        blocks = self._splitter.safe_blocks([text], BLOCK_CHARS)
+        return list(chain.from_iterable(self._encode(block, self._pieces) for block in blocks))
 
     def encode_blocks(
         self,
         parts: Iterable[str],
-        block_chars: int = STREAM_BLOCK_CHARS,
-        cached_words: int = CACHED_WORDS,
+        block_chars: int = BLOCK_CHARS,
+        cached_pieces: int = CACHED_PIECES,
     ) -> Iterator[list[int]]:
         """The ids of the joined parts, block by block, from a stream of any cutting."""
-        cache: dict[str, list[int]] = {}
+        pieces = PieceEncoder(self._encode_word, self._one_token_words, cached_pieces)
         for block in self._splitter.safe_blocks(parts, block_chars):
-            yield self._encode(block, cache, cached_words)
+            yield self._encode(block, pieces)
 
     def encode_iterable(self, iterable: Iterable[str]) -> Iterator[int]:
         """The ids of `encode("".join(iterable))`, one by one, holding under 1 MB of the text."""
-        for ids in self.encode_blocks(iterable, cached_words=STREAM_CACHED_WORDS):
+        for ids in self.encode_blocks(iterable, STREAM_BLOCK_CHARS, STREAM_CACHED_PIECES):
             yield from ids
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -233,29 +235,20 @@ class BPETokenizer:
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of the ids, which may begin or end inside a character."""
         try:
-            return b"".join([self.vocab[token_id] for token_id in ids])
+            return b"".join(map(self.vocab.__getitem__, ids))
         except KeyError as error:
             raise ValueError(
                 f"decode: got token id {error.args[0]}, need an id of the vocabulary "
                 f"(0 to {self.vocab_size - 1}); was the text encoded with another tokenizer?"
             ) from None
 
-    def _encode(self, text: str, cache: dict[str, list[int]], max_cached: int) -> list[int]:
+    def _encode(self, text: str, pieces: PieceEncoder) -> list[int]:
         ids: list[int] = []
-        one_token = self._one_token_words.get
         for place, segment in enumerate(self._splitter.split(text)):
             if place % 2:
                 ids.append(self._special_ids[segment])
-                continue
-            for word in split_words(segment):
-                word_ids = one_token(word) or cache.get(word)
-                if word_ids is None:
-                    word_ids = self._encode_word(word)
-                    if len(word) <= 64:  # long words hardly ever come back
-                        if len(cache) >= max_cached:
-                            cache.clear()
-                        cache[word] = word_ids
-                ids.extend(word_ids)
+            else:
+                ids += pieces.encode(segment)
         return ids
 
     def _encode_word(self, word: str) -> list[int]:

@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cs_lm.tokenizer import BPETokenizer, bpe, fast_bpe
-from cs_lm.tokenizer.pretokenizer import SpecialTokenSplitter, count_words, split_words
+from cs_lm.tokenizer.pretokenizer import SpecialTokenSplitter, split_words
+from cs_lm.tokenizer.word_counts import count_words
 
 SPECIALS = ["<|endoftext|>", "<|endoftext|><|endoftext|>", "<|", "é"]
 # Pieces that meet at awkward borders: white space of several kinds, contractions, halves of
@@ -20,7 +21,7 @@ small_words = st.dictionaries(st.text("abc", min_size=1).map(str.encode), st.int
 
 @cache
 def tokenizer() -> BPETokenizer:
-    counts = count_words("".join(PIECES) * 3 + "the cat the hat, the end. don't " * 9)
+    counts = count_words(["".join(PIECES) * 3 + "the cat the hat, the end. don't " * 9])
     merges = fast_bpe.train_merges({w.encode(): n for w, n in counts.items()}, 80)
     tokens = [bytes([b]) for b in range(256)] + [a + b for a, b in merges]
     return BPETokenizer(dict(enumerate(dict.fromkeys(tokens))), merges, SPECIALS)

@@ -9,8 +9,8 @@ from collections import Counter
 import pytest
 
 from cs_lm.tokenizer import BPETokenizer, train_bpe
-from cs_lm.tokenizer.pretokenizer import count_words_in_stream
 from cs_lm.tokenizer.text_source import read_text
+from cs_lm.tokenizer.word_counts import count_words
 
 END = "<|endoftext|>"
 TEXT = (
@@ -100,8 +100,8 @@ def test_byte_offset_does_not_depend_on_the_block(tmp_path, block_bytes):
 def test_workers_count_the_same_words(tmp_path):
     text = (TEXT + END) * 300
     parts = [text[i : i + 777] for i in range(0, len(text), 777)]
-    one = count_words_in_stream(parts, [END], 1)
-    two = count_words_in_stream(parts, [END], 2, block_chars=5000)
+    one = count_words(parts, [END], 1)
+    two = count_words(parts, [END], 2, block_chars=5000)
     assert isinstance(one, Counter) and one == two
 
 
