@@ -4,23 +4,26 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain
 from pathlib import Path
+
+import numpy as np
 
 from cs_lm.tokenizer import fast_bpe
 from cs_lm.tokenizer.bpe import Pair
 from cs_lm.tokenizer.byte_names import name_of_token, token_of_name
-from cs_lm.tokenizer.piece_encoder import PieceEncoder
-from cs_lm.tokenizer.pretokenizer import SpecialTokenSplitter
+from cs_lm.tokenizer.merge_table import MergeTable
+from cs_lm.tokenizer.pretokenizer import SpecialTokenSplitter, split_words
 from cs_lm.tokenizer.text_source import read_text
 from cs_lm.tokenizer.word_counts import count_words
+from cs_lm.tokenizer.word_encoder import WordEncoder
 
-BLOCK_CHARS = 1 << 16
-# Pieces of text that are remembered, at about 200 bytes each: 50 MB.
-CACHED_PIECES = 1 << 18
-# `encode_iterable` promises to hold less than 1 MB.
-STREAM_BLOCK_CHARS = 1 << 13
-STREAM_CACHED_PIECES = 1 << 10
+BLOCK_CHARS = 1 << 20
+STREAM_BLOCK_CHARS = 1 << 13  # `encode_iterable` promises to hold less than 1 MB
+# Different words remembered: 8 MB, claimed when the tokenizer is made.
+MAX_WORDS = 1 << 17
+# Below this length, and for so many different words (13 MB), texts are encoded without arrays.
+SHORT_TEXT_CHARS = 1 << 10
+MAX_SHORT_WORDS = 1 << 16
 
 
 def train_bpe(
@@ -55,8 +58,7 @@ def train_bpe(
         large = os.path.isfile(input_path) and os.path.getsize(input_path) > 16 << 20
         num_workers = (os.cpu_count() or 1) if large else 1
     counts = count_words(parts, special_tokens, num_workers)
-    word_counts = {word.encode("utf-8"): count for word, count in counts.items()}
-    merges = fast_bpe.train_merges(word_counts, vocab_size - least, progress)
+    merges = fast_bpe.train_merges(counts, vocab_size - least, progress)
     tokens = [bytes([byte]) for byte in range(256)] + [a + b for a, b in merges]
     tokens += [token.encode("utf-8") for token in special_tokens]
     return dict(enumerate(dict.fromkeys(tokens))), merges
@@ -101,27 +103,15 @@ class BPETokenizer:
                     )
             self._ranks.setdefault(pair, rank)
         self._splitter = SpecialTokenSplitter(self.special_tokens)
-        self._one_token_words = self._find_one_token_words()
-        self._pieces = PieceEncoder(self._encode_word, self._one_token_words, CACHED_PIECES)
+        merges = MergeTable(self._ranks, self._ids)
+        self._words = WordEncoder(merges, self._encode_word, MAX_WORDS)
+        self._short_words: dict[str, list[int]] = {}
         self._fingerprint: str | None = None
 
     def _append_if_missing(self, token: bytes) -> None:
         if token not in self._ids:
             self._ids[token] = self.vocab_size
             self.vocab[self._ids[token]] = token
-
-    def _find_one_token_words(self) -> dict[str, list[int]]:
-        """Words that the merges lead to a single token: most of any text, so never encoded anew."""
-        words = {}
-        for left, right in self._ranks:
-            token = left + right
-            try:
-                word = token.decode("utf-8")
-            except UnicodeDecodeError:
-                continue  # part of a character: never a whole word
-            if fast_bpe.encode_word(token, self._ranks) == [token]:
-                words[word] = [self._ids[token]]
-        return words
 
     @classmethod
     def from_files(
@@ -206,24 +196,22 @@ class BPETokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a text; `decode` gives the text back."""
+        if len(text) <= SHORT_TEXT_CHARS:
+            return self._encode_short(text)
         blocks = self._splitter.safe_blocks([text], BLOCK_CHARS)
-        return list(chain.from_iterable(self._encode(block, self._pieces) for block in blocks))
+        return np.concatenate([self._encode(block) for block in blocks]).tolist()
 
     def encode_blocks(
-        self,
-        parts: Iterable[str],
-        block_chars: int = BLOCK_CHARS,
-        cached_pieces: int = CACHED_PIECES,
-    ) -> Iterator[list[int]]:
-        """The ids of the joined parts, block by block, from a stream of any cutting."""
-        pieces = PieceEncoder(self._encode_word, self._one_token_words, cached_pieces)
+        self, parts: Iterable[str], block_chars: int = BLOCK_CHARS
+    ) -> Iterator[np.ndarray]:
+        """The ids (int32) of the joined parts, block by block, from a stream of any cutting."""
         for block in self._splitter.safe_blocks(parts, block_chars):
-            yield self._encode(block, pieces)
+            yield self._encode(block)
 
     def encode_iterable(self, iterable: Iterable[str]) -> Iterator[int]:
         """The ids of `encode("".join(iterable))`, one by one, holding under 1 MB of the text."""
-        for ids in self.encode_blocks(iterable, STREAM_BLOCK_CHARS, STREAM_CACHED_PIECES):
-            yield from ids
+        for ids in self.encode_blocks(iterable, STREAM_BLOCK_CHARS):
+            yield from ids.tolist()
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids; bytes that are not UTF-8 become U+FFFD.
@@ -242,21 +230,38 @@ class BPETokenizer:
                 f"(0 to {self.vocab_size - 1}); was the text encoded with another tokenizer?"
             ) from None
 
-    def _encode(self, text: str, pieces: PieceEncoder) -> list[int]:
+    def _encode(self, text: str) -> np.ndarray:
+        parts = []
+        for place, segment in enumerate(self._splitter.split(text)):
+            if place % 2:
+                parts.append(np.array([self._special_ids[segment]], np.int32))
+            elif segment:
+                parts.append(self._words.encode(segment))
+        return np.concatenate(parts) if parts else np.zeros(0, np.int32)
+
+    def _encode_short(self, text: str) -> list[int]:
+        """Word by word, by the pattern itself: quicker than arrays for a line or two."""
         ids: list[int] = []
         for place, segment in enumerate(self._splitter.split(text)):
             if place % 2:
                 ids.append(self._special_ids[segment])
-            else:
-                ids += pieces.encode(segment)
+                continue
+            for word in split_words(segment):
+                known = self._short_words.get(word)
+                if known is None:
+                    if len(self._short_words) >= MAX_SHORT_WORDS:
+                        self._short_words.clear()
+                    known = self._short_words[word] = self._encode_word(word.encode("utf-8"))
+                ids += known
         return ids
 
-    def _encode_word(self, word: str) -> list[int]:
-        tokens = fast_bpe.encode_word(word.encode("utf-8"), self._ranks)
+    def _encode_word(self, word: bytes) -> list[int]:
+        tokens = fast_bpe.encode_word(word, self._ranks)
         try:
             return [self._ids[token] for token in tokens]
         except KeyError as error:
+            shown = word.decode("utf-8", "replace")
             raise ValueError(
-                f"encode: byte {error.args[0]!r} of {word!r} is not in the vocabulary; "
+                f"encode: byte {error.args[0]!r} of {shown!r} is not in the vocabulary; "
                 "need a vocabulary with all 256 bytes"
             ) from None

@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing import get_context
 from multiprocessing.queues import Queue
 
-from cs_lm.tokenizer.pieces import cut_pieces, words_of_piece
-from cs_lm.tokenizer.pretokenizer import SpecialTokenSplitter
+import numpy as np
 
-BLOCK_CHARS = 1 << 20
-# Different pieces that are counted before their words are: about 60 MB.
-MAX_PIECES = 1 << 19
+from cs_lm.tokenizer.pretokenizer import SpecialTokenSplitter
+from cs_lm.tokenizer.word_borders import cut, word_slices
+from cs_lm.tokenizer.word_numbers import WordNumbers
+
+BLOCK_CHARS = 1 << 18  # arrays of this length stay in the processor's cache
+_WORDS_AT_ONCE = 1 << 16
 
 WordProgress = Callable[[int], None]  # characters counted so far
 
@@ -24,26 +26,30 @@ class WordTally:
 
     def __init__(self, special_tokens: Sequence[str] = ()):
         self._splitter = SpecialTokenSplitter(special_tokens)
-        self._pieces: Counter[str] = Counter()
-        self._words: Counter[str] = Counter()
+        self._numbers = WordNumbers()
+        self._words: list[bytes] = []
+        self._counts = np.zeros(0, np.int64)  # of the numbered words
+        self._others: Counter[bytes] = Counter()  # words that have no number
 
     def add(self, text: str) -> None:
         for segment in self._splitter.split(text)[::2]:
-            for words, pieces in cut_pieces(segment):
-                self._words.update(words)
-                self._pieces.update(pieces)
-        if len(self._pieces) > MAX_PIECES:
-            self._count_words_of_pieces()
+            for data, starts in word_slices(segment, _WORDS_AT_ONCE):
+                self._add_words(data, starts)
 
-    def counts(self) -> Counter[str]:
-        self._count_words_of_pieces()
-        return self._words
+    def _add_words(self, data: bytes, starts: np.ndarray) -> None:
+        numbers, new = self._numbers.numbers(data, starts)
+        ends = np.append(starts[1:], len(data))
+        self._words += cut(data, starts[new], ends[new])
+        counts = np.bincount(numbers[numbers >= 0], minlength=len(self._words))
+        counts[: len(self._counts)] += self._counts
+        self._counts = counts
+        other = np.flatnonzero(numbers < 0)
+        self._others.update(cut(data, starts[other], ends[other]))
 
-    def _count_words_of_pieces(self) -> None:
-        for piece, count in self._pieces.items():
-            for word in words_of_piece(piece):
-                self._words[word] += count
-        self._pieces.clear()
+    def counts(self) -> Counter[bytes]:
+        counted = Counter(dict(zip(self._words, self._counts.tolist())))
+        counted.update(self._others)
+        return counted
 
 
 def count_words(
@@ -52,7 +58,7 @@ def count_words(
     num_workers: int = 1,
     progress: WordProgress | None = None,
     block_chars: int = BLOCK_CHARS,
-) -> Counter[str]:
+) -> Counter[bytes]:
     """The counts of all words in the joined parts, the same for any number of workers.
 
     The text is cut where no word can reach across; where it is cut does not change the sum.
@@ -76,7 +82,7 @@ def _reported(blocks: Iterable[str], progress: WordProgress | None) -> Iterator[
             progress(done)
 
 
-def _count_in_processes(blocks: Iterable[str], special_tokens, num_workers: int) -> Counter[str]:
+def _count_in_processes(blocks: Iterable[str], special_tokens, num_workers: int) -> Counter[bytes]:
     """Each process takes blocks as it gets done with them, and gives its sum at the end."""
     context = get_context("spawn")
     tasks: Queue = context.Queue(maxsize=2 * num_workers)
@@ -92,7 +98,7 @@ def _count_in_processes(blocks: Iterable[str], special_tokens, num_workers: int)
             _with_living(workers, lambda wait, block=block: tasks.put(block, timeout=wait))
         for _ in workers:
             _with_living(workers, lambda wait: tasks.put(None, timeout=wait))
-        total: Counter[str] = Counter()
+        total: Counter[bytes] = Counter()
         for _ in workers:
             total.update(_with_living(workers, lambda wait: results.get(timeout=wait)))
         return total

@@ -1,0 +1,102 @@
+"""Where GPT-2's split pattern begins a word, found for all characters at once.
+
+`pretokenizer.SPLIT_PATTERN` is the definition. Here the same borders follow from a few array
+operations: characters fall into five classes, a word begins where the class changes, and the two
+special rules of the pattern (white space keeps its last character for the word behind it; English
+contractions) move some of these borders.
+"""
+
+from collections.abc import Iterator
+from functools import cache
+
+import numpy as np
+import regex
+
+OTHER, LETTER, DIGIT, SPACE, WHITE_SPACE = range(5)
+_APOSTROPHE = ord("'")
+_IS_ONE_LETTER_ENDING = np.isin(np.arange(256), [ord(letter) for letter in "sdmt"])
+_TWO_LETTER_ENDINGS = [(ord(ending[0]), ord(ending[1])) for ending in ("ll", "ve", "re")]
+
+
+@cache
+def character_classes() -> np.ndarray:
+    """The class of every code point, as the regex module's \\p{L}, \\p{N} and \\s have it."""
+    classes = np.full(0x110000, OTHER, np.uint8)
+    surrogates = range(0xD800, 0xE000)
+    text = "".join(chr(code) for code in range(0x110000) if code not in surrogates)
+    for pattern, kind in ((r"\p{L}+", LETTER), (r"\p{N}+", DIGIT), (r"\s+", WHITE_SPACE)):
+        for match in regex.finditer(pattern, text):
+            first, last = ord(match[0][0]), ord(match[0][-1])
+            classes[first : last + 1] = kind
+    classes[0xD800:0xE000] = OTHER
+    classes[ord(" ")] = SPACE
+    return classes
+
+
+def word_starts(text: str) -> np.ndarray:
+    """Offsets, in bytes of the UTF-8 text, at which its words begin; the first is 0.
+
+    Shapes: returns (W) int64 for a text of W words, without special tokens
+    """
+    if not text:
+        return np.zeros(0, np.int64)
+    if text.isascii():
+        data = text.encode("ascii")
+        classes = np.frombuffer(data.translate(_ascii_classes()), np.uint8)
+        return np.flatnonzero(_begins_word(np.frombuffer(data, np.uint8), classes))
+    characters = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    starts = np.flatnonzero(_begins_word(characters, character_classes()[characters]))
+    more_bytes = (characters >= 0x80).astype(np.uint8)
+    more_bytes += characters >= 0x800
+    more_bytes += characters >= 0x10000
+    return starts + (np.cumsum(more_bytes, dtype=np.int64) - more_bytes)[starts]
+
+
+def word_slices(text: str, max_words: int) -> Iterator[tuple[bytes, np.ndarray]]:
+    """(UTF-8 text, offsets of its words) of at most `max_words` words at a time."""
+    data, starts = text.encode("utf-8"), word_starts(text)
+    borders = [*starts[::max_words].tolist(), len(data)]
+    for index, (begin, end) in enumerate(zip(borders, borders[1:])):
+        yield data[begin:end], starts[index * max_words :][:max_words] - begin
+
+
+def cut(data: bytes, starts: np.ndarray, ends: np.ndarray) -> list[bytes]:
+    return [data[start:end] for start, end in zip(starts.tolist(), ends.tolist())]
+
+
+@cache
+def _ascii_classes() -> bytes:
+    return character_classes()[:256].tobytes()
+
+
+def _begins_word(characters: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """For each character, whether a word begins there."""
+    runs = np.minimum(classes, SPACE)  # all white space makes one run
+    begins = np.empty(len(characters), bool)
+    begins[0] = True
+    np.not_equal(runs[1:], runs[:-1], out=begins[1:])
+    # a run of white space in front of a word: its last character is apart, a space joins the word
+    run_ends = np.flatnonzero((runs[:-1] == SPACE) & begins[1:])
+    begins[run_ends] = True
+    begins[run_ends + 1] = classes[run_ends] != SPACE
+    _begin_after_contractions(characters, begins)
+    return begins
+
+
+def _begin_after_contractions(characters: np.ndarray, begins: np.ndarray) -> None:
+    """An apostrophe that begins a word is one word with a following s, d, m, t, ll, ve or re."""
+    end = len(characters)
+    at = np.flatnonzero(characters[: end - 1] == _APOSTROPHE)
+    at = at[begins[at]]
+    if not len(at):
+        return
+    next_one = characters[at + 1]
+    next_two = np.where(at + 2 < end, characters[np.minimum(at + 2, end - 1)], 0)
+    is_short = _IS_ONE_LETTER_ENDING[np.minimum(next_one, 255)]
+    is_long = np.zeros(len(at), bool)
+    for first, second in _TWO_LETTER_ENDINGS:
+        is_long |= (next_one == first) & (next_two == second)
+    for found, length in ((at[is_short], 2), (at[is_long], 3)):
+        begins[found + 1] = False
+        behind = found + length
+        begins[behind[behind < end]] = True

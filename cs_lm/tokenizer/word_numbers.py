@@ -1,0 +1,114 @@
+"""Different words of at most 16 bytes as numbers 0, 1, 2, ..., many words at a time.
+
+A hash table in arrays with open addressing. Its keys are the words themselves, as two integers of
+eight bytes, so that equal numbers mean equal words; the hash only says where to look first.
+"""
+
+import numpy as np
+
+MAX_BYTES = 16
+_EMPTY = -1
+# Odd constants with well mixed bits (from the fractional parts of two square roots).
+_FACTOR_LOW = np.uint64(0x9E3779B97F4A7C15)
+_FACTOR_HIGH = np.uint64(0xBB67AE8584CAA73B)
+# _MASKS[n] keeps the first n bytes of a little-endian integer of eight.
+_MASKS = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)
+
+
+class WordNumbers:
+    """Gives each different word its number; `count` says how many there are.
+
+    Cost: 20 bytes a slot, two slots a word at least; memory is claimed for `capacity` words when
+    the table is made, and for more when there may be more.
+    """
+
+    def __init__(self, capacity: int = 1 << 16):
+        self._resize(2 * capacity)
+
+    def clear(self) -> None:
+        self.count = 0
+        self._number.fill(_EMPTY)
+
+    def numbers(self, data: bytes, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The number of each word, or -1 for one that is no key; and the places of new words.
+
+        A key has at most 16 bytes, and no byte 0: that fills up the shorter ones.
+
+        Shapes: starts (W) are the offsets of the words that `data` is made of; returns (W) int32
+        and, for each number that was given out for the first time, in order, a place in [0, W).
+        """
+        low, high, fits = _keys(data, starts)
+        numbers = np.full(len(starts), -1, np.int32)
+        pending = np.flatnonzero(fits)
+        if 2 * (self.count + len(pending)) > len(self._number):  # all of them may be new
+            self._grow(2 * (self.count + len(pending)))
+        first_new = self.count
+        places: list[np.ndarray] = []
+        slots = self._slots(low[pending], high[pending])
+        while len(pending):
+            found = self._number[slots]
+            keys_low, keys_high = low[pending], high[pending]
+            is_hit = (self._low[slots] == keys_low) & (self._high[slots] == keys_high)
+            is_hit &= found != _EMPTY
+            numbers[pending[is_hit]] = found[is_hit]
+            is_free = found == _EMPTY
+            if is_free.any():
+                places.append(self._claim(slots, pending, keys_low, keys_high, is_free))
+            slots = np.where(is_hit | is_free, slots, (slots + 1) & (len(self._number) - 1))
+            pending, slots = pending[~is_hit], slots[~is_hit]
+        new = np.concatenate(places) if places else np.zeros(0, np.int64)
+        assert self.count - first_new == len(new)
+        return numbers, new
+
+    def _claim(self, slots, pending, keys_low, keys_high, is_free) -> np.ndarray:
+        """Puts one of the words that found each free slot there; the others look again."""
+        free_slots = slots[is_free]
+        claims = np.flatnonzero(is_free).astype(np.int32)
+        self._number[free_slots] = claims
+        is_winner = self._number[free_slots] == claims
+        won, winners = free_slots[is_winner], claims[is_winner]
+        self._number[won] = np.arange(self.count, self.count + len(won), dtype=np.int32)
+        self._low[won], self._high[won] = keys_low[winners], keys_high[winners]
+        self.count += len(won)
+        return pending[winners]
+
+    def _slots(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+        mixed = low * _FACTOR_LOW ^ (high + np.uint64(1)) * _FACTOR_HIGH
+        mixed = (mixed ^ mixed >> np.uint64(29)) * _FACTOR_LOW
+        return (mixed >> self._shift).astype(np.int64)
+
+    def _grow(self, num_slots: int) -> None:
+        old_low, old_high, old_number, count = self._low, self._high, self._number, self.count
+        self._resize(num_slots)
+        self.count = count
+        pending = np.flatnonzero(old_number != _EMPTY)
+        slots = self._slots(old_low[pending], old_high[pending])
+        while len(pending):  # all are different: no need to compare
+            is_free = self._number[slots] == _EMPTY
+            self._number[slots[is_free]] = old_number[pending[is_free]]
+            is_in = self._number[slots] == old_number[pending]
+            self._low[slots[is_in]] = old_low[pending[is_in]]
+            self._high[slots[is_in]] = old_high[pending[is_in]]
+            pending, slots = pending[~is_in], (slots[~is_in] + 1) & (len(self._number) - 1)
+
+    def _resize(self, size: int) -> None:
+        size = 1 << max(4, size - 1).bit_length()
+        self._low, self._high = np.zeros(size, np.uint64), np.zeros(size, np.uint64)
+        self._number = np.full(size, _EMPTY, np.int32)
+        self._shift = np.uint64(64 - size.bit_length() + 1)
+        self.count = 0
+
+
+def _keys(data: bytes, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The first and second eight bytes of each word, and whether it is a key."""
+    lengths = np.diff(starts, append=len(data))
+    # an integer of eight bytes at every offset
+    eights = np.ndarray(len(data) + 8, "<u8", data + bytes(MAX_BYTES), strides=(1,))
+    low, high = eights[starts], eights[starts + 8]
+    fits = lengths <= MAX_BYTES
+    if 0 in data:
+        zeros = np.flatnonzero(np.frombuffer(data, np.uint8) == 0)
+        fits[np.searchsorted(starts, zeros, side="right") - 1] = False
+    low = low & _MASKS[np.minimum(lengths, 8)]
+    high = high & _MASKS[np.clip(lengths - 8, 0, 8)]
+    return low, high, fits
