@@ -39,7 +39,7 @@ def train_merges(
 def encode_word(word: bytes, ranks: Mapping[Pair, int]) -> list[bytes]:
     """`bpe.encode_word`: the tokens of one word."""
     if len(word) >= _HEAP_FROM_BYTES:
-        return _encode_long_word(word, ranks)
+        return merge_tokens(as_single_bytes(word), ranks)
     rank_of = ranks.get
     tokens = [_SINGLE_BYTES[byte] for byte in word]
     pair_ranks = [rank_of(pair, inf) for pair in zip(tokens, tokens[1:])]
@@ -58,10 +58,13 @@ def encode_word(word: bytes, ranks: Mapping[Pair, int]) -> list[bytes]:
     return tokens
 
 
-def _encode_long_word(word: bytes, ranks: Mapping[Pair, int]) -> list[bytes]:
-    """Tokens as a linked list over their start positions; candidates as (rank, position)."""
-    end = len(word)
-    tokens: list[bytes | None] = list(as_single_bytes(word))
+def merge_tokens(tokens: list[bytes], ranks: Mapping[Pair, int]) -> list[bytes]:
+    """What `bpe.encode_word` makes of tokens that it has got to already.
+
+    Tokens are a linked list over their start positions; candidates wait as (rank, position).
+    """
+    end = len(tokens)
+    tokens: list[bytes | None] = list(tokens)
     following = list(range(1, end + 1))
     previous = list(range(-1, end - 1))
     heap = []

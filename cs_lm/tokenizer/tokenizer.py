@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,14 @@ from cs_lm.tokenizer.word_counts import count_words
 from cs_lm.tokenizer.word_encoder import WordEncoder
 
 BLOCK_CHARS = 1 << 20
-STREAM_BLOCK_CHARS = 1 << 13  # `encode_iterable` promises to hold less than 1 MB
+STREAM_BLOCK_CHARS = 3 << 13  # `encode_iterable` promises to hold less than 1 MB
 # Different words remembered: 8 MB, claimed when the tokenizer is made.
 MAX_WORDS = 1 << 17
 # Below this length, and for so many different words (13 MB), texts are encoded without arrays.
 SHORT_TEXT_CHARS = 1 << 10
 MAX_SHORT_WORDS = 1 << 16
+_LONG_WORD_BYTES = 1 << 12
+_IDS_AT_ONCE = 1 << 12  # in decoding: what they lead to stays in the processor's cache
 
 
 def train_bpe(
@@ -103,8 +106,10 @@ class BPETokenizer:
                     )
             self._ranks.setdefault(pair, rank)
         self._splitter = SpecialTokenSplitter(self.special_tokens)
-        merges = MergeTable(self._ranks, self._ids)
-        self._words = WordEncoder(merges, self._encode_word, MAX_WORDS)
+        # None behind the tokens, where negative ids would count from the end
+        self._tokens = [*map(self.vocab.get, range(self.vocab_size)), *[None] * (1 << 17)]
+        self._merges = MergeTable(self._ranks, self._ids)
+        self._words = WordEncoder(self._merges, self._encode_word, MAX_WORDS)
         self._short_words: dict[str, list[int]] = {}
         self._fingerprint: str | None = None
 
@@ -216,19 +221,26 @@ class BPETokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids; bytes that are not UTF-8 become U+FFFD.
 
-        Raises: ValueError for an id outside the vocabulary.
+        Raises: ValueError for an id outside the vocabulary (below -2^17, it is not looked for).
         """
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of the ids, which may begin or end inside a character."""
-        try:
-            return b"".join(map(self.vocab.__getitem__, ids))
-        except KeyError as error:
-            raise ValueError(
-                f"decode: got token id {error.args[0]}, need an id of the vocabulary "
-                f"(0 to {self.vocab_size - 1}); was the text encoded with another tokenizer?"
-            ) from None
+        ids = ids if isinstance(ids, list) else list(ids)
+        parts = []
+        for start in range(0, len(ids), _IDS_AT_ONCE):
+            chunk = ids[start : start + _IDS_AT_ONCE]
+            try:
+                tokens = itemgetter(*chunk)(self._tokens)
+                parts.append(b"".join(tokens) if len(chunk) > 1 else b"" + tokens)
+            except (IndexError, TypeError):  # beyond the list, or a hole in it
+                wrong = next(i for i in chunk if i not in self.vocab)
+                raise ValueError(
+                    f"decode: got token id {wrong}, need an id of the vocabulary "
+                    f"(0 to {self.vocab_size - 1}); was the text encoded with another tokenizer?"
+                ) from None
+        return b"".join(parts)
 
     def _encode(self, text: str) -> np.ndarray:
         parts = []
@@ -256,7 +268,10 @@ class BPETokenizer:
         return ids
 
     def _encode_word(self, word: bytes) -> list[int]:
-        tokens = fast_bpe.encode_word(word, self._ranks)
+        if len(word) < _LONG_WORD_BYTES:
+            tokens = fast_bpe.encode_word(word, self._ranks)
+        else:
+            tokens = fast_bpe.merge_tokens(self._merges.begin_word(word), self._ranks)
         try:
             return [self._ids[token] for token in tokens]
         except KeyError as error:

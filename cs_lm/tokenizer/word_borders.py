@@ -49,7 +49,7 @@ def word_starts(text: str) -> np.ndarray:
     more_bytes = (characters >= 0x80).astype(np.uint8)
     more_bytes += characters >= 0x800
     more_bytes += characters >= 0x10000
-    return starts + (np.cumsum(more_bytes, dtype=np.int64) - more_bytes)[starts]
+    return starts + np.cumsum(more_bytes, dtype=np.int32)[starts] - more_bytes[starts]
 
 
 def word_slices(text: str, max_words: int) -> Iterator[tuple[bytes, np.ndarray]]:

@@ -15,12 +15,13 @@ _WHOLE_TEXT = SpecialTokenSplitter()
 # Words of up to so many bytes are encoded together, if they are as many as this at least.
 _LONGEST_IN_BATCH = 256
 _BATCH = 32
+_MOST_IN_BATCH = 1 << 10
 # So many words without a number are remembered, at about 300 bytes each.
 _MAX_OTHERS = 1 << 10
-# Memory is claimed for this many ids a word, on average; and words are looked up in slices of so
-# many that their ids fit in it, whatever they are.
+# Memory is claimed for this many ids a word on average. A slice of a quarter of all words fits in
+# it whatever they are, as a numbered word has 16 ids at most.
 _IDS_A_WORD = 4
-_SLICES = 8
+_WORDS_AT_ONCE = 1 << 12
 
 
 class WordEncoder:
@@ -51,7 +52,9 @@ class WordEncoder:
         """
         parts, numbered = [], []
         for block in _WHOLE_TEXT.safe_blocks([text], BLOCK_CHARS):
-            for data, starts in word_slices(block, self._max_words // _SLICES):
+            for data, starts in word_slices(
+                block, min(self._max_words // _IDS_A_WORD, _WORDS_AT_ONCE)
+            ):
                 if not self._has_room(len(starts)):
                     parts += self._ids_of_all(numbered)
                     numbered = []
@@ -109,14 +112,18 @@ class WordEncoder:
 
     def _encode_new_words(self) -> None:
         words, self._new_words = self._new_words, []
-        ids, lengths = self._merges.encode_words(words)
-        if ids.min() < 0:
-            self._forget()
-            for word in words:
-                self._encode_word(word)  # says which byte is missing
-        end = self._numbers.count
-        begin = end - len(words)
-        self._first[begin:end] = self._num_ids + np.cumsum(lengths) - lengths
-        self._length[begin:end] = lengths
-        self._ids[self._num_ids : self._num_ids + len(ids)] = ids
-        self._num_ids += len(ids)
+        begin = self._numbers.count - len(words)
+        for start in range(0, len(words), _MOST_IN_BATCH):
+            batch = words[start : start + _MOST_IN_BATCH]
+            ids, lengths = self._merges.encode_words(batch)
+            if ids.min() < 0:
+                self._forget()
+                for word in batch:
+                    self._encode_word(word)  # says which byte is missing
+            to = slice(begin + start, begin + start + len(batch))
+            self._first[to], self._length[to] = (
+                self._num_ids + np.cumsum(lengths) - lengths,
+                lengths,
+            )
+            self._ids[self._num_ids : self._num_ids + len(ids)] = ids
+            self._num_ids += len(ids)
