@@ -1,6 +1,5 @@
 """From a corpus to a tokenizer and token stores: what is missing is made, what fits is reused."""
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -11,7 +10,8 @@ from typing import Any, NamedTuple
 from cs_lm.config import DataConfig, RunConfig
 from cs_lm.token_store import MANIFEST, MemmapManager, TokenRange, Tokens
 from cs_lm.tokenizer import BPETokenizer, train_bpe
-from cs_lm.tokenizer.text_source import read_text
+from cs_lm.tokenizer.parallel import ParallelEncoder
+from cs_lm.tokenizer.text_source import Progress, TextSource, describe_file
 
 DATA = Path("data")
 EMBEDDED_LABEL = "python-manual"
@@ -76,11 +76,17 @@ def find_corpus(config: RunConfig) -> Path | None:
     return None
 
 
-def prepare(config: RunConfig, say: Say, tokenizer: BPETokenizer | None = None) -> PreparedData:
+def prepare(
+    config: RunConfig,
+    say: Say,
+    tokenizer: BPETokenizer | None = None,
+    progress: Progress | None = None,
+) -> PreparedData:
     """The tokenizer, and the texts to train and validate on.
 
     tokenizer  of the run that goes on, instead of the one in data/
     say        told what is made and why
+    progress   told how far the making has got
     Raises: ValueError or FileNotFoundError for texts, tokenizers and stores that cannot be used.
     """
     data = config.data
@@ -88,9 +94,10 @@ def prepare(config: RunConfig, say: Say, tokenizer: BPETokenizer | None = None) 
     if data.valid_path is not None:
         _check_text_file("--valid_path", data.valid_path)
     if tokenizer is None:
-        tokenizer = _tokenizer(config, corpus, source, say)
-    store = _store(config, corpus, source, store_folder(label_of(config)), tokenizer, say)
-    train, valid = _split(config, store, tokenizer, say)
+        tokenizer = _tokenizer(config, corpus, source, say, progress)
+    folder = store_folder(label_of(config))
+    store = _store(config, corpus, source, folder, tokenizer, say, progress)
+    train, valid = _split(config, store, tokenizer, say, progress)
     for name, tokens in (("training", train), ("validation", valid)):
         check_length(name, len(tokens), config)
     return PreparedData(tokenizer, train, valid)
@@ -103,7 +110,7 @@ def reusable_store(config: RunConfig) -> MemmapManager | None:
     if corpus is not None:
         if not corpus.is_file():
             return None
-        source = source_of(corpus, config.data.encoding_errors)
+        source = describe_file(corpus, config.data.encoding_errors)
     if not (folder / MANIFEST).is_file() or not files.are_usable(
         _tokenizer_settings(config, source)
     ):
@@ -128,7 +135,7 @@ def _corpus_and_source(config: RunConfig) -> tuple[Path | None, dict[str, Any] |
         return None, None
     if config.data.corpus_path is None:
         _write_if_changed(corpus, embedded_text())
-    return corpus, source_of(corpus, config.data.encoding_errors)
+    return corpus, describe_file(corpus, config.data.encoding_errors)
 
 
 def num_training_tokens(config: RunConfig, num_tokens: int) -> int:
@@ -138,12 +145,14 @@ def num_training_tokens(config: RunConfig, num_tokens: int) -> int:
     return num_tokens - int(num_tokens * config.data.valid_fraction)
 
 
-def _split(config: RunConfig, store: MemmapManager, tokenizer, say: Say) -> tuple[Tokens, Tokens]:
+def _split(config, store: MemmapManager, tokenizer, say: Say, progress) -> tuple[Tokens, Tokens]:
     data = config.data
     if data.valid_path is not None:
-        source = source_of(Path(data.valid_path), data.encoding_errors)
+        source = describe_file(Path(data.valid_path), data.encoding_errors)
         folder = valid_store_folder(label_of(config))
-        return store, _store(config, Path(data.valid_path), source, folder, tokenizer, say)
+        return store, _store(
+            config, Path(data.valid_path), source, folder, tokenizer, say, progress
+        )
     border = num_training_tokens(config, len(store))
     return TokenRange(store, 0, border), TokenRange(store, border, len(store))
 
@@ -177,7 +186,9 @@ def _tokenizer_settings(config: RunConfig, source: dict[str, Any] | None) -> dic
     return {"vocab_size": config.model.vocab_size, "special_tokens": specials, "source": source}
 
 
-def _tokenizer(config: RunConfig, corpus: Path | None, source, say: Say) -> BPETokenizer:
+def _tokenizer(
+    config: RunConfig, corpus: Path | None, source, say: Say, progress: Progress | None
+) -> BPETokenizer:
     files, settings = _tokenizer_files(config), _tokenizer_settings(config, source)
     if not files.are_usable(settings):
         if corpus is None:
@@ -187,7 +198,7 @@ def _tokenizer(config: RunConfig, corpus: Path | None, source, say: Say) -> BPET
             )
         if files.settings_path is not None and files.vocab_path.exists():
             say(f"tokenizer: {files.vocab_path.parent} belongs to other settings")
-        _train_tokenizer(config, corpus, files, settings, say)
+        _train_tokenizer(config, corpus, files, settings, say, progress)
     tokenizer = files.read(config.data.special_tokens)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
@@ -203,13 +214,19 @@ def _tokenizer(config: RunConfig, corpus: Path | None, source, say: Say) -> BPET
 
 
 def _train_tokenizer(
-    config: RunConfig, corpus: Path, files: _TokenizerFiles, settings: dict[str, Any], say: Say
+    config: RunConfig,
+    corpus: Path,
+    files: _TokenizerFiles,
+    settings: dict[str, Any],
+    say: Say,
+    progress: Progress | None,
 ) -> None:
     say(f"tokenizer: training {config.model.vocab_size:,} tokens on {corpus}")
     specials = config.data.special_tokens
     vocab, merges = train_bpe(
-        corpus, config.model.vocab_size, specials, encoding_errors=config.data.encoding_errors
-    )
+        corpus, config.model.vocab_size, specials,
+        encoding_errors=config.data.encoding_errors, progress=progress,
+    )  # fmt: skip
     if files.settings_path is not None:  # from here on, the files may be other ones
         files.settings_path.unlink(missing_ok=True)
     BPETokenizer(vocab, merges, specials).save(files.vocab_path, files.merges_path)
@@ -218,7 +235,9 @@ def _train_tokenizer(
     say(f"tokenizer: wrote {files.vocab_path} and {files.merges_path}")
 
 
-def _store(config, corpus: Path | None, source, folder: Path, tokenizer, say: Say) -> MemmapManager:
+def _store(
+    config, corpus: Path | None, source, folder: Path, tokenizer, say: Say, progress
+) -> MemmapManager:
     store = MemmapManager(folder) if (folder / MANIFEST).is_file() else None
     why = "is missing"
     if store is not None:
@@ -233,11 +252,30 @@ def _store(config, corpus: Path | None, source, folder: Path, tokenizer, say: Sa
                 "--vocab_path and --merges_path of the tokenizer it was made with"
             )
     say(f"token store: {folder} {why}, encoding {corpus}")
-    texts = read_text(corpus, config.data.encoding_errors)
-    store = MemmapManager.save_as_memmap(texts, tokenizer, folder, config.data.chunk_size, source)
+    text = TextSource(corpus, config.data.encoding_errors)
+    store = encode_to_store(text, tokenizer, folder, config.data.chunk_size, progress=progress)
     bytes_per_token = store.manifest["text_bytes"] / len(store)
     say(f"token store: wrote {len(store):,} tokens, {bytes_per_token:.2f} bytes each, to {folder}")
     return store
+
+
+def encode_to_store(
+    text: TextSource,
+    tokenizer: BPETokenizer,
+    folder: Path,
+    chunk_size: int,
+    num_workers: int | None = None,
+    progress: Progress | None = None,
+) -> MemmapManager:
+    """A store encoded by several processes (None: all cores where the text is large)."""
+    encoder = ParallelEncoder(tokenizer, text.num_workers(num_workers))
+    report = progress or (lambda *_: None)
+    return MemmapManager.save_as_memmap(
+        text.read(), encoder, folder, chunk_size, text.description,
+        lambda num_tokens: report(
+            "encoding, bytes read", text.bytes_read, text.total_bytes, f"{num_tokens:,} tokens"
+        ),
+    )  # fmt: skip
 
 
 def _difference(store: MemmapManager, tokenizer, source, config: RunConfig) -> str | None:
@@ -260,13 +298,6 @@ def _check_text_file(flag: str, path: str) -> None:
         raise FileNotFoundError(f"{flag}: got {path!r}, which is not a file; check the path")
     if os.path.getsize(path) == 0:
         raise ValueError(f"{flag}: {path!r} is empty; need a UTF-8 text file")
-
-
-def source_of(path: Path, encoding_errors: str) -> dict[str, Any]:
-    """What the text of a file depends on; its name and date do not matter."""
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest, "encoding_errors": encoding_errors}
 
 
 def _read_json(path: Path) -> Any:

@@ -20,7 +20,7 @@ class Encoder(Protocol):
     vocab_size: int
     fingerprint: str
 
-    def encode_blocks(self, parts: Iterable[str]) -> Iterator[list[int]]: ...
+    def encode_blocks(self, parts: Iterable[str]) -> Iterator[np.ndarray]: ...
 
 
 class Tokens(Protocol):
@@ -78,15 +78,15 @@ class MemmapManager:
         tokenizer: Encoder,
         folder: str | Path,
         chunk_size: int = 500_000,
-        source: dict[str, Any] | None = None,
+        describe: Callable[[], dict[str, Any]] = dict,
         progress: Callable[[int], None] | None = None,
     ) -> "MemmapManager":
         """Encodes the joined texts into a store; memory holds one chunk, however long they are.
 
         The folder appears, or takes the place of an older store, only when it is complete.
 
-        source    what the text was, kept in the manifest
-        progress  called with the number of text bytes read so far
+        describe  asked at the end what the text was, for the manifest
+        progress  called with the number of tokens so far
         Raises: ValueError when the texts are empty.
         """
         folder = Path(folder)
@@ -95,7 +95,7 @@ class MemmapManager:
         writing.mkdir(parents=True)
         try:
             manifest = _write_chunks(texts, tokenizer, writing, chunk_size, progress)
-            manifest["source"] = source or {}
+            manifest["source"] = describe()
             with open(writing / MANIFEST, "w", encoding="utf-8") as file:
                 json.dump(manifest, file, indent=1)
                 file.flush()
@@ -199,13 +199,20 @@ def _write_chunks(texts, tokenizer, folder: Path, chunk_size: int, progress) -> 
         nonlocal text_bytes
         for text in texts:
             text_bytes += len(text.encode("utf-8"))
-            if progress:
-                progress(text_bytes)
             yield text
 
     chunks: list[dict[str, Any]] = []
     num_tokens = 0
-    for ids in _regroup(tokenizer.encode_blocks(counted()), chunk_size, dtype):
+
+    def reported(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        so_far = 0
+        for block in blocks:
+            yield block
+            so_far += len(block)
+            if progress:
+                progress(so_far)
+
+    for ids in _regroup(reported(tokenizer.encode_blocks(counted())), chunk_size, dtype):
         data = ids.tobytes()
         name = f"chunk_{len(chunks):05d}.bin"
         with open(folder / name, "wb") as file:
@@ -228,7 +235,7 @@ def _write_chunks(texts, tokenizer, folder: Path, chunk_size: int, progress) -> 
     }
 
 
-def _regroup(blocks: Iterable[list[int]], size: int, dtype: np.dtype) -> Iterator[np.ndarray]:
+def _regroup(blocks: Iterable[np.ndarray], size: int, dtype: np.dtype) -> Iterator[np.ndarray]:
     """The same ids in arrays of exactly `size`, the last one shorter."""
     held = np.empty(size, dtype)
     filled = 0

@@ -5,21 +5,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cs_lm.cli.errors import readable_errors
-from cs_lm.config import encoding_errors_setting, setting, special_tokens_setting
+from cs_lm.cli.progress import ProgressLine
+from cs_lm.config import MAX_CHUNK_SIZE, encoding_errors_setting, setting, special_tokens_setting
 from cs_lm.flags import parse_config
-from cs_lm.prepare import source_of
-from cs_lm.token_store import MANIFEST, MemmapManager
+from cs_lm.prepare import encode_to_store
+from cs_lm.token_store import MANIFEST
 from cs_lm.tokenizer import BPETokenizer
-from cs_lm.tokenizer.text_source import read_text
+from cs_lm.tokenizer.text_source import TextSource
 
 
 @dataclass(frozen=True)
 class EncodeConfig:
-    corpus_path: str = setting("", "UTF-8 text to encode; required")
+    corpus_path: tuple[str, ...] = setting(
+        (), "UTF-8 text to encode: files, read as one text, or - for standard input; required"
+    )
     vocab_path: str = setting("vocab.json", "the tokenizer's vocabulary")
     merges_path: str = setting("merges.txt", "the tokenizer's merges")
     special_tokens: tuple[str, ...] = special_tokens_setting()
     store: str = setting("", "folder of the token store; required, data/<label>_chunks for a run")
+    num_workers: int | None = setting(None, "processes; default: all cores for a large text")
     chunk_size: int = setting(500_000, "length of a file of the store", "tokens")
     encoding_errors: str = encoding_errors_setting()
     overwrite: bool = setting(False, "replace an existing store")
@@ -27,7 +31,7 @@ class EncodeConfig:
     def problems(self) -> list[str]:
         found = []
         if not self.corpus_path:
-            found.append("--corpus_path: is missing; name a UTF-8 text file")
+            found.append("--corpus_path: is missing; name a UTF-8 text file, or -")
         if not self.store:
             found.append("--store: is missing; name the folder that the store shall be")
         elif Path(self.store).exists() and not (Path(self.store) / MANIFEST).is_file():
@@ -36,8 +40,10 @@ class EncodeConfig:
             )
         elif Path(self.store).exists() and not self.overwrite:
             found.append(f"--store: {self.store!r} exists; add --overwrite, or name another folder")
-        if self.chunk_size < 1:
-            found.append(f"--chunk_size: got {self.chunk_size}, need 1 or more")
+        if not 1 <= self.chunk_size <= MAX_CHUNK_SIZE:
+            found.append(f"--chunk_size: got {self.chunk_size}, need 1 to {MAX_CHUNK_SIZE}")
+        if self.num_workers is not None and self.num_workers < 1:
+            found.append(f"--num_workers: got {self.num_workers}, need 1 or more")
         return found
 
 
@@ -47,9 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokenizer = BPETokenizer.from_files(
         config.vocab_path, config.merges_path, config.special_tokens
     )
-    texts = read_text(config.corpus_path, config.encoding_errors)
-    source = source_of(Path(config.corpus_path), config.encoding_errors)
-    store = MemmapManager.save_as_memmap(texts, tokenizer, config.store, config.chunk_size, source)
+    text = TextSource(config.corpus_path, config.encoding_errors)
+    progress = ProgressLine()
+    store = encode_to_store(
+        text, tokenizer, Path(config.store), config.chunk_size, config.num_workers, progress
+    )
+    progress.close()
     text_bytes = store.manifest["text_bytes"]
     print(
         f"{len(store):,} tokens from {text_bytes:,} bytes ({text_bytes / len(store):.2f} bytes a "

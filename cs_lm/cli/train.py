@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cs_lm.cli.errors import readable_errors
+from cs_lm.cli.progress import ProgressLine
 from cs_lm.config import ModelConfig, RunConfig, flag_of, from_json, replace, settings_of
 from cs_lm.device import resolve_device
 from cs_lm.flags import FlagParser, add_flags, config_from_flags, read_flags
@@ -125,7 +126,13 @@ def _train(config: RunConfig, folder: RunFolder, checkpoint: dict[str, Any] | No
     from cs_lm.train import Trainer
 
     tokenizer = folder.load_tokenizer() if checkpoint is not None else None
-    data = prepare(config, lambda text: print(text, flush=True), tokenizer)
+    progress = ProgressLine()
+
+    def say(text: str) -> None:
+        progress.close()
+        print(text, flush=True)
+
+    data = prepare(config, say, tokenizer, progress)
     trainer = Trainer(config, data, folder, checkpoint)
     if trainer.step >= trainer.num_steps:
         print(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cs_lm.cli.errors import readable_errors
+from cs_lm.cli.progress import ProgressLine
 from cs_lm.config import encoding_errors_setting, setting, special_tokens_setting
 from cs_lm.flags import parse_config
 from cs_lm.tokenizer import BPETokenizer, train_bpe
@@ -12,7 +13,9 @@ from cs_lm.tokenizer import BPETokenizer, train_bpe
 
 @dataclass(frozen=True)
 class TrainTokenizerConfig:
-    corpus_path: str = setting("", "UTF-8 text to learn from; required")
+    corpus_path: tuple[str, ...] = setting(
+        (), "UTF-8 text to learn from: files, read as one text, or - for standard input; required"
+    )
     vocab_size: int = setting(32000, "tokens, bytes and special tokens included")
     vocab_path: str = setting("vocab.json", "where the vocabulary goes")
     merges_path: str = setting("merges.txt", "where the merges go")
@@ -24,7 +27,7 @@ class TrainTokenizerConfig:
     def problems(self) -> list[str]:
         found = []
         if not self.corpus_path:
-            found.append("--corpus_path: is missing; name a UTF-8 text file")
+            found.append("--corpus_path: is missing; name a UTF-8 text file, or -")
         if self.num_workers is not None and self.num_workers < 1:
             found.append(f"--num_workers: got {self.num_workers}, need 1 or more")
         if Path(self.vocab_path).absolute() == Path(self.merges_path).absolute():
@@ -40,22 +43,19 @@ class TrainTokenizerConfig:
 @readable_errors
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(TrainTokenizerConfig, "python -m cs_lm train-tokenizer", __doc__, argv)
+    progress = ProgressLine()
     vocab, merges = train_bpe(
         config.corpus_path,
         config.vocab_size,
         config.special_tokens,
         config.num_workers,
         config.encoding_errors,
-        progress=_show,
+        progress,
     )
+    progress.close()
     tokenizer = BPETokenizer(vocab, merges, config.special_tokens)
     tokenizer.save(config.vocab_path, config.merges_path)
     longest = max((t for t in vocab.values()), key=len).decode("utf-8", "replace")
     print(f"{len(vocab):,} tokens, {len(merges):,} merges; longest token {longest!r}")
     print(f"wrote {config.vocab_path} and {config.merges_path}")
     return 0
-
-
-def _show(done: int, wanted: int) -> None:
-    if done % 4096 == 0 or done == wanted:
-        print(f"merges: {done:,} of {wanted:,}", flush=True)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from cs_lm.tokenizer.bpe import Pair
 from cs_lm.tokenizer.byte_names import name_of_token, token_of_name
 from cs_lm.tokenizer.merge_table import MergeTable
 from cs_lm.tokenizer.pretokenizer import SpecialTokenSplitter, split_words
-from cs_lm.tokenizer.text_source import read_text
+from cs_lm.tokenizer.text_source import PathOrPaths, Progress, TextSource
 from cs_lm.tokenizer.word_counts import count_words
 from cs_lm.tokenizer.word_encoder import WordEncoder
 
@@ -30,22 +30,23 @@ _IDS_AT_ONCE = 1 << 12  # in decoding: what they lead to stays in the processor'
 
 
 def train_bpe(
-    input_path: str | Path,
+    input_path: PathOrPaths,
     vocab_size: int,
     special_tokens: Sequence[str] = (),
     num_workers: int | None = None,
     encoding_errors: str = "strict",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[dict[int, bytes], list[Pair]]:
-    """The vocabulary and merges that byte-pair encoding learns from a text file.
+    """The vocabulary and merges that byte-pair encoding learns from a text.
 
     Ids 0 to 255 are the bytes, then the merged tokens in the order they were learnt, then the
     special tokens. The result depends on nothing but the text, `vocab_size` and
     `special_tokens`: not on the number of workers, nor on PYTHONHASHSEED. A text with too few
     pairs gives a smaller vocabulary than asked.
 
-    num_workers  processes that count words; None takes all cores for a file over 16 MiB, else 1
-    progress     called with (merges done, merges wanted)
+    input_path   a file, several that are read as one text, or "-" for standard input
+    num_workers  processes that count words; None takes all cores for a text over 16 MiB, else 1
+    progress     called with a phase, what is done of it, its total and a remark
     Raises: ValueError when vocab_size is below 256 + special tokens, or the file is empty or not
     UTF-8; FileNotFoundError when it is missing.
     """
@@ -56,12 +57,20 @@ def train_bpe(
             f"--vocab_size: got {vocab_size}, need at least {least} "
             f"(256 bytes + {len(special_tokens)} special tokens); raise it"
         )
-    parts = read_text(input_path, encoding_errors)
-    if num_workers is None:
-        large = os.path.isfile(input_path) and os.path.getsize(input_path) > 16 << 20
-        num_workers = (os.cpu_count() or 1) if large else 1
-    counts = count_words(parts, special_tokens, num_workers)
-    merges = fast_bpe.train_merges(counts, vocab_size - least, progress)
+    source = TextSource(input_path, encoding_errors)
+    progress = progress or (lambda *_: None)
+    counts = count_words(
+        source.read(),
+        special_tokens,
+        source.num_workers(num_workers),
+        lambda num_different: progress(
+            "counting words, bytes read", source.bytes_read, source.total_bytes,
+            f"{num_different:,} different words",
+        ),
+    )  # fmt: skip
+    merges = fast_bpe.train_merges(
+        counts, vocab_size - least, lambda done, wanted: progress("merging", done, wanted, "")
+    )
     tokens = [bytes([byte]) for byte in range(256)] + [a + b for a, b in merges]
     tokens += [token.encode("utf-8") for token in special_tokens]
     return dict(enumerate(dict.fromkeys(tokens))), merges
@@ -117,6 +126,10 @@ class BPETokenizer:
         if token not in self._ids:
             self._ids[token] = self.vocab_size
             self.vocab[self._ids[token]] = token
+
+    def __reduce__(self):
+        """For another process, only what the rest follows from."""
+        return BPETokenizer, (self.vocab, self.merges, self.special_tokens)
 
     @classmethod
     def from_files(
@@ -203,15 +216,17 @@ class BPETokenizer:
         """The token ids of a text; `decode` gives the text back."""
         if len(text) <= SHORT_TEXT_CHARS:
             return self._encode_short(text)
-        blocks = self._splitter.safe_blocks([text], BLOCK_CHARS)
-        return np.concatenate([self._encode(block) for block in blocks]).tolist()
+        return np.concatenate(list(self.encode_blocks([text]))).tolist()
 
     def encode_blocks(
         self, parts: Iterable[str], block_chars: int = BLOCK_CHARS
     ) -> Iterator[np.ndarray]:
         """The ids (int32) of the joined parts, block by block, from a stream of any cutting."""
-        for block in self._splitter.safe_blocks(parts, block_chars):
-            yield self._encode(block)
+        yield from map(self.encode_block, self.safe_blocks(parts, block_chars))
+
+    def safe_blocks(self, parts: Iterable[str], block_chars: int = BLOCK_CHARS) -> Iterator[str]:
+        """The joined parts in blocks that `encode_block` may encode one by one."""
+        return self._splitter.safe_blocks(parts, block_chars)
 
     def encode_iterable(self, iterable: Iterable[str]) -> Iterator[int]:
         """The ids of `encode("".join(iterable))`, one by one, holding under 1 MB of the text."""
@@ -242,7 +257,8 @@ class BPETokenizer:
                 ) from None
         return b"".join(parts)
 
-    def _encode(self, text: str) -> np.ndarray:
+    def encode_block(self, text: str) -> np.ndarray:
+        """`encode` to an array (int32)."""
         parts = []
         for place, segment in enumerate(self._splitter.split(text)):
             if place % 2:

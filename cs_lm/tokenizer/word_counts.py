@@ -1,8 +1,9 @@
 """How often each word occurs in a text of any length, counted by several processes."""
 
 import queue
+import signal
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from multiprocessing import get_context
 from multiprocessing.queues import Queue
 
@@ -15,7 +16,7 @@ from cs_lm.tokenizer.word_numbers import WordNumbers
 BLOCK_CHARS = 1 << 18  # arrays of this length stay in the processor's cache
 _WORDS_AT_ONCE = 1 << 16
 
-WordProgress = Callable[[int], None]  # characters counted so far
+Report = Callable[[int], None]
 
 
 class WordTally:
@@ -46,6 +47,10 @@ class WordTally:
         other = np.flatnonzero(numbers < 0)
         self._others.update(cut(data, starts[other], ends[other]))
 
+    @property
+    def num_different(self) -> int:
+        return len(self._words) + len(self._others)
+
     def counts(self) -> Counter[bytes]:
         counted = Counter(dict(zip(self._words, self._counts.tolist())))
         counted.update(self._others)
@@ -56,46 +61,44 @@ def count_words(
     parts: Iterable[str],
     special_tokens: Sequence[str] = (),
     num_workers: int = 1,
-    progress: WordProgress | None = None,
+    report: Report | None = None,
     block_chars: int = BLOCK_CHARS,
 ) -> Counter[bytes]:
     """The counts of all words in the joined parts, the same for any number of workers.
 
     The text is cut where no word can reach across; where it is cut does not change the sum.
+
+    report  called now and then with the number of different words that one process has met
     """
-    splitter = SpecialTokenSplitter(special_tokens)
-    blocks = _reported(splitter.safe_blocks(parts, block_chars), progress)
+    blocks = SpecialTokenSplitter(special_tokens).safe_blocks(parts, block_chars)
+    report = report or (lambda num_different: None)
     if num_workers > 1:
-        return _count_in_processes(blocks, special_tokens, num_workers)
+        return _count_in_processes(blocks, special_tokens, num_workers, report)
     tally = WordTally(special_tokens)
     for block in blocks:
         tally.add(block)
+        report(tally.num_different)
     return tally.counts()
 
 
-def _reported(blocks: Iterable[str], progress: WordProgress | None) -> Iterator[str]:
-    done = 0
-    for block in blocks:
-        yield block
-        done += len(block)
-        if progress is not None:
-            progress(done)
-
-
-def _count_in_processes(blocks: Iterable[str], special_tokens, num_workers: int) -> Counter[bytes]:
+def _count_in_processes(
+    blocks: Iterable[str], special_tokens, num_workers: int, report: Report
+) -> Counter[bytes]:
     """Each process takes blocks as it gets done with them, and gives its sum at the end."""
     context = get_context("spawn")
     tasks: Queue = context.Queue(maxsize=2 * num_workers)
     results: Queue = context.Queue()
+    met = context.Array("q", num_workers, lock=False)
     workers = [
-        context.Process(target=_work, args=(tasks, results, special_tokens), daemon=True)
-        for _ in range(num_workers)
+        context.Process(target=_work, args=(tasks, results, special_tokens, met, i), daemon=True)
+        for i in range(num_workers)
     ]
     try:
         for worker in workers:
             worker.start()
         for block in blocks:
             _with_living(workers, lambda wait, block=block: tasks.put(block, timeout=wait))
+            report(max(met))
         for _ in workers:
             _with_living(workers, lambda wait: tasks.put(None, timeout=wait))
         total: Counter[bytes] = Counter()
@@ -111,24 +114,24 @@ def _count_in_processes(blocks: Iterable[str], special_tokens, num_workers: int)
 
 
 def _with_living(workers, attempt: Callable):
-    """Tries until it is done; a worker that died (out of memory?) would be waited for for ever."""
+    """Tries until it is done; a worker that died would be waited for for ever."""
     while True:
         try:
-            return attempt(1.0)
+            return attempt(0.5)
         except (queue.Full, queue.Empty):
             for worker in workers:
                 if worker.exitcode not in (None, 0):
                     raise ValueError(
                         f"tokenizer: a counting process ended with status {worker.exitcode}; is "
-                        "there enough memory? Try --num_workers 1"
+                        "there enough memory, and does your script have an `if __name__ == "
+                        "'__main__':`? --num_workers 1 needs neither"
                     ) from None
 
 
-def _work(tasks: Queue, results: Queue, special_tokens: Sequence[str]) -> None:
-    try:
-        tally = WordTally(special_tokens)
-        while (block := tasks.get()) is not None:
-            tally.add(block)
-        results.put(tally.counts())
-    except KeyboardInterrupt:  # the parent was interrupted too, and says so
-        pass
+def _work(tasks: Queue, results: Queue, special_tokens: Sequence[str], met, index: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and ends this
+    tally = WordTally(special_tokens)
+    while (block := tasks.get()) is not None:
+        tally.add(block)
+        met[index] = tally.num_different
+    results.put(tally.counts())

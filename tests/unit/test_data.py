@@ -49,7 +49,9 @@ def test_store_by_hand(tmp_path):
 
 
 def test_manifest(tmp_path):
-    store = MemmapManager.save_as_memmap(["Déjà", " vu"], BYTES, tmp_path / "s", 5, {"name": "x"})
+    store = MemmapManager.save_as_memmap(
+        ["Déjà", " vu"], BYTES, tmp_path / "s", 5, lambda: {"name": "x"}
+    )
     manifest = json.loads((tmp_path / "s" / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["dtype"] == "<u2" and manifest["num_tokens"] == 9
     assert manifest["text_bytes"] == 9 and manifest["chunk_size"] == 5

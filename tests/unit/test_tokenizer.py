@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 
 from cs_lm.tokenizer import BPETokenizer, train_bpe
-from cs_lm.tokenizer.text_source import read_text
+from cs_lm.tokenizer.text_source import TextSource
 from cs_lm.tokenizer.word_counts import count_words
 
 END = "<|endoftext|>"
@@ -92,8 +92,8 @@ def test_byte_offset_does_not_depend_on_the_block(tmp_path, block_bytes):
     path = tmp_path / "t.txt"
     path.write_bytes("aé北🙂".encode() + b"\xe5\x8c\xffz")
     with pytest.raises(ValueError, match="byte offset 10 "):
-        list(read_text(path, block_bytes=block_bytes))
-    joined = "".join(read_text(path, "replace", block_bytes))
+        list(TextSource(path, "strict", block_bytes).read())
+    joined = "".join(TextSource(path, "replace", block_bytes).read())
     assert joined == path.read_bytes().decode("utf-8", "replace")
 
 
