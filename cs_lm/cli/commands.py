@@ -9,6 +9,7 @@ from cs_lm.cli.errors import readable_errors
 
 COMMANDS = {
     "train-tokenizer": "learn a byte-pair vocabulary from a text",
+    "tokenizer-report": "how a tokenizer cuts a text, and how it comes to a word's tokens",
     "encode": "turn a text into a token store",
     "evaluate": "loss, perplexity and bits per byte of a trained model on a text",
     "generate": "let a trained model write",

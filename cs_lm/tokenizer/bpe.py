@@ -5,7 +5,7 @@ signatures and the same results without the recounting.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 Pair = tuple[bytes, bytes]
 
@@ -57,11 +57,22 @@ def train_merges(word_counts: Mapping[bytes, int], num_merges: int) -> list[Pair
     return merges
 
 
-def encode_word(word: bytes, ranks: Mapping[Pair, int]) -> list[bytes]:
-    """The tokens of one word: while a known pair is left, join the one learnt earliest."""
+def merge_steps(
+    word: bytes, ranks: Mapping[Pair, int]
+) -> Iterator[tuple[Pair | None, list[bytes]]]:
+    """The tokens of one word before any merge, then each pair that is joined and what it leaves.
+
+    While a known pair is left, the one learnt earliest is joined, at all its places.
+    """
     tokens = as_single_bytes(word)
-    while True:
-        known = [pair for pair in zip(tokens, tokens[1:]) if pair in ranks]
-        if not known:
-            return tokens
-        tokens = merge_pair(tokens, min(known, key=ranks.__getitem__))
+    yield None, tokens
+    while known := [pair for pair in zip(tokens, tokens[1:]) if pair in ranks]:
+        best = min(known, key=ranks.__getitem__)
+        tokens = merge_pair(tokens, best)
+        yield best, tokens
+
+
+def encode_word(word: bytes, ranks: Mapping[Pair, int]) -> list[bytes]:
+    """The tokens of one word when no known pair is left."""
+    *_, (_, tokens) = merge_steps(word, ranks)
+    return tokens

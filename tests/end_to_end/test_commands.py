@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -112,3 +113,18 @@ def test_selfcheck_finds_a_wrong_operation(capsys, monkeypatch):
     monkeypatch.setattr(ops, "silu", lambda x: x * x.sigmoid() * 1.01)
     assert command(["selfcheck", "--device", "cpu"]) == 1
     assert re.search(r"silu .* DIFFERENT", capsys.readouterr().out)
+
+
+def test_tokenizer_report(capsys):
+    folder = os.path.join(RUN, "tokenizer")
+    files = [f"--vocab_path={folder}/vocab.json", f"--merges_path={folder}/merges.txt"]
+    argv = ["tokenizer-report", *files, "--text_path", "animals.txt", "--word", " bird"]
+    shown = shown_by(capsys, *argv)
+    size = os.path.getsize("animals.txt")
+    assert f"{size:,} bytes" in shown and re.search(r"bytes per token [\d.]+\n", shown)
+    assert re.search(r"vocabulary use +[\d,]+ of 300 tokens", shown)
+    assert "'b' 'i' 'r' 'd'" in shown and re.search(r"merge \d+ .*' bird'", shown)
+    text = Path("animals.txt").read_text(encoding="utf-8")[:600]
+    assert text in shown.replace("|", "") and "\x1b" not in shown
+    painted = re.sub(r"\x1b\[[0-9;]*m", "", shown_by(capsys, *argv, "--color", "always"))
+    assert text in painted.replace("↵", "")

@@ -3,6 +3,12 @@
 import pytest
 
 from cs_lm.tokenizer import BPETokenizer, train_bpe
+from cs_lm.tokenizer.interchange import (
+    read_tiktoken,
+    read_tokenizer_json,
+    write_tiktoken,
+    write_tokenizer_json,
+)
 from cs_lm.tokenizer.pretokenizer import SPLIT_PATTERN
 
 END = "<|endoftext|>"
@@ -44,3 +50,54 @@ def test_tokenizers_reads_our_files(shakespeare, tmp_path):
     theirs.add_special_tokens([END])
     for text in (AWKWARD, shakespeare[300_000:400_000]):
         assert theirs.encode(text).ids == ours.encode(text)
+
+
+@pytest.fixture(scope="module")
+def ours(shakespeare, tmp_path_factory) -> BPETokenizer:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(shakespeare[:300_000], encoding="utf-8")
+    specials = [END, "<|a b|>"]
+    vocab, merges = train_bpe(path, 700, specials)
+    return BPETokenizer(vocab, merges, specials)
+
+
+def test_tokenizers_loads_our_tokenizer_json(ours, shakespeare, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    write_tokenizer_json(ours, tmp_path / "tokenizer.json")
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in (AWKWARD, f"x<|a b|>{END}<|a b|> y", shakespeare[300_000:400_000]):
+        assert theirs.encode(text).ids == ours.encode(text)
+        assert theirs.decode(ours.encode(text), skip_special_tokens=False) == text
+    assert theirs.get_vocab_size() == ours.vocab_size
+
+
+def test_we_load_their_tokenizer_json(ours, shakespeare, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    theirs = tokenizers.ByteLevelBPETokenizer()
+    theirs.train_from_iterator([shakespeare[:200_000]], vocab_size=600, special_tokens=[END])
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    read = read_tokenizer_json(tmp_path / "tokenizer.json")
+    for text in (AWKWARD, shakespeare[300_000:350_000]):
+        assert read.encode(text) == theirs.encode(text).ids
+
+
+def test_tiktoken_loads_our_rank_file(ours, shakespeare, tmp_path):
+    tiktoken = pytest.importorskip("tiktoken", reason="tiktoken is not installed")
+    from tiktoken.load import load_tiktoken_bpe
+
+    write_tiktoken(ours, tmp_path / "a.tiktoken")
+    special = {text: ours.encode(text)[0] for text in ours.special_tokens}
+    theirs = tiktoken.Encoding(
+        "ours", pat_str=SPLIT_PATTERN, special_tokens=special,
+        mergeable_ranks=load_tiktoken_bpe(str(tmp_path / "a.tiktoken")),
+    )  # fmt: skip
+    for text in (AWKWARD, f"x<|a b|>{END}", shakespeare[300_000:400_000]):
+        assert theirs.encode(text, allowed_special="all") == ours.encode(text)
+    read = read_tiktoken(tmp_path / "a.tiktoken", special)
+    assert (read.vocab, read.merges) == (ours.vocab, ours.merges)
+
+
+def test_merges_of_gpt2_are_found_again_from_ranks(gpt2, tmp_path):
+    write_tiktoken(gpt2, tmp_path / "gpt2.tiktoken")
+    read = read_tiktoken(tmp_path / "gpt2.tiktoken", [END])
+    assert read.merges == gpt2.merges and read.fingerprint == gpt2.fingerprint

@@ -1,15 +1,21 @@
 import gc
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 import tracemalloc
 from collections import Counter
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cs_lm.tokenizer import BPETokenizer, train_bpe
-from cs_lm.tokenizer.text_source import TextSource
+from cs_lm.tokenizer.parallel import ParallelEncoder
+from cs_lm.tokenizer.text_source import TextSource, describe_file
 from cs_lm.tokenizer.word_counts import count_words
 
 END = "<|endoftext|>"
@@ -237,3 +243,88 @@ def test_importing_the_tokenizer_does_not_import_torch():
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     ).stdout
     assert shown.strip() == "False"
+
+
+def test_several_files_and_a_pipe_are_one_text(small, tmp_path, monkeypatch):
+    data = TEXT.encode()
+    first, second = tmp_path / "1.txt", tmp_path / "2.txt"
+    first.write_bytes(data[:40])
+    second.write_bytes(data[40:])
+    source = TextSource([first, second])
+    assert "".join(source.read()) == TEXT
+    assert (source.bytes_read, source.total_bytes) == (len(data), len(data))
+    whole = write(tmp_path / "whole.txt", TEXT)
+    assert source.description() == describe_file(whole, "strict")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+    pipe = TextSource("-")
+    assert pipe.total_bytes is None and "".join(pipe.read()) == TEXT
+    assert train_bpe([first, second], 300) == train_bpe(whole, 300)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    with pytest.raises(ValueError, match="got nothing from the pipe"):
+        list(TextSource("-").read())
+
+
+def test_processes_encode_the_same_ids(small):
+    parts = [(TEXT + END) * 400] * 20  # several blocks
+    expected = np.concatenate(list(small.encode_blocks(parts)))
+    for num_workers in (1, 2):
+        encoder = ParallelEncoder(small, num_workers)
+        assert (encoder.fingerprint, encoder.vocab_size) == (small.fingerprint, small.vocab_size)
+        assert np.array_equal(np.concatenate(list(encoder.encode_blocks(parts))), expected)
+
+
+def test_progress_names_phases_and_totals(tmp_path):
+    path = write(tmp_path / "t.txt", TEXT * 50)
+    size = path.stat().st_size
+    seen = []
+    train_bpe(path, 300, num_workers=2, progress=lambda *shown: seen.append(shown))
+    phases = [phase for phase, *_ in seen]
+    assert phases == sorted(phases) and set(phases) == {"counting words, bytes read", "merging"}
+    assert seen[-1] == ("merging", 44, 44, "")
+    assert all(total == size for phase, _, total, _ in seen if phase.startswith("counting"))
+
+
+@pytest.mark.parametrize("text", ["a", "-", " ", "\n", "的", "ab\ufffd'll "])
+def test_runs_are_not_quadratic(small, text):
+    """400,000 characters of one kind: looking through all pairs again and again takes hours."""
+    whole = (text * 400_000)[:400_000]
+    ids = small.encode(whole)
+    assert small.decode(ids) == whole
+
+
+def test_training_on_one_giant_word(tmp_path):
+    path = write(tmp_path / "t.txt", "abcab" * 200_000)
+    _, merges = train_bpe(path, 262)
+    assert merges[:3] == [(b"a", b"b"), (b"c", b"ab"), (b"ab", b"cab")]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for one process")
+@pytest.mark.parametrize("command", ["train-tokenizer", "encode"])
+def test_interrupt_ends_all_processes_and_leaves_nothing(small, tmp_path, command):
+    small.save(tmp_path / "v.json", tmp_path / "m.txt")
+    outputs = {
+        "train-tokenizer": ["--vocab_path", "new/v.json", "--merges_path", "new/m.txt"],
+        "encode": ["--vocab_path", "v.json", "--merges_path", "m.txt", "--store", "new/s"],
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cs_lm", command, "--corpus_path", "-", "--num_workers", "2",
+         *outputs[command]],
+        cwd=tmp_path, stdin=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )  # fmt: skip
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    for _ in range(40):  # more than fits in the pipe: it has begun to read
+        process.stdin.write(TEXT.encode() * 2000)
+    process.stdin.flush()
+    workers = children.read_text(encoding="ascii").split() if children.exists() else []
+    process.send_signal(signal.SIGINT)
+    errors = process.stderr.read().decode()
+    assert process.wait() == 130
+    assert errors.strip().splitlines()[-1] == "interrupted" and "Traceback" not in errors
+    for _ in range(100):  # the interpreter's own helper process ends when its pipe closes
+        alive = [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+        if not alive:
+            break
+        time.sleep(0.1)
+    assert not alive
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["m.txt", "v.json"]
