@@ -1,24 +1,19 @@
 """Several processes encode the blocks of one text; the ids come back in its order."""
 
-import signal
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing.queues import Queue
 
 import numpy as np
 
+from cs_lm.tokenizer.processes import WorkerGroup
 from cs_lm.tokenizer.tokenizer import BPETokenizer
-
-_worker: BPETokenizer | None = None
 
 
 class ParallelEncoder:
     """A tokenizer whose `encode_blocks` works in several processes, with the same result.
 
-    Cost: a block for each process is waiting, one is being encoded, one is given back: memory
-    does not follow the length of the text.
+    Cost: a few blocks for each process are under way; memory does not follow the length of the
+    text.
     """
 
     def __init__(self, tokenizer: BPETokenizer, num_workers: int):
@@ -29,36 +24,29 @@ class ParallelEncoder:
         blocks = self._tokenizer.safe_blocks(parts)
         if self._num_workers == 1:
             yield from map(self._tokenizer.encode_block, blocks)
-            return
-        pool = ProcessPoolExecutor(
-            self._num_workers, get_context("spawn"), _begin, (self._tokenizer,)
-        )
-        waiting: deque[Future] = deque()
-        try:
-            for block in blocks:
-                waiting.append(pool.submit(_encode, block))
-                if len(waiting) > 2 * self._num_workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        except BrokenProcessPool:
-            raise ValueError(
-                "encode: a process ended by itself; is there enough memory? Try --num_workers 1"
-            ) from None
-        finally:
-            processes = list((pool._processes or {}).values())
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in processes:
-                process.terminate()
+        else:
+            yield from self._encode_in_processes(blocks)
+
+    def _encode_in_processes(self, blocks: Iterator[str]) -> Iterator[np.ndarray]:
+        under_way = 4 * self._num_workers
+        early: dict[int, np.ndarray] = {}  # ids that came before their turn
+        num_put = num_given = 0
+        with WorkerGroup(self._num_workers, _encode, self._tokenizer) as workers:
+            while True:
+                if num_put - num_given < under_way and (block := next(blocks, None)) is not None:
+                    workers.put((num_put, block))
+                    num_put += 1
+                    continue
+                if num_given == num_put:
+                    return
+                while num_given not in early:
+                    index, ids = workers.get()
+                    early[index] = ids
+                yield early.pop(num_given)
+                num_given += 1
 
 
-def _begin(tokenizer: BPETokenizer) -> None:
-    """In a new process: the parent looks after Ctrl-C."""
-    global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _worker = tokenizer
-
-
-def _encode(block: str) -> np.ndarray:
-    assert _worker is not None
-    return _worker.encode_block(block)
+def _encode(tasks: Queue, results: Queue, _index: int, tokenizer: BPETokenizer) -> None:
+    while (task := tasks.get()) is not None:
+        index, block = task
+        results.put((index, tokenizer.encode_block(block)))

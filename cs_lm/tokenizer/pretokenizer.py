@@ -79,8 +79,7 @@ class SpecialTokenSplitter:
         held: list[str] = []
         held_chars, threshold = 0, block_chars
         for part in parts:
-            for start in range(0, len(part), block_chars):
-                piece = part[start : start + block_chars]
+            for piece in _pieces(part, block_chars):
                 held.append(piece)
                 held_chars += len(piece)
                 if held_chars < threshold:
@@ -94,3 +93,9 @@ class SpecialTokenSplitter:
                 threshold = max(block_chars, 2 * held_chars)
         if held_chars:
             yield "".join(held)
+
+
+def _pieces(text: str, size: int) -> Iterable[str]:
+    if len(text) <= size:
+        return (text,)
+    return (text[start : start + size] for start in range(0, len(text), size))

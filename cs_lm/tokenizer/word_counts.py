@@ -1,7 +1,5 @@
 """How often each word occurs in a text of any length, counted by several processes."""
 
-import queue
-import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from multiprocessing import get_context
@@ -10,6 +8,7 @@ from multiprocessing.queues import Queue
 import numpy as np
 
 from cs_lm.tokenizer.pretokenizer import SpecialTokenSplitter
+from cs_lm.tokenizer.processes import WorkerGroup
 from cs_lm.tokenizer.word_borders import cut, word_slices
 from cs_lm.tokenizer.word_numbers import WordNumbers
 
@@ -85,51 +84,20 @@ def _count_in_processes(
     blocks: Iterable[str], special_tokens, num_workers: int, report: Report
 ) -> Counter[bytes]:
     """Each process takes blocks as it gets done with them, and gives its sum at the end."""
-    context = get_context("spawn")
-    tasks: Queue = context.Queue(maxsize=2 * num_workers)
-    results: Queue = context.Queue()
-    met = context.Array("q", num_workers, lock=False)
-    workers = [
-        context.Process(target=_work, args=(tasks, results, special_tokens, met, i), daemon=True)
-        for i in range(num_workers)
-    ]
-    try:
-        for worker in workers:
-            worker.start()
+    met = get_context("spawn").Array("q", num_workers, lock=False)
+    total: Counter[bytes] = Counter()
+    with WorkerGroup(num_workers, _work, special_tokens, met) as workers:
         for block in blocks:
-            _with_living(workers, lambda wait, block=block: tasks.put(block, timeout=wait))
+            workers.put(block)
             report(max(met))
-        for _ in workers:
-            _with_living(workers, lambda wait: tasks.put(None, timeout=wait))
-        total: Counter[bytes] = Counter()
-        for _ in workers:
-            total.update(_with_living(workers, lambda wait: results.get(timeout=wait)))
-        return total
-    finally:
-        for worker in workers:
-            if worker.pid is not None:
-                worker.terminate()
-                worker.join()
-        tasks.cancel_join_thread()  # what was not taken any more need not be written
+        for _ in range(num_workers):
+            workers.put(None)
+        for _ in range(num_workers):
+            total.update(workers.get())
+    return total
 
 
-def _with_living(workers, attempt: Callable):
-    """Tries until it is done; a worker that died would be waited for for ever."""
-    while True:
-        try:
-            return attempt(0.5)
-        except (queue.Full, queue.Empty):
-            for worker in workers:
-                if worker.exitcode not in (None, 0):
-                    raise ValueError(
-                        f"tokenizer: a counting process ended with status {worker.exitcode}; is "
-                        "there enough memory, and does your script have an `if __name__ == "
-                        "'__main__':`? --num_workers 1 needs neither"
-                    ) from None
-
-
-def _work(tasks: Queue, results: Queue, special_tokens: Sequence[str], met, index: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and ends this
+def _work(tasks: Queue, results: Queue, index: int, special_tokens: Sequence[str], met) -> None:
     tally = WordTally(special_tokens)
     while (block := tasks.get()) is not None:
         tally.add(block)

@@ -10,6 +10,7 @@ from cs_lm.cli.commands import COMMANDS
 from cs_lm.cli.commands import main as command
 from cs_lm.cli.train import main as train
 from cs_lm.config import all_problems
+from cs_lm.tokenizer import BPETokenizer
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -58,8 +59,10 @@ def test_command_has_these_flags(words, monkeypatch, tmp_path, capsys):
     assert errors and all(missing_file.search(line) for line in errors), errors
 
 
-def test_python_example_runs():
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    names: dict = {}
-    exec(example, names)
+def test_python_examples_run(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {"tokenizer": BPETokenizer({i: bytes([i]) for i in range(256)}, [])}
+    for example in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(example, names)
     assert names["loss"].isfinite() and not all_problems(names["config"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ours.tiktoken", "tokenizer.json"]

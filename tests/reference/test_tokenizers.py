@@ -1,5 +1,7 @@
 """Our tokenizer beside tiktoken and the tokenizers library, on GPT-2's vocabulary and real text."""
 
+import lzma
+
 import pytest
 
 from cs_lm.tokenizer import BPETokenizer, train_bpe
@@ -101,3 +103,27 @@ def test_merges_of_gpt2_are_found_again_from_ranks(gpt2, tmp_path):
     write_tiktoken(gpt2, tmp_path / "gpt2.tiktoken")
     read = read_tiktoken(tmp_path / "gpt2.tiktoken", [END])
     assert read.merges == gpt2.merges and read.fingerprint == gpt2.fingerprint
+
+
+@pytest.mark.parametrize("which", ["gpt2", "ours"])
+def test_equal_ids_on_whole_books(which, gpt2, ours, corpora, tmp_path):
+    """4 MB of text, with GPT-2's vocabulary and with one of ours."""
+    tiktoken = pytest.importorskip("tiktoken", reason="tiktoken is not installed")
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    if not (corpora / "books-valid.txt.xz").is_file():
+        pytest.skip(f"{corpora} holds no books-valid.txt.xz")
+    text = lzma.decompress((corpora / "books-valid.txt.xz").read_bytes()).decode("utf-8")
+    tokenizer = {"gpt2": gpt2, "ours": ours}[which]
+    ids = tokenizer.encode(text)
+    special = {token: tokenizer.encode(token)[0] for token in tokenizer.special_tokens}
+    ranks = {
+        t: i for i, t in tokenizer.vocab.items() if t.decode("utf-8", "replace") not in special
+    }
+    encoding = tiktoken.Encoding(
+        "x", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=special
+    )
+    assert ids == encoding.encode(text, allowed_special="all")
+    write_tokenizer_json(tokenizer, tmp_path / "tokenizer.json")
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert ids == theirs.encode(text).ids
+    assert tokenizer.decode(ids) == text

@@ -2,13 +2,10 @@ import gc
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 import tracemalloc
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -296,35 +293,3 @@ def test_training_on_one_giant_word(tmp_path):
     path = write(tmp_path / "t.txt", "abcab" * 200_000)
     _, merges = train_bpe(path, 262)
     assert merges[:3] == [(b"a", b"b"), (b"c", b"ab"), (b"ab", b"cab")]
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for one process")
-@pytest.mark.parametrize("command", ["train-tokenizer", "encode"])
-def test_interrupt_ends_all_processes_and_leaves_nothing(small, tmp_path, command):
-    small.save(tmp_path / "v.json", tmp_path / "m.txt")
-    outputs = {
-        "train-tokenizer": ["--vocab_path", "new/v.json", "--merges_path", "new/m.txt"],
-        "encode": ["--vocab_path", "v.json", "--merges_path", "m.txt", "--store", "new/s"],
-    }
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cs_lm", command, "--corpus_path", "-", "--num_workers", "2",
-         *outputs[command]],
-        cwd=tmp_path, stdin=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": os.getcwd()},
-    )  # fmt: skip
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    for _ in range(40):  # more than fits in the pipe: it has begun to read
-        process.stdin.write(TEXT.encode() * 2000)
-    process.stdin.flush()
-    workers = children.read_text(encoding="ascii").split() if children.exists() else []
-    process.send_signal(signal.SIGINT)
-    errors = process.stderr.read().decode()
-    assert process.wait() == 130
-    assert errors.strip().splitlines()[-1] == "interrupted" and "Traceback" not in errors
-    for _ in range(100):  # the interpreter's own helper process ends when its pipe closes
-        alive = [pid for pid in workers if Path(f"/proc/{pid}").exists()]
-        if not alive:
-            break
-        time.sleep(0.1)
-    assert not alive
-    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["m.txt", "v.json"]
