@@ -85,12 +85,14 @@ class SpecialTokenSplitter:
                 if held_chars < threshold:
                     continue
                 text = "".join(held)
+                held.clear()
                 cut = self.safe_cut(text)
-                if cut:
-                    yield text[:cut]
-                held = [text[cut:]]
+                block, held = text[:cut], [text[cut:]]
                 held_chars = len(held[0])
                 threshold = max(block_chars, 2 * held_chars)
+                del text
+                if block:
+                    yield block
         if held_chars:
             yield "".join(held)
 

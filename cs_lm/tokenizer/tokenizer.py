@@ -1,6 +1,7 @@
 """BPETokenizer: text to token ids and back, exactly, from GPT-2's two files."""
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,14 +20,15 @@ from cs_lm.tokenizer.word_counts import count_words
 from cs_lm.tokenizer.word_encoder import WordEncoder
 
 BLOCK_CHARS = 1 << 20
-STREAM_BLOCK_CHARS = 3 << 13  # `encode_iterable` promises to hold less than 1 MB
+# `encode_iterable` promises to hold less than 1 MB: so many blocks at a time
+_STREAM_BLOCK_CHARS, _STREAM_BLOCKS = 5 << 12, 2
 # Different words remembered: 8 MB, claimed when the tokenizer is made.
 MAX_WORDS = 1 << 17
 # Below this length, and for so many different words (13 MB), texts are encoded without arrays.
 SHORT_TEXT_CHARS = 1 << 10
 MAX_SHORT_WORDS = 1 << 16
 _LONG_WORD_BYTES = 1 << 12
-_IDS_AT_ONCE = 1 << 12  # in decoding: what they lead to stays in the processor's cache
+_IDS_AT_ONCE = 1 << 12  # as Python objects: what they lead to stays in the processor's cache
 
 
 def train_bpe(
@@ -230,8 +232,12 @@ class BPETokenizer:
 
     def encode_iterable(self, iterable: Iterable[str]) -> Iterator[int]:
         """The ids of `encode("".join(iterable))`, one by one, holding under 1 MB of the text."""
-        for ids in self.encode_blocks(iterable, STREAM_BLOCK_CHARS):
-            yield from ids.tolist()
+        blocks = self.safe_blocks(iterable, _STREAM_BLOCK_CHARS)
+        while some := list(itertools.islice(blocks, _STREAM_BLOCKS)):
+            ids = self._words.encode(s for block in some for s in self._segments(block))
+            for start in range(0, len(ids), _IDS_AT_ONCE):
+                yield from ids[start : start + _IDS_AT_ONCE].tolist()
+            del some, ids  # before the next ones are there
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids; bytes that are not UTF-8 become U+FFFD.
@@ -259,20 +265,20 @@ class BPETokenizer:
 
     def encode_block(self, text: str) -> np.ndarray:
         """`encode` to an array (int32)."""
-        parts = []
+        return self._words.encode(self._segments(text))
+
+    def _segments(self, text: str) -> Iterator[str | int]:
+        """Ordinary text, and ids in the place of special tokens."""
         for place, segment in enumerate(self._splitter.split(text)):
-            if place % 2:
-                parts.append(np.array([self._special_ids[segment]], np.int32))
-            elif segment:
-                parts.append(self._words.encode(segment))
-        return np.concatenate(parts) if parts else np.zeros(0, np.int32)
+            if segment:
+                yield self._special_ids[segment] if place % 2 else segment
 
     def _encode_short(self, text: str) -> list[int]:
         """Word by word, by the pattern itself: quicker than arrays for a line or two."""
         ids: list[int] = []
-        for place, segment in enumerate(self._splitter.split(text)):
-            if place % 2:
-                ids.append(self._special_ids[segment])
+        for segment in self._segments(text):
+            if isinstance(segment, int):
+                ids.append(segment)
                 continue
             for word in split_words(segment):
                 known = self._short_words.get(word)

@@ -13,6 +13,7 @@ import numpy as np
 import regex
 
 OTHER, LETTER, DIGIT, SPACE, WHITE_SPACE = range(5)
+_NUM_CODE_POINTS = 0x110000
 _APOSTROPHE = ord("'")
 _IS_ONE_LETTER_ENDING = np.isin(np.arange(256), [ord(letter) for letter in "sdmt"])
 _TWO_LETTER_ENDINGS = [(ord(ending[0]), ord(ending[1])) for ending in ("ll", "ve", "re")]
@@ -20,15 +21,15 @@ _TWO_LETTER_ENDINGS = [(ord(ending[0]), ord(ending[1])) for ending in ("ll", "ve
 
 @cache
 def character_classes() -> np.ndarray:
-    """The class of every code point, as the regex module's \\p{L}, \\p{N} and \\s have it."""
-    classes = np.full(0x110000, OTHER, np.uint8)
-    surrogates = range(0xD800, 0xE000)
-    text = "".join(chr(code) for code in range(0x110000) if code not in surrogates)
-    for pattern, kind in ((r"\p{L}+", LETTER), (r"\p{N}+", DIGIT), (r"\s+", WHITE_SPACE)):
-        for match in regex.finditer(pattern, text):
-            first, last = ord(match[0][0]), ord(match[0][-1])
-            classes[first : last + 1] = kind
-    classes[0xD800:0xE000] = OTHER
+    """The class of every code point (1.1 MB), as the regex module's \\p{L}, \\p{N} and \\s have it."""
+    classes = np.full(_NUM_CODE_POINTS, OTHER, np.uint8)
+    for first in range(0, _NUM_CODE_POINTS, 1 << 12):  # a few at a time, to hold little
+        codes = np.arange(first, first + (1 << 12), dtype=np.uint32)
+        codes[(codes >= 0xD800) & (codes < 0xE000)] = 0  # surrogates are no characters
+        text = codes.tobytes().decode("utf-32-le")
+        for pattern, kind in ((r"\p{L}+", LETTER), (r"\p{N}+", DIGIT), (r"\s+", WHITE_SPACE)):
+            for match in regex.finditer(pattern, text):
+                classes[first + match.start() : first + match.end()] = kind
     classes[ord(" ")] = SPACE
     return classes
 
@@ -60,8 +61,10 @@ def word_slices(text: str, max_words: int) -> Iterator[tuple[bytes, np.ndarray]]
         yield data[begin:end], starts[index * max_words :][:max_words] - begin
 
 
-def cut(data: bytes, starts: np.ndarray, ends: np.ndarray) -> list[bytes]:
-    return [data[start:end] for start, end in zip(starts.tolist(), ends.tolist())]
+def cut(data: bytes, starts: np.ndarray, chosen: np.ndarray) -> list[bytes]:
+    """Of the words that begin at `starts`, the ones at the chosen places."""
+    ends = np.append(starts[1:], len(data))
+    return [data[a:b] for a, b in zip(starts[chosen].tolist(), ends[chosen].tolist())]
 
 
 @cache

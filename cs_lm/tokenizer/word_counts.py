@@ -38,13 +38,11 @@ class WordTally:
 
     def _add_words(self, data: bytes, starts: np.ndarray) -> None:
         numbers, new = self._numbers.numbers(data, starts)
-        ends = np.append(starts[1:], len(data))
-        self._words += cut(data, starts[new], ends[new])
+        self._words += cut(data, starts, new)
         counts = np.bincount(numbers[numbers >= 0], minlength=len(self._words))
         counts[: len(self._counts)] += self._counts
         self._counts = counts
-        other = np.flatnonzero(numbers < 0)
-        self._others.update(cut(data, starts[other], ends[other]))
+        self._others.update(cut(data, starts, np.flatnonzero(numbers < 0)))
 
     @property
     def num_different(self) -> int:

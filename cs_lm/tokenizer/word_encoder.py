@@ -1,12 +1,12 @@
 """Ids of ordinary text, a block at a time: words are numbered, and each is encoded once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
 from cs_lm.tokenizer.merge_table import MergeTable
 from cs_lm.tokenizer.pretokenizer import SpecialTokenSplitter
-from cs_lm.tokenizer.word_borders import cut, word_slices
+from cs_lm.tokenizer.word_borders import character_classes, cut, word_slices
 from cs_lm.tokenizer.word_numbers import MAX_BYTES, WordNumbers
 
 BLOCK_CHARS = 1 << 16  # arrays of this length stay in the processor's cache
@@ -25,7 +25,7 @@ _WORDS_AT_ONCE = 1 << 12
 
 
 class WordEncoder:
-    """Text without special tokens -> ids.
+    """Text without special tokens, and ids -> ids.
 
     encode_word  ids of one word; raises ValueError for a byte that the vocabulary lacks
     max_words    different words remembered before all are forgotten, 8 or more; memory for them,
@@ -43,43 +43,60 @@ class WordEncoder:
         self._num_ids = 0
         self._new_words: list[bytes] = []  # numbered, not encoded yet
         self._others: dict[bytes, np.ndarray] = {}
+        character_classes()  # memory for it, too, is claimed at the start
 
-    def encode(self, text: str) -> np.ndarray:
-        """The ids, int32.
+    def encode(self, segments: Iterable[str | int]) -> np.ndarray:
+        """The ids (int32) of texts and, as they are, of ids between them.
 
-        All words of the text are numbered before the new ones are encoded: the more of them there
+        The words of all texts are numbered before the new ones are encoded: the more of them there
         are, the less time each one takes.
         """
-        parts, numbered = [], []
-        for block in _WHOLE_TEXT.safe_blocks([text], BLOCK_CHARS):
-            for data, starts in word_slices(
-                block, min(self._max_words // _IDS_A_WORD, _WORDS_AT_ONCE)
-            ):
-                if not self._has_room(len(starts)):
-                    parts += self._ids_of_all(numbered)
-                    numbered = []
+        try:
+            parts = list(self._encode(segments))
+        except BaseException:  # an interrupt, too, may come between a number and its word
+            self._forget()
+            raise
+        return np.concatenate(parts) if parts else np.zeros(0, np.int32)
+
+    def _encode(self, segments: Iterable[str | int]) -> Iterator[np.ndarray]:
+        waiting = []
+        for segment in segments:
+            if isinstance(segment, int):
+                waiting.append(np.array([segment], np.int32))
+                continue
+            for data, starts in self._slices(segment):
+                has_room = self._has_room(len(starts))
+                if not has_room or len(self._new_words) >= _MOST_IN_BATCH:
+                    yield from self._ids_of_all(waiting)
+                    waiting = []
+                if not has_room:
                     self._forget()
                 numbers, new = self._numbers.numbers(data, starts)
-                ends = np.append(starts[1:], len(data))
-                self._new_words += cut(data, starts[new], ends[new])
-                numbered.append((data, starts, ends, numbers))
-        parts += self._ids_of_all(numbered)
-        return np.concatenate(parts) if parts else np.zeros(0, np.int32)
+                self._new_words += cut(data, starts, new)
+                waiting.append((numbers, cut(data, starts, np.flatnonzero(numbers < 0))))
+        yield from self._ids_of_all(waiting)
+
+    def _slices(self, text: str) -> Iterator[tuple[bytes, np.ndarray]]:
+        max_words = min(self._max_words // _IDS_A_WORD, _WORDS_AT_ONCE)
+        for block in _WHOLE_TEXT.safe_blocks([text], BLOCK_CHARS):
+            yield from word_slices(block, max_words)
 
     def _has_room(self, num_words: int) -> bool:
         new_ids = MAX_BYTES * (len(self._new_words) + num_words)
         is_room_for_ids = self._num_ids + new_ids <= len(self._ids)
         return is_room_for_ids and self._numbers.count + num_words <= self._max_words
 
-    def _ids_of_all(self, numbered: list[tuple]) -> list[np.ndarray]:
+    def _ids_of_all(self, waiting: list[np.ndarray | tuple]) -> Iterator[np.ndarray]:
+        """Of what has waited for the new words: ids as they are, those of words looked up."""
         if self._new_words:
             self._encode_new_words()
-        return [self._ids_of(*one) for one in numbered]
+        return (self._ids_of(*one) if isinstance(one, tuple) else one for one in waiting)
 
-    def _ids_of(self, data: bytes, starts, ends, numbers: np.ndarray) -> np.ndarray:
+    def _ids_of(self, numbers: np.ndarray, others: list[bytes]) -> np.ndarray:
+        """The ids of words with numbers, and of the others where the number is negative."""
         lengths = self._length[numbers]
         other = np.flatnonzero(numbers < 0)
-        other_ids = self._encode_others(cut(data, starts[other], ends[other]))
+        other_ids = self._encode_others(others)
         lengths[other] = [len(word_ids) for word_ids in other_ids]
         id_ends = np.cumsum(lengths, dtype=np.int64)
         id_starts = id_ends - lengths

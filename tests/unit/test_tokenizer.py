@@ -210,14 +210,20 @@ def test_bad_vocabularies(small, tmp_path):
             BPETokenizer.from_files(vocab, merges)
 
 
-def test_stream_holds_under_a_megabyte(small, tmp_path):
-    path = tmp_path / "five_megabytes.txt"
+@pytest.fixture(scope="module")
+def five_megabytes(tmp_path_factory):
+    """Lines of many alphabets, with a new word on each."""
+    path = tmp_path_factory.mktemp("text") / "five_megabytes.txt"
     line = "".join(f"{word} {i}" for i, word in enumerate(TEXT.split(" ")))
     with open(path, "w", encoding="utf-8", newline="\n") as file:
         for i in range(5_000_000 // len(line.encode()) + 1):
-            file.write(f"{line} {i:x}\n")  # a new word on every line
+            file.write(f"{line} {i:x}\n")
     assert path.stat().st_size >= 5_000_000
-    with open(path, encoding="utf-8", newline="") as file:
+    return path
+
+
+def test_stream_holds_under_a_megabyte(small, five_megabytes):
+    with open(five_megabytes, encoding="utf-8", newline="") as file:
         gc.collect()
         tracemalloc.start()
         num_tokens = sum(1 for _ in small.encode_iterable(file))
@@ -225,6 +231,39 @@ def test_stream_holds_under_a_megabyte(small, tmp_path):
         tracemalloc.stop()
     assert num_tokens > 1_000_000
     assert peak_bytes < 1_000_000
+
+
+UNDER_A_LIMIT = """
+import resource, sys
+from pathlib import Path
+from cs_lm import BPETokenizer
+
+tokenizer = BPETokenizer.from_files(sys.argv[1], sys.argv[2])
+with open(sys.argv[3], encoding="utf-8", newline="") as file:
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + 1_000_000
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    print(sum(1 for _ in tokenizer.encode_iterable(file)))
+    try:
+        file.seek(0)
+        tokenizer.encode(file.read())
+    except MemoryError:
+        print("the whole text does not fit")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs an address-space limit and /proc")
+def test_stream_works_where_no_more_than_a_megabyte_is_left(small, five_megabytes, tmp_path):
+    files = [str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")]
+    small.save(*files)
+    run = subprocess.run(
+        [sys.executable, "-c", UNDER_A_LIMIT, *files, str(five_megabytes)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    num_tokens, whole_text = run.stdout.splitlines()
+    assert int(num_tokens) > 1_000_000
+    assert whole_text == "the whole text does not fit"
 
 
 def test_a_giant_word_is_not_quadratic(small):
