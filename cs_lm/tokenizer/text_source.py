@@ -2,14 +2,17 @@
 
 import codecs
 import hashlib
+import io
 import os
+import select
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 BLOCK_BYTES = 1 << 20
 STANDARD_INPUT = "-"
+_LOOK_AGAIN_S = 0.2
 # From this length on, several processes are worth their start.
 LARGE_BYTES = 16 << 20
 
@@ -74,11 +77,12 @@ class TextSource:
         """What has been read, once it has: the text's length and hash, not the files' names."""
         return _description(self.bytes_read, self._digest.hexdigest(), self._encoding_errors)
 
-    def _decoded(self, file: BinaryIO, shown: str) -> Iterator[str]:
+    def _decoded(self, file: io.BufferedIOBase, shown: str) -> Iterator[str]:
         decoder = codecs.getincrementaldecoder("utf-8")(self._encoding_errors)
         bytes_of_file = 0
         while True:
-            block = file.read(self._block_bytes)
+            _wait_for_input(file)
+            block = file.read1(self._block_bytes)
             held_back = len(decoder.getstate()[0])  # bytes of a character cut by the last block
             try:
                 text = decoder.decode(block, final=not block)
@@ -96,6 +100,19 @@ class TextSource:
                 yield text
             if not block:
                 return
+
+
+def _wait_for_input(file: io.BufferedIOBase) -> None:
+    """Returns when a read would not block.
+
+    A read that is under way hears of Ctrl-C only when more comes from the pipe, if the interrupt
+    arrived between two of its system calls; between two looks, Python sees to it.
+    """
+    try:
+        while os.name == "posix" and not select.select([file], [], [], _LOOK_AGAIN_S)[0]:
+            pass
+    except io.UnsupportedOperation:  # no file of the operating system: never blocks
+        pass
 
 
 def read_text(path: PathOrPaths, encoding_errors: str = "strict") -> Iterator[str]:

@@ -21,8 +21,8 @@ _TWO_LETTER_ENDINGS = [(ord(ending[0]), ord(ending[1])) for ending in ("ll", "ve
 
 @cache
 def character_classes() -> np.ndarray:
-    """The class of every code point (1.1 MB), as the regex module's \\p{L}, \\p{N} and \\s have it."""
-    classes = np.full(_NUM_CODE_POINTS, OTHER, np.uint8)
+    """The class of every code point, as the regex module's \\p{L}, \\p{N} and \\s have it."""
+    classes = np.full(_NUM_CODE_POINTS, OTHER, np.uint8)  # 1.1 MB
     for first in range(0, _NUM_CODE_POINTS, 1 << 12):  # a few at a time, to hold little
         codes = np.arange(first, first + (1 << 12), dtype=np.uint32)
         codes[(codes >= 0xD800) & (codes < 0xE000)] = 0  # surrogates are no characters

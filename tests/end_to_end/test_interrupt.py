@@ -1,0 +1,57 @@
+"""Ctrl-C while text comes from a pipe that is silent: everything ends at once, nothing is left."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.end_to_end.conftest import ROOT
+
+PATIENCE_S = 60
+
+
+def wait_for_the_end_of_group(group: int) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    os.killpg(group, signal.SIGKILL)
+    raise AssertionError("a process was left")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for one process")
+@pytest.mark.parametrize("command", ["train-tokenizer", "encode"])
+def test_interrupt(command, finished_run, tmp_path):
+    run = finished_run / "runs" / "animals"
+    argv = {
+        "train-tokenizer": ["--vocab_path", "vocab.json", "--merges_path", "merges.txt"],
+        "encode": [
+            "--store", "store", "--vocab_path", str(run / "tokenizer" / "vocab.json"),
+            "--merges_path", str(run / "tokenizer" / "merges.txt"),
+        ],
+    }[command]  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cs_lm", command, *argv, "--corpus_path", "-", "--num_workers", "2"],
+        cwd=tmp_path, stdin=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        # a shell's background job starts with the signal ignored, and Python leaves it so
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    for _ in range(20):  # far more than a pipe holds: it is read from, by now
+        process.stdin.write(b"The cat sat on the mat, it was so.\n" * 8000)
+    process.stdin.flush()
+    process.send_signal(signal.SIGINT)
+    try:
+        status = process.wait(PATIENCE_S)
+    finally:
+        wait_for_the_end_of_group(process.pid)
+    errors = process.stderr.read().decode()
+    assert status == 128 + signal.SIGINT, errors
+    assert errors.splitlines()[-1] == "interrupted" and "Traceback" not in errors
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
