@@ -10,6 +10,8 @@ from cs_lm.config import encoding_errors_setting, setting, special_tokens_settin
 from cs_lm.flags import parse_config
 from cs_lm.tokenizer import BPETokenizer, train_bpe
 
+_SHOWN_BYTES = 40
+
 
 @dataclass(frozen=True)
 class TrainTokenizerConfig:
@@ -55,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     progress.close()
     tokenizer = BPETokenizer(vocab, merges, config.special_tokens)
     tokenizer.save(config.vocab_path, config.merges_path)
-    longest = max((t for t in vocab.values()), key=len).decode("utf-8", "replace")
+    longest = max(vocab.values(), key=len)[:_SHOWN_BYTES].decode("utf-8", "replace")
     print(f"{len(vocab):,} tokens, {len(merges):,} merges; longest token {longest!r}")
     print(f"wrote {config.vocab_path} and {config.merges_path}")
     return 0

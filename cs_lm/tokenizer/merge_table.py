@@ -1,12 +1,12 @@
 """`bpe.encode_word` for many words at a time: all words take their next merge together."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from cs_lm.tokenizer.bpe import Pair, as_single_bytes
 
-_NO_RANK = np.iinfo(np.int64).max
+_NO_RANK = np.iinfo(np.int32).max
 _BITS = 32
 _LEAST_SHARE = 1 / 64
 
@@ -25,21 +25,28 @@ class MergeTable:
             for token in (first, second, first + second):
                 if symbol_of.setdefault(token, len(tokens)) == len(tokens):
                     tokens.append(token)
-        pairs = [symbol_of[a] << _BITS | symbol_of[b] for a, b in ranks]
-        order = np.argsort(np.array(pairs, np.int64))
-        self._pairs = np.array(pairs, np.int64)[order]
-        self._ranks = np.fromiter(ranks.values(), np.int64, len(ranks))[order]
-        self._merged = np.array([symbol_of[a + b] for a, b in ranks], np.int64)[order]
-        self._ids = np.array([ids.get(token, -1) for token in tokens], np.int64)
+        merges = sorted(ranks, key=ranks.__getitem__)  # from here on, a rank is a place in it
+        pairs = np.array([symbol_of[a] << _BITS | symbol_of[b] for a, b in merges], np.int64)
+        order = np.argsort(pairs)
+        self._pairs, self._ranks = pairs[order], order.astype(np.int32)
+        self._merged = np.array([symbol_of[a + b] for a, b in merges], np.int32)
+        self._ids = np.array([ids.get(token, -1) for token in tokens], np.int32)
         self._tokens = tokens
 
-    def encode_words(self, words: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    def encode_words(
+        self, words: Sequence[bytes], bytes_at_once: int = 1 << 14
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The ids of all words, one after the other, and how many each word has.
 
-        Words have at least one byte. Cost: as many rounds as the word with most merges needs.
+        Words have at least one byte. Cost: for each portion of words of so many bytes together
+        (or of one longer word), as many rounds as the word with most merges needs.
         """
-        symbols, lengths = self._merge(words)
-        return self._ids[symbols], lengths
+        ids, lengths = [np.zeros(0, np.int32)], [np.zeros(0, np.int64)]
+        for portion in _portions(words, bytes_at_once):
+            symbols, num_symbols = self._merge(portion)
+            ids.append(self._ids[symbols])
+            lengths.append(num_symbols)
+        return np.concatenate(ids), np.concatenate(lengths)
 
     def begin_word(self, word: bytes) -> list[bytes]:
         """The tokens of a long word, merged as long as one round joins many places.
@@ -57,46 +64,40 @@ class MergeTable:
         In each round, every word joins all places of its pair of lowest rank, as the definition
         does; it ends when there is no pair any more, or less than a share of the symbols joins.
         """
-        symbols = np.frombuffer(b"".join(words), np.uint8).astype(np.int64)
+        symbols = np.frombuffer(b"".join(words), np.uint8).astype(np.int32)
         borders = np.zeros(len(words) + 1, np.int64)
         np.cumsum(np.fromiter(map(len, words), np.int64, len(words)), out=borders[1:])
         is_last = np.zeros(len(symbols), bool)
         is_last[borders[1:] - 1] = True
-        merged = np.zeros(len(symbols), np.int64)  # what the pair that begins here joins to
-        ranks = np.full(len(symbols), _NO_RANK)
+        ranks = np.full(len(symbols), _NO_RANK, np.int32)  # of the pair that begins here
         if len(symbols) and len(self._pairs):
-            self._look_up(np.arange(len(symbols)), symbols, is_last, merged, ranks)
+            self._look_up(np.arange(len(symbols)), symbols, is_last, ranks)
         while len(symbols):
-            best = np.minimum.reduceat(ranks, borders[:-1]).repeat(borders[1:] - borders[:-1])
-            at = ((ranks == best) & (best != _NO_RANK)).nonzero()[0]
+            best = np.minimum.reduceat(ranks, borders[:-1])
+            best[best == _NO_RANK] = -1
+            at = np.flatnonzero(ranks == best.repeat(borders[1:] - borders[:-1]))
             if not len(at) or len(at) < least_share * len(symbols):
                 break
             at = _without_overlaps(at)
-            symbols[at] = merged[at]
+            symbols[at] = self._merged[ranks[at]]
             is_last[at] = is_last[at + 1]
             kept = np.ones(len(symbols), bool)
             kept[at + 1] = False
-            symbols, is_last, merged, ranks = (
-                symbols[kept],
-                is_last[kept],
-                merged[kept],
-                ranks[kept],
-            )
+            symbols, is_last, ranks = symbols[kept], is_last[kept], ranks[kept]
             borders -= np.searchsorted(at, borders)
             joined = at - np.arange(len(at))
             changed = np.concatenate((joined, joined[joined > 0] - 1))
-            self._look_up(changed, symbols, is_last, merged, ranks)
+            self._look_up(changed, symbols, is_last, ranks)
         return symbols, borders[1:] - borders[:-1]
 
-    def _look_up(self, at, symbols, is_last, merged, ranks) -> None:
-        """Renews result and rank of the pairs that begin at the given positions."""
+    def _look_up(self, at, symbols, is_last, ranks) -> None:
+        """Renews the ranks of the pairs that begin at the given positions."""
         ranks[at] = _NO_RANK
         at = at[~is_last[at]]
-        pairs = symbols[at] << _BITS | symbols[at + 1]
+        pairs = symbols[at].astype(np.int64) << _BITS | symbols[at + 1]
         found = np.searchsorted(self._pairs[:-1], pairs)  # the last place stands for all beyond
         is_known = self._pairs[found] == pairs
-        at, found = at[is_known], found[is_known]
-        merged[at], ranks[at] = self._merged[found], self._ranks[found]
+        ranks[at[is_known]] = self._ranks[found[is_known]]
 
 
 def _without_overlaps(at: np.ndarray) -> np.ndarray:
@@ -108,3 +109,15 @@ def _without_overlaps(at: np.ndarray) -> np.ndarray:
     begins_run = np.concatenate(([True], ~is_beside))
     run_start = np.maximum.accumulate(np.where(begins_run, index, 0))
     return at[(index - run_start) % 2 == 0]
+
+
+def _portions(words: Sequence[bytes], num_bytes: int) -> Iterator[Sequence[bytes]]:
+    portion, size = [], 0
+    for word in words:
+        if size + len(word) > num_bytes and portion:
+            yield portion
+            portion, size = [], 0
+        portion.append(word)
+        size += len(word)
+    if portion:
+        yield portion

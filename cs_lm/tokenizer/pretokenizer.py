@@ -79,7 +79,7 @@ class SpecialTokenSplitter:
         held: list[str] = []
         held_chars, threshold = 0, block_chars
         for part in parts:
-            for piece in _pieces(part, block_chars):
+            for piece in (part,) if len(part) <= block_chars else _pieces(part, block_chars):
                 held.append(piece)
                 held_chars += len(piece)
                 if held_chars < threshold:
@@ -98,6 +98,4 @@ class SpecialTokenSplitter:
 
 
 def _pieces(text: str, size: int) -> Iterable[str]:
-    if len(text) <= size:
-        return (text,)
     return (text[start : start + size] for start in range(0, len(text), size))

@@ -1,9 +1,11 @@
 """BPETokenizer: text to token ids and back, exactly, from GPT-2's two files."""
 
+import codecs
 import hashlib
 import itertools
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
@@ -17,18 +19,21 @@ from cs_lm.tokenizer.merge_table import MergeTable
 from cs_lm.tokenizer.pretokenizer import SpecialTokenSplitter, split_words
 from cs_lm.tokenizer.text_source import PathOrPaths, Progress, TextSource
 from cs_lm.tokenizer.word_counts import count_words
-from cs_lm.tokenizer.word_encoder import WordEncoder
+from cs_lm.tokenizer.word_encoder import AtOnce, WordEncoder
 
 BLOCK_CHARS = 1 << 20
-# `encode_iterable` promises to hold less than 1 MB: so many blocks at a time
-_STREAM_BLOCK_CHARS, _STREAM_BLOCKS = 5 << 12, 2
+# `encode_iterable` promises to hold less than 1 MB: blocks of so many characters, and of them so
+# many as have this size together; and arrays for so many words.
+_STREAM_BLOCK_CHARS = 1 << 14
+_STREAM_BYTES = 1 << 16
+_STREAM_AT_ONCE = AtOnce(words=1 << 12, new_words=1 << 9)
 # Different words remembered: 8 MB, claimed when the tokenizer is made.
 MAX_WORDS = 1 << 17
 # Below this length, and for so many different words (13 MB), texts are encoded without arrays.
 SHORT_TEXT_CHARS = 1 << 10
 MAX_SHORT_WORDS = 1 << 16
 _LONG_WORD_BYTES = 1 << 12
-_IDS_AT_ONCE = 1 << 12  # as Python objects: what they lead to stays in the processor's cache
+_IDS_AT_ONCE = 1 << 13  # in decoding: what they lead to stays in the processor's cache
 
 
 def train_bpe(
@@ -231,41 +236,50 @@ class BPETokenizer:
         return self._splitter.safe_blocks(parts, block_chars)
 
     def encode_iterable(self, iterable: Iterable[str]) -> Iterator[int]:
-        """The ids of `encode("".join(iterable))`, one by one, holding under 1 MB of the text."""
-        blocks = self.safe_blocks(iterable, _STREAM_BLOCK_CHARS)
-        while some := list(itertools.islice(blocks, _STREAM_BLOCKS)):
-            ids = self._words.encode(s for block in some for s in self._segments(block))
-            for start in range(0, len(ids), _IDS_AT_ONCE):
-                yield from ids[start : start + _IDS_AT_ONCE].tolist()
-            del some, ids  # before the next ones are there
+        """The ids of `encode("".join(iterable))`, one by one.
+
+        Cost: under 1 MB, however long the text; where the vocabulary does not know its alphabet
+        and almost each byte is a token of its own, 2.5 MB.
+        """
+        chain = itertools.chain.from_iterable
+        groups = _groups(self.safe_blocks(iterable, _STREAM_BLOCK_CHARS), _STREAM_BYTES)
+        encoded = (
+            self._words.encode(chain(map(self._segments, blocks)), _STREAM_AT_ONCE)
+            for blocks in groups
+        )
+        return chain(ids.tolist() for ids in chain(encoded))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids; bytes that are not UTF-8 become U+FFFD.
 
         Raises: ValueError for an id outside the vocabulary (below -2^17, it is not looked for).
         """
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        parts = [decoder.decode(data) for data in self._bytes_in_chunks(ids)]
+        return "".join([*parts, decoder.decode(b"", final=True)])
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of the ids, which may begin or end inside a character."""
+        return b"".join(self._bytes_in_chunks(ids))
+
+    def _bytes_in_chunks(self, ids: Iterable[int]) -> Iterator[bytes]:
         ids = ids if isinstance(ids, list) else list(ids)
-        parts = []
         for start in range(0, len(ids), _IDS_AT_ONCE):
             chunk = ids[start : start + _IDS_AT_ONCE]
             try:
                 tokens = itemgetter(*chunk)(self._tokens)
-                parts.append(b"".join(tokens) if len(chunk) > 1 else b"" + tokens)
+                yield b"".join(tokens) if len(chunk) > 1 else b"" + tokens
             except (IndexError, TypeError):  # beyond the list, or a hole in it
                 wrong = next(i for i in chunk if i not in self.vocab)
                 raise ValueError(
                     f"decode: got token id {wrong}, need an id of the vocabulary "
                     f"(0 to {self.vocab_size - 1}); was the text encoded with another tokenizer?"
                 ) from None
-        return b"".join(parts)
 
     def encode_block(self, text: str) -> np.ndarray:
         """`encode` to an array (int32)."""
-        return self._words.encode(self._segments(text))
+        parts = self._words.encode(self._segments(text))
+        return np.concatenate(parts) if parts else np.zeros(0, np.int32)
 
     def _segments(self, text: str) -> Iterator[str | int]:
         """Ordinary text, and ids in the place of special tokens."""
@@ -302,3 +316,17 @@ class BPETokenizer:
                 f"encode: byte {error.args[0]!r} of {shown!r} is not in the vocabulary; "
                 "need a vocabulary with all 256 bytes"
             ) from None
+
+
+def _groups(texts: Iterable[str], size_bytes: int) -> Iterator[list[str]]:
+    """Lists of texts that have at least this size in memory together; the last may have less."""
+    group: list[str] = []
+    held_bytes = 0
+    for text in texts:
+        group.append(text)
+        held_bytes += sys.getsizeof(text)
+        if held_bytes >= size_bytes:
+            yield group
+            group, held_bytes = [], 0
+    if group:
+        yield group

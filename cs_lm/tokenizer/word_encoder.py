@@ -1,6 +1,7 @@
 """Ids of ordinary text, a block at a time: words are numbered, and each is encoded once."""
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,13 +16,22 @@ _WHOLE_TEXT = SpecialTokenSplitter()
 # Words of up to so many bytes are encoded together, if they are as many as this at least.
 _LONGEST_IN_BATCH = 256
 _BATCH = 32
-_MOST_IN_BATCH = 1 << 10
-# So many words without a number are remembered, at about 300 bytes each.
-_MAX_OTHERS = 1 << 10
+# The memory for words without a number that are remembered.
+_OTHERS_BYTES = 1 << 18
+_ENTRY_BYTES = 250  # of a word and an array, empty, in a dictionary
 # Memory is claimed for this many ids a word on average. A slice of a quarter of all words fits in
 # it whatever they are, as a numbered word has 16 ids at most.
 _IDS_A_WORD = 4
-_WORDS_AT_ONCE = 1 << 12
+
+
+class AtOnce(NamedTuple):
+    """How much is worked on at a time: more is quicker, and takes more memory."""
+
+    words: int = 1 << 13
+    new_words: int = 1 << 11
+
+
+MUCH = AtOnce()
 
 
 class WordEncoder:
@@ -43,41 +53,40 @@ class WordEncoder:
         self._num_ids = 0
         self._new_words: list[bytes] = []  # numbered, not encoded yet
         self._others: dict[bytes, np.ndarray] = {}
+        self._others_bytes = 0
         character_classes()  # memory for it, too, is claimed at the start
 
-    def encode(self, segments: Iterable[str | int]) -> np.ndarray:
-        """The ids (int32) of texts and, as they are, of ids between them.
+    def encode(self, segments: Iterable[str | int], at_once: AtOnce = MUCH) -> list[np.ndarray]:
+        """The ids (int32), in parts, of texts and, as they are, of ids between them.
 
         The words of all texts are numbered before the new ones are encoded: the more of them there
         are, the less time each one takes.
         """
         try:
-            parts = list(self._encode(segments))
+            return list(self._encode(segments, at_once))
         except BaseException:  # an interrupt, too, may come between a number and its word
             self._forget()
             raise
-        return np.concatenate(parts) if parts else np.zeros(0, np.int32)
 
-    def _encode(self, segments: Iterable[str | int]) -> Iterator[np.ndarray]:
+    def _encode(self, segments: Iterable[str | int], at_once: AtOnce) -> Iterator[np.ndarray]:
         waiting = []
         for segment in segments:
             if isinstance(segment, int):
                 waiting.append(np.array([segment], np.int32))
                 continue
-            for data, starts in self._slices(segment):
+            for data, starts in self._slices(segment, at_once.words):
                 has_room = self._has_room(len(starts))
-                if not has_room or len(self._new_words) >= _MOST_IN_BATCH:
-                    yield from self._ids_of_all(waiting)
-                    waiting = []
+                if not has_room or len(self._new_words) >= at_once.new_words:
+                    yield from self._ids_of_all(waiting, at_once.new_words * MAX_BYTES // 2)
                 if not has_room:
                     self._forget()
                 numbers, new = self._numbers.numbers(data, starts)
                 self._new_words += cut(data, starts, new)
                 waiting.append((numbers, cut(data, starts, np.flatnonzero(numbers < 0))))
-        yield from self._ids_of_all(waiting)
+        yield from self._ids_of_all(waiting, at_once.new_words * MAX_BYTES // 2)
 
-    def _slices(self, text: str) -> Iterator[tuple[bytes, np.ndarray]]:
-        max_words = min(self._max_words // _IDS_A_WORD, _WORDS_AT_ONCE)
+    def _slices(self, text: str, most_words: int) -> Iterator[tuple[bytes, np.ndarray]]:
+        max_words = min(self._max_words // _IDS_A_WORD, most_words)
         for block in _WHOLE_TEXT.safe_blocks([text], BLOCK_CHARS):
             yield from word_slices(block, max_words)
 
@@ -86,40 +95,48 @@ class WordEncoder:
         is_room_for_ids = self._num_ids + new_ids <= len(self._ids)
         return is_room_for_ids and self._numbers.count + num_words <= self._max_words
 
-    def _ids_of_all(self, waiting: list[np.ndarray | tuple]) -> Iterator[np.ndarray]:
+    def _ids_of_all(
+        self, waiting: list[np.ndarray | tuple], bytes_at_once: int
+    ) -> Iterator[np.ndarray]:
         """Of what has waited for the new words: ids as they are, those of words looked up."""
         if self._new_words:
-            self._encode_new_words()
-        return (self._ids_of(*one) if isinstance(one, tuple) else one for one in waiting)
+            self._encode_new_words(bytes_at_once)
+        waiting.reverse()
+        while waiting:
+            one = waiting.pop()
+            yield self._ids_of(*one, bytes_at_once) if isinstance(one, tuple) else one
 
-    def _ids_of(self, numbers: np.ndarray, others: list[bytes]) -> np.ndarray:
+    def _ids_of(self, numbers, others: list[bytes], bytes_at_once: int) -> np.ndarray:
         """The ids of words with numbers, and of the others where the number is negative."""
         lengths = self._length[numbers]
         other = np.flatnonzero(numbers < 0)
-        other_ids = self._encode_others(others)
+        other_ids = self._encode_others(others, bytes_at_once)
         lengths[other] = [len(word_ids) for word_ids in other_ids]
-        id_ends = np.cumsum(lengths, dtype=np.int64)
+        id_ends = np.cumsum(lengths, dtype=np.int32)
         id_starts = id_ends - lengths
-        source = np.repeat(self._first[numbers] - id_starts, lengths) + np.arange(lengths.sum())
+        source = np.repeat(self._first[numbers] - id_starts, lengths)
+        source += np.arange(len(source), dtype=np.int32)
         ids = self._ids.take(source, mode="clip")  # of the other words: anything, for now
         for place, word_ids in zip(other.tolist(), other_ids):
             ids[id_starts[place] : id_ends[place]] = word_ids
         return ids
 
-    def _encode_others(self, words: list[bytes]) -> list[np.ndarray]:
+    def _encode_others(self, words: list[bytes], bytes_at_once: int) -> list[np.ndarray]:
         """The ids of words that have no number."""
-        if len(self._others) > _MAX_OTHERS:
+        if self._others_bytes > _OTHERS_BYTES:
             self._others.clear()
+            self._others_bytes = 0
         unknown = list(dict.fromkeys(word for word in words if word not in self._others))
         short = [word for word in unknown if len(word) <= _LONGEST_IN_BATCH]
         encoded = {}
         if len(short) >= _BATCH:
-            ids, lengths = self._merges.encode_words(short)
+            ids, lengths = self._merges.encode_words(short, bytes_at_once)
             encoded = dict(zip(short, np.split(ids, np.cumsum(lengths)[:-1])))
         for word in unknown:
             if word not in encoded:
                 encoded[word] = np.array(self._encode_word(word), np.int32)
         self._others.update((word, encoded[word]) for word in short)
+        self._others_bytes += sum(_ENTRY_BYTES + len(w) + encoded[w].nbytes for w in short)
         return [self._others[word] if word in self._others else encoded[word] for word in words]
 
     def _forget(self) -> None:
@@ -127,20 +144,13 @@ class WordEncoder:
         self._num_ids = 0
         self._new_words = []
 
-    def _encode_new_words(self) -> None:
+    def _encode_new_words(self, bytes_at_once: int) -> None:
         words, self._new_words = self._new_words, []
-        begin = self._numbers.count - len(words)
-        for start in range(0, len(words), _MOST_IN_BATCH):
-            batch = words[start : start + _MOST_IN_BATCH]
-            ids, lengths = self._merges.encode_words(batch)
-            if ids.min() < 0:
-                self._forget()
-                for word in batch:
-                    self._encode_word(word)  # says which byte is missing
-            to = slice(begin + start, begin + start + len(batch))
-            self._first[to], self._length[to] = (
-                self._num_ids + np.cumsum(lengths) - lengths,
-                lengths,
-            )
-            self._ids[self._num_ids : self._num_ids + len(ids)] = ids
-            self._num_ids += len(ids)
+        ids, lengths = self._merges.encode_words(words, bytes_at_once)
+        if ids.min() < 0:
+            for word in words:
+                self._encode_word(word)  # says which byte is missing
+        to = slice(self._numbers.count - len(words), self._numbers.count)
+        self._first[to], self._length[to] = self._num_ids + np.cumsum(lengths) - lengths, lengths
+        self._ids[self._num_ids : self._num_ids + len(ids)] = ids
+        self._num_ids += len(ids)

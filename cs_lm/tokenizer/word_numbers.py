@@ -11,8 +11,11 @@ _EMPTY = -1
 # Odd constants with well mixed bits (from the fractional parts of two square roots).
 _FACTOR_LOW = np.uint64(0x9E3779B97F4A7C15)
 _FACTOR_HIGH = np.uint64(0xBB67AE8584CAA73B)
-# _MASKS[n] keeps the first n bytes of a little-endian integer of eight.
-_MASKS = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)
+# For a word of n bytes, what keeps the bytes of the first and of the second integer of eight.
+_LOW_MASKS, _HIGH_MASKS = (
+    np.array([(1 << 8 * min(max(n - skipped, 0), 8)) - 1 for n in range(MAX_BYTES + 1)], np.uint64)
+    for skipped in (0, 8)
+)
 
 
 class WordNumbers:
@@ -28,6 +31,7 @@ class WordNumbers:
     def clear(self) -> None:
         self.count = 0
         self._number.fill(_EMPTY)
+        self._low.fill(0)
 
     def numbers(self, data: bytes, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The number of each word, or -1 for one that is no key; and the places of new words.
@@ -38,27 +42,40 @@ class WordNumbers:
         and, for each number that was given out for the first time, in order, a place in [0, W).
         """
         low, high, fits = _keys(data, starts)
-        numbers = np.full(len(starts), -1, np.int32)
-        pending = np.flatnonzero(fits)
+        slots = self._slots(low, high)
+        is_hit = self._low[slots] == low  # in an empty slot it is 0, which no key begins with
+        is_hit &= self._high[slots] == high
+        is_hit &= fits
+        numbers = self._number[slots]
+        np.logical_not(is_hit, out=is_hit)
+        numbers[is_hit] = -1
+        others = np.flatnonzero(is_hit & fits)  # new, or not where they would be first
+        new = self._find_or_claim(others, low[others], high[others], slots[others], numbers)
+        return numbers, new
+
+    def _find_or_claim(self, pending, low, high, slots, numbers: np.ndarray) -> np.ndarray:
+        """Fills in the numbers of pending words; returns the places of the new ones.
+
+        Shapes: pending, low, high, slots are equally long; numbers are those of all words
+        """
         if 2 * (self.count + len(pending)) > len(self._number):  # all of them may be new
             self._grow(2 * (self.count + len(pending)))
+            slots = self._slots(low, high)
         first_new = self.count
         places: list[np.ndarray] = []
-        slots = self._slots(low[pending], high[pending])
         while len(pending):
             found = self._number[slots]
-            keys_low, keys_high = low[pending], high[pending]
-            is_hit = (self._low[slots] == keys_low) & (self._high[slots] == keys_high)
-            is_hit &= found != _EMPTY
-            numbers[pending[is_hit]] = found[is_hit]
             is_free = found == _EMPTY
+            is_hit = (self._low[slots] == low) & (self._high[slots] == high)
+            numbers[pending[is_hit]] = found[is_hit]
             if is_free.any():
-                places.append(self._claim(slots, pending, keys_low, keys_high, is_free))
-            slots = np.where(is_hit | is_free, slots, (slots + 1) & (len(self._number) - 1))
-            pending, slots = pending[~is_hit], slots[~is_hit]
+                places.append(self._claim(slots, pending, low, high, is_free))
+            slots = np.where(is_free, slots, (slots + 1) & (len(self._number) - 1))
+            left = ~is_hit
+            pending, low, high, slots = pending[left], low[left], high[left], slots[left]
         new = np.concatenate(places) if places else np.zeros(0, np.int64)
         assert self.count - first_new == len(new)
-        return numbers, new
+        return new
 
     def _claim(self, slots, pending, keys_low, keys_high, is_free) -> np.ndarray:
         """Puts one of the words that found each free slot there; the others look again."""
@@ -101,7 +118,9 @@ class WordNumbers:
 
 def _keys(data: bytes, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The first and second eight bytes of each word, and whether it is a key."""
-    lengths = np.diff(starts, append=len(data))
+    lengths = np.empty(len(starts), np.int64)
+    np.subtract(starts[1:], starts[:-1], out=lengths[:-1])
+    lengths[-1:] = len(data) - starts[-1:]
     # an integer of eight bytes at every offset
     eights = np.ndarray(len(data) + 8, "<u8", data + bytes(MAX_BYTES), strides=(1,))
     low, high = eights[starts], eights[starts + 8]
@@ -109,6 +128,7 @@ def _keys(data: bytes, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.n
     if 0 in data:
         zeros = np.flatnonzero(np.frombuffer(data, np.uint8) == 0)
         fits[np.searchsorted(starts, zeros, side="right") - 1] = False
-    low = low & _MASKS[np.minimum(lengths, 8)]
-    high = high & _MASKS[np.clip(lengths - 8, 0, 8)]
+    np.minimum(lengths, MAX_BYTES, out=lengths)
+    low &= _LOW_MASKS[lengths]
+    high &= _HIGH_MASKS[lengths]
     return low, high, fits
