@@ -1,7 +1,7 @@
 """AdamW, its parameter groups, and the gradient clipper."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -49,26 +49,76 @@ class AdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            by_step: dict[int, list[Tensor]] = {}  # parameters may have got a different number
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, group)
+                    by_step.setdefault(self._next_step(parameter), []).append(parameter)
+            for step, parameters in by_step.items():
+                for portion in _portions(parameters):
+                    self._update(portion, step, group)
         return loss
 
-    def _update(self, parameter: Tensor, group: dict) -> None:
-        gradient, state = parameter.grad, self.state[parameter]
+    def _next_step(self, parameter: Tensor) -> int:
+        state = self.state[parameter]
         if not state:
             state["step"] = 0
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         state["step"] += 1
+        return state["step"]
+
+    def _update(self, portion: list[tuple[Tensor, slice]], step: int, group: dict) -> None:
+        """The update, to all parts of parameters in the portion."""
+
+        def parts(tensor_of: Callable[[Tensor], Tensor]) -> list[Tensor]:
+            return [_part(tensor_of(parameter), part) for parameter, part in portion]
+
         beta1, beta2 = group["betas"]
-        mean, square = state["exp_avg"], state["exp_avg_sq"]
-        mean.mul_(beta1).add_(gradient, alpha=1 - beta1)
-        square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        step_size = group["lr"] / (1 - beta1 ** state["step"])
-        root = square.sqrt().div_(math.sqrt(1 - beta2 ** state["step"])).add_(group["eps"])
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.addcdiv_(mean, root, value=-step_size)
+        parameters, gradients = parts(lambda p: p), parts(lambda p: p.grad)
+        means = parts(lambda p: self.state[p]["exp_avg"])
+        squares = parts(lambda p: self.state[p]["exp_avg_sq"])
+        torch._foreach_lerp_(means, gradients, 1 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, gradients, gradients, value=1 - beta2)
+        # -lr m^ / (sqrt(v^) + eps), with both corrections of the bias moved to one side
+        correction = math.sqrt(1 - beta2**step)
+        roots = torch._foreach_sqrt(squares)
+        torch._foreach_add_(roots, group["eps"] * correction)
+        if group["weight_decay"]:
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        step_size = group["lr"] / (1 - beta1**step) * correction
+        torch._foreach_addcdiv_(parameters, means, roots, value=-step_size)
+
+
+# On a CPU, so many numbers of each of the tensors of an update stay in the cache.
+_CPU_PORTION = 1 << 18
+_WHOLE = slice(None)
+
+
+def _portions(parameters: list[Tensor]) -> Iterator[list[tuple[Tensor, slice]]]:
+    """Parts of parameters that are updated together: all of them, or on a CPU what fits its cache.
+
+    A part is a range of a parameter's numbers in memory; a parameter with holes stays whole.
+    """
+    if parameters[0].device.type != "cpu":
+        yield [(parameter, _WHOLE) for parameter in parameters]
+        return
+    portion, size = [], 0
+    for parameter in parameters:
+        whole = parameter.numel() <= _CPU_PORTION or not parameter.is_contiguous()
+        step = max(1, parameter.numel()) if whole else _CPU_PORTION
+        for start in range(0, parameter.numel(), step):
+            if size + step > _CPU_PORTION and portion:
+                yield portion
+                portion, size = [], 0
+            portion.append((parameter, _WHOLE if whole else slice(start, start + step)))
+            size += step
+    if portion:
+        yield portion
+
+
+def _part(tensor: Tensor, part: slice) -> Tensor:
+    return tensor if part is _WHOLE else tensor.view(-1)[part]
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

@@ -35,8 +35,9 @@ def rope_inputs(dtype):
 
 
 def swiglu_inputs(dtype):
-    weights = [normal(FF, D, dtype=dtype), normal(D, FF, dtype=dtype), normal(FF, D, dtype=dtype)]
-    yield (normal(B, T, D, dtype=dtype), *weights), {}
+    shapes = [(FF, D), (D, FF), (FF, D)]  # scaled as in a model: results and gradients near 1
+    weights = [normal(*s, dtype=dtype, grad=False).mul_(s[1] ** -0.5) for s in shapes]
+    yield (normal(B, T, D, dtype=dtype), *(w.requires_grad_() for w in weights)), {}
 
 
 def attention_inputs(dtype):
