@@ -15,36 +15,57 @@ from typing import Any
 Contestant = Callable[[], Callable[[], Any]]
 
 
+class Found(dict):
+    """What a timed function found out besides its time: numbers, medians of which are shown."""
+
+
 def in_turns(
-    question: str, contestants: Mapping[str, Contestant], rounds: int = 5, **facts: Any
+    question: str,
+    contestants: Mapping[str, Contestant],
+    rounds: int = 5,
+    repeats: int = 1,
+    **facts: Any,
 ) -> dict[str, dict[str, float]]:
-    """Medians of seconds and peak memory, and the first contestant's time over each other's."""
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    peaks: dict[str, list[float]] = {name: [] for name in contestants}
+    """Medians of seconds and peak memory, and the first contestant's time over each other's.
+
+    repeats  how often the timed function does what is asked about: its time is divided by that
+    """
+    found: dict[str, list[Found]] = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, contestant in contestants.items():
-            elapsed_s, peak_mb = _in_fresh_process(contestant)
-            times[name].append(elapsed_s)
-            peaks[name].append(peak_mb)
-    ours, *peers = contestants
-    results = {}
-    for name in contestants:
-        results[name] = {
-            "median_s": round(statistics.median(times[name]), 4),
-            "peak_mb": round(statistics.median(peaks[name])),
+            result = _in_fresh_process(contestant)
+            result["s"] /= repeats
+            found[name].append(result)
+    medians = {}
+    for name, results in found.items():
+        medians[name] = {
+            key: _rounded(statistics.median(result[key] for result in results))
+            for key in results[0]
         }
-        print(json.dumps({"question": question, "who": name, **results[name], **facts}))
+        print(json.dumps({"question": question, "who": name, **medians[name], **facts}))
+    ours, *peers = contestants
     for peer in peers:
-        ratios = [a / b for a, b in zip(times[ours], times[peer])]
-        shown = {
-            "time_ratio": round(statistics.median(ratios), 3),
-            "least": round(min(ratios), 3), "most": round(max(ratios), 3), "rounds": rounds,
-        }  # fmt: skip
-        print(json.dumps({"question": question, "ratio": f"{ours} / {peer}", **shown}), flush=True)
-    return results
+        shown = {"question": question, "ratio": f"{ours} / {peer}", "rounds": rounds}
+        for key in medians[ours].keys() & medians[peer].keys():
+            ratios = [a[key] / b[key] for a, b in zip(found[ours], found[peer]) if b[key]]
+            if ratios:
+                shown[f"{key}_ratio"] = round(statistics.median(ratios), 3)
+            if ratios and key == "s":
+                shown |= {"least": round(min(ratios), 3), "most": round(max(ratios), 3)}
+        print(json.dumps(shown), flush=True)
+    return medians
 
 
-def _in_fresh_process(contestant: Contestant) -> tuple[float, float]:
+def _rounded(number: float) -> float:
+    return float(f"{number:.4g}")
+
+
+def peak_mb() -> float:
+    """The most memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _in_fresh_process(contestant: Contestant) -> Found:
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_run, args=(contestant, sender))
@@ -58,10 +79,10 @@ def _in_fresh_process(contestant: Contestant) -> tuple[float, float]:
 def _run(contestant: Contestant, sender) -> None:
     timed = contestant()
     start = time.perf_counter()
-    timed()
+    result = timed()
     elapsed_s = time.perf_counter() - start
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     # the largest of the child processes, as often as there are cores: no less than their sum
     num_children = multiprocessing.cpu_count() if children else 0
-    sender.send((elapsed_s, (own + num_children * children) / 1024))
+    found = Found(s=elapsed_s, peak_mb=peak_mb() + num_children * children)
+    sender.send(found | result if isinstance(result, Found) else found)

@@ -126,12 +126,12 @@ def batch_tiktoken(path: str, folder: str):
     return lambda: encoding.encode_ordinary_batch(pieces, num_threads=2)
 
 
-def main() -> None:
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("text")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--vocab_size", type=int, default=32000)
-    chosen = parser.parse_args()
+    chosen = parser.parse_args(argv)
     size = os.path.getsize(chosen.text)
     on_text = functools.partial(functools.partial, path=chosen.text)
     trained = {

@@ -1,6 +1,7 @@
-"""Which device a run uses."""
+"""Which device a run uses, and in which precision its products are."""
 
 import torch
+from torch import Tensor
 
 
 def resolve_device(name: str) -> torch.device:
@@ -32,3 +33,12 @@ def describe(device: torch.device) -> str:
     if device.type == "cpu":
         return f"cpu ({torch.get_num_threads()} threads)"
     return str(device)
+
+
+def as_autocast(*tensors: Tensor) -> list[Tensor]:
+    """What a matrix product under autocast would make of its operands."""
+    device = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [t.to(dtype) if t.dtype == torch.float32 else t for t in tensors]

@@ -1,0 +1,94 @@
+"""Attention by length, the optimizer's step and clipping, beside torch's own.
+
+python -m benchmarks.parts [--rounds 5]
+"""
+
+import argparse
+import functools
+
+from benchmarks.measure import Found, in_turns, peak_mb
+from benchmarks.training import MODELS, SETTINGS
+
+LENGTHS = {256: 20, 1024: 20, 2048: 8, 4096: 2, 8192: 1}
+
+
+def attention(length: int, is_ours: bool):
+    """Forward and backward, causal, B 1, H 8, K 64; the memory is above that of the inputs."""
+    import torch
+    import torch.nn.functional as F
+
+    from cs_lm.fast_ops import attention as fast
+
+    operation = functools.partial(fast, causal=True)
+    if not is_ours:
+        operation = functools.partial(F.scaled_dot_product_attention, is_causal=True)
+    inputs = torch.randn(3, 1, 8, length, 64)
+    q, k, v = (part.clone().requires_grad_() for part in inputs)
+    operation(q[..., :2, :], k[..., :2, :], v[..., :2, :]).sum().backward()
+    before_mb = peak_mb()
+
+    def timed() -> Found:
+        for _ in range(LENGTHS[length]):
+            operation(q, k, v).backward(inputs[0])
+        return Found(above_mb=max(1.0, peak_mb() - before_mb))
+
+    return timed
+
+
+def _parameters(name: str) -> list:
+    import torch
+
+    from cs_lm.config import ModelConfig
+    from cs_lm.model import TransformerLM
+
+    parameters = list(TransformerLM(ModelConfig(**MODELS[name][0])).parameters())
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    return parameters
+
+
+def adamw(name: str, is_ours: bool):
+    import torch
+
+    from cs_lm.optim import AdamW
+
+    kind = AdamW if is_ours else functools.partial(torch.optim.AdamW, fused=True)
+    optimizer = kind(_parameters(name), **SETTINGS)
+    optimizer.step()
+    return lambda: [optimizer.step() for _ in range(MODELS[name][2])]
+
+
+def clipping(name: str, is_ours: bool):
+    import torch
+
+    from cs_lm.optim import clip_gradients
+
+    parameters = _parameters(name)
+    clip = clip_gradients if is_ours else torch.nn.utils.clip_grad_norm_
+    clip(parameters, 1e9)
+    return lambda: [clip(parameters, 1e9) for _ in range(MODELS[name][2])]
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args(argv).rounds
+
+    def against(question: str, contestant, key, peer: str, repeats: int) -> None:
+        both = {
+            "cs_lm": functools.partial(contestant, key, True),
+            peer: functools.partial(contestant, key, False),
+        }
+        in_turns(question, both, rounds, repeats)
+
+    for length, repeats in LENGTHS.items():
+        against(
+            f"attention, T {length}", attention, length, "scaled_dot_product_attention", repeats
+        )
+    for name, (_, _, repeats) in MODELS.items():
+        against(f"AdamW, {name}", adamw, name, "fused torch.optim.AdamW", repeats)
+        against(f"clipping, {name}", clipping, name, "clip_grad_norm_", repeats)
+
+
+if __name__ == "__main__":
+    main()

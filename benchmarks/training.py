@@ -1,0 +1,100 @@
+"""A training step beside the same model from torch's own layers (`twin.py`).
+
+    python -m benchmarks.training [--rounds 5]
+
+Random tokens: the work does not depend on them. The memory is what the process has at its peak
+above what it had before there was a model, less weights, gradients and both moments.
+"""
+
+import argparse
+import functools
+
+from benchmarks.measure import Found, in_turns, peak_mb
+
+# the course's configuration, and the small one where the overhead of each operation rules
+MODELS = {
+    "57.7 M, B 8, T 256": (
+        {"d_model": 512, "num_heads": 8, "d_ff": 1344, "num_layers": 8, "vocab_size": 32000,
+         "context_length": 256}, 8, 4,
+    ),
+    "0.82 M, B 12, T 64": (
+        {"d_model": 128, "num_heads": 4, "d_ff": 344, "num_layers": 4, "vocab_size": 256,
+         "context_length": 64}, 12, 200,
+    ),
+}  # fmt: skip
+SETTINGS = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
+
+
+def _timed(step, parameters, before_mb: float, num_steps: int):
+    state_mb = 16 * sum(p.numel() for p in parameters) / 2**20
+    step()  # creates the moments
+
+    def timed() -> Found:
+        for _ in range(num_steps):
+            step()
+        return Found(above_state_mb=peak_mb() - before_mb - state_mb)
+
+    return timed
+
+
+def _batch(sizes: dict, batch_size: int):
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, batch_size, sizes["context_length"])
+    return torch.randint(sizes["vocab_size"], shape, generator=generator)
+
+
+def ours(name: str, dtype: str):
+    import torch
+
+    from cs_lm.config import ModelConfig
+    from cs_lm.model import TransformerLM, next_token_loss
+    from cs_lm.optim import AdamW, parameter_groups
+    from cs_lm.train import autocast, train_step
+
+    sizes, batch_size, num_steps = MODELS[name]
+    x, y = _batch(sizes, batch_size)
+    before_mb = peak_mb()
+    model = TransformerLM(ModelConfig(**sizes))
+    groups = parameter_groups(model, SETTINGS["weight_decay"])
+    optimizer = AdamW(groups, lr=SETTINGS["lr"], betas=SETTINGS["betas"])
+    precision = autocast(torch.device("cpu"), dtype)
+
+    def step():
+        train_step(model, optimizer, [(x, y)], 1.0, next_token_loss, precision)
+
+    return _timed(step, list(model.parameters()), before_mb, num_steps)
+
+
+def twin(name: str, dtype: str):
+    from benchmarks.twin import Twin, twin_optimizer, twin_step
+    from cs_lm.config import ModelConfig
+
+    sizes, batch_size, num_steps = MODELS[name]
+    x, y = _batch(sizes, batch_size)
+    before_mb = peak_mb()
+    model = Twin(ModelConfig(**sizes))
+    optimizer = twin_optimizer(model, **SETTINGS)
+
+    def step():
+        twin_step(model, optimizer, x, y, 1.0, dtype)
+
+    return _timed(step, list(model.parameters()), before_mb, num_steps)
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args(argv).rounds
+    for name, (_, _, num_steps) in MODELS.items():
+        for dtype in ("float32", "bfloat16"):
+            contestants = {
+                "cs_lm": functools.partial(ours, name, dtype),
+                "torch.nn twin": functools.partial(twin, name, dtype),
+            }
+            in_turns(f"training step, {name}, {dtype}", contestants, rounds, repeats=num_steps)
+
+
+if __name__ == "__main__":
+    main()

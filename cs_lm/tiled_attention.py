@@ -1,0 +1,191 @@
+"""Attention in tiles: a block of queries against blocks of keys, with a hand-derived gradient."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from cs_lm.device import as_autocast
+from cs_lm.ops import CLEAR
+
+LOG2_E = math.log2(math.e)
+
+# A tile has so many scores of each head, and an eighth of the queries within these bounds: where
+# there are few, narrow tiles leave out more of the masked half.
+_HEAD_SCORES = 1 << 16
+_LEAST_QUERIES, _MOST_QUERIES = 64, 256
+# Scores of all heads of a tile: on a CPU they stay in its cache, elsewhere they fill the device.
+_CPU_TILE_SCORES = 1 << 19
+_TILE_SCORES = 1 << 26
+
+
+class _Attention(torch.autograd.Function):
+    """Attention tile by tile; keeps the row normalisers, and no attention weights.
+
+    With P = softmax(S), O = P v and dO the gradient by O, a tile's gradients are
+
+        dv = P^T dO      dS = P * (dO v^T - rowsum(dO * O))      dq = dS k      dk = dS^T q
+
+    and P = exp(S - log-normaliser) is computed again (Dao et al. 2022, FlashAttention, appendix B).
+    All logarithms are to base 2: exp2 takes a third of the time of exp on a CPU.
+    A row's maximum and sum over the tiles seen so far are corrected by each further tile (Milakov
+    and Gimelshein 2018).
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, causal):
+        wide = torch.promote_types(q.dtype, torch.float32)
+        # in memory (B, T, H, K), as the next projection reads it
+        output = q.new_empty(len(q), q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
+        log_normaliser = q.new_empty(*q.shape[:-1], 1, dtype=wide)
+        for heads in _head_blocks(q, k):
+            keys, values = _flat(k[heads]), _flat(v[heads])  # (n, S, K)
+            for rows, tiles in _tiles(q, k, causal):
+                queries = _flat(q[heads][..., rows, :])
+                peak = total = summed = None
+                for tile in tiles:
+                    scores = _scores(
+                        queries, keys[:, tile], _first_masked(q, k, rows, tile, causal)
+                    )
+                    if mask is not None:
+                        scores.masked_fill_(~_flat(mask[heads][..., rows, tile]), -math.inf)
+                    new_peak = scores.amax(-1, keepdim=True)
+                    if mask is not None:  # a row may be all -inf
+                        new_peak.clamp_(min=torch.finfo(wide).min)
+                    if peak is not None:
+                        new_peak = torch.maximum(peak, new_peak)
+                    weights = scores.sub_(new_peak).exp2_()
+                    new_total = weights.sum(-1, keepdim=True)
+                    new_sum = (weights.to(v.dtype) @ values[:, tile]).to(wide)
+                    if peak is not None:
+                        earlier = peak.sub_(new_peak).exp2_()
+                        new_total.addcmul_(total, earlier)
+                        new_sum.addcmul_(summed, earlier)
+                    peak, total, summed = new_peak, new_total, new_sum
+                total.clamp_(min=1.0)  # it is, but for a row of -inf alone
+                _put(output[heads][..., rows, :], summed.div_(total))
+                _put(log_normaliser[heads][..., rows, :], total.log2_().add_(peak))
+        ctx.save_for_backward(q, k, v, mask, output, log_normaliser)
+        ctx.causal = causal
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        q, k, v, mask, output, log_normaliser = ctx.saved_tensors
+        scale, wide = q.shape[-1] ** -0.5, log_normaliser.dtype
+        grad_q, grad_k, grad_v = (
+            x.new_empty(len(x), x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
+            for x in (q, k, v)
+        )
+        for heads in _head_blocks(q, k):
+            keys, values = _flat(k[heads]), _flat(v[heads])
+            grad_keys, grad_values = (torch.zeros_like(x, dtype=wide) for x in (keys, values))
+            for rows, tiles in _tiles(q, k, ctx.causal):
+                queries, grad_rows, averages, normalisers = (
+                    _flat(x[heads][..., rows, :]) for x in (q, grad_output, output, log_normaliser)
+                )
+                mean = (grad_rows * averages).sum(-1, keepdim=True, dtype=wide)
+                grad_queries = torch.zeros_like(queries, dtype=wide)
+                for tile in tiles:
+                    scores = _scores(
+                        queries, keys[:, tile], _first_masked(q, k, rows, tile, ctx.causal)
+                    )
+                    if mask is not None:
+                        scores.masked_fill_(~_flat(mask[heads][..., rows, tile]), -math.inf)
+                    weights = scores.sub_(normalisers).exp2_()
+                    _add_product(grad_values[:, tile], weights.to(v.dtype).mT, grad_rows)
+                    grad_scores = (grad_rows @ values[:, tile].mT).to(wide)
+                    grad_scores = grad_scores.sub_(mean).mul_(weights).to(q.dtype)
+                    _add_product(grad_queries, grad_scores, keys[:, tile], scale)
+                    _add_product(grad_keys[:, tile], grad_scores.mT, queries, scale)
+                _put(grad_q[heads][..., rows, :], grad_queries)
+            _put(grad_k[heads], grad_keys)
+            _put(grad_v[heads], grad_values)
+        return grad_q, grad_k, grad_v, None, None
+
+
+def _tile_queries(q: Tensor) -> int:
+    return min(max(q.shape[-2] // 8, _LEAST_QUERIES), _MOST_QUERIES)
+
+
+def _head_blocks(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Slices of (B, H) whose tiles have the right size: whole batch entries, or part of one."""
+    batch_size, num_heads, num_queries, num_keys = *q.shape[:-1], k.shape[-2]
+    most = _CPU_TILE_SCORES if q.device.type == "cpu" else _TILE_SCORES
+    rows = _tile_queries(q)
+    per_head = max(1, min(num_queries, rows) * min(num_keys, _HEAD_SCORES // rows))
+    heads = min(max(1, most // per_head), num_heads)
+    entries = max(1, most // (per_head * num_heads))
+    for entry in range(0, batch_size, entries):
+        for head in range(0, num_heads, heads):
+            yield slice(entry, entry + entries), slice(head, head + heads)
+
+
+def _tiles(q: Tensor, k: Tensor, causal: bool) -> Iterator[tuple[slice, list[slice]]]:
+    """Ranges of queries, and for each the ranges of keys that they see."""
+    num_queries, num_keys = q.shape[-2], k.shape[-2]
+    size = _tile_queries(q)
+    key_size = _HEAD_SCORES // size
+    for start in range(0, num_queries, size):
+        end = min(start + size, num_queries)
+        seen = num_keys - num_queries + end if causal else num_keys
+        tiles = [slice(key, min(key + key_size, seen)) for key in range(0, seen, key_size)]
+        yield slice(start, end), tiles
+
+
+def _first_masked(q: Tensor, k: Tensor, rows: slice, tile: slice, causal: bool) -> int | None:
+    """The key of the tile, from its start, that the tile's first query may not see any more."""
+    first = rows.start + k.shape[-2] - q.shape[-2] + 1
+    return first - tile.start if causal and tile.stop > first else None
+
+
+def _scores(queries: Tensor, keys: Tensor, first_masked: int | None) -> Tensor:
+    """log2(e) q k^T / sqrt(K) of a tile, at least float32, -inf where a key comes later."""
+    scale = LOG2_E * queries.shape[-1] ** -0.5
+    shape = (queries.shape[-2], keys.shape[-2])
+    if first_masked is None:
+        nothing = queries.new_empty(len(queries), *shape)
+        scores = torch.baddbmm(nothing, queries, keys.mT, beta=0, alpha=scale)
+    else:
+        device = queries.device
+        last = torch.arange(first_masked, first_masked + shape[0], device=device).unsqueeze(-1)
+        later = torch.arange(shape[1], device=device) >= last
+        bias = queries.new_zeros(shape).masked_fill_(later, -math.inf)
+        scores = torch.baddbmm(bias, queries, keys.mT, alpha=scale)
+    return scores.to(torch.promote_types(queries.dtype, torch.float32))
+
+
+def _flat(x: Tensor) -> Tensor:  # (b, h, T, K) -> (b h, T, K)
+    return x.reshape(-1, *x.shape[-2:])
+
+
+def _put(target: Tensor, flat: Tensor) -> None:
+    target.copy_(flat.view(target.shape))
+
+
+def _add_product(total: Tensor, first: Tensor, second: Tensor, scale: float = 1.0) -> None:
+    if first.dtype == total.dtype:
+        total.baddbmm_(first, second, alpha=scale)
+    else:  # float32 sums of bfloat16 products
+        total.add_(first @ second, alpha=scale)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False
+) -> Tensor:
+    """`ops.attention` without holding (T, S) scores, and without computing masked tiles.
+
+    q, k and v have the same leading axes.
+    """
+    if causal and k.shape[-2] < q.shape[-2]:  # queries before the first key
+        return CLEAR.attention(q, k, v, mask, causal)
+    q, k, v = as_autocast(q, k, v)
+    num_heads = q.shape[-3] if q.dim() > 2 else 1
+    if mask is not None:
+        mask = mask.expand(*q.shape[:-1], k.shape[-2])
+        mask = mask.reshape(-1, num_heads, *mask.shape[-2:])
+    four = (x.reshape(-1, num_heads, *x.shape[-2:]) for x in (q, k, v))
+    return _Attention.apply(*four, mask, causal).reshape(*q.shape[:-1], v.shape[-1])
