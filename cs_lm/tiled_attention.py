@@ -17,7 +17,7 @@ LOG2_E = math.log2(math.e)
 _HEAD_SCORES = 1 << 16
 _LEAST_QUERIES, _MOST_QUERIES = 64, 256
 # Scores of all heads of a tile: on a CPU they stay in its cache, elsewhere they fill the device.
-_CPU_TILE_SCORES = 1 << 19
+_CPU_TILE_SCORES = 1 << 20
 _TILE_SCORES = 1 << 26
 
 
@@ -40,6 +40,7 @@ class _Attention(torch.autograd.Function):
         # in memory (B, T, H, K), as the next projection reads it
         output = q.new_empty(len(q), q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
         log_normaliser = q.new_empty(*q.shape[:-1], 1, dtype=wide)
+        memory = _memory(q, k)
         for heads in _head_blocks(q, k):
             keys, values = _flat(k[heads]), _flat(v[heads])  # (n, S, K)
             for rows, tiles in _tiles(q, k, causal):
@@ -47,7 +48,7 @@ class _Attention(torch.autograd.Function):
                 peak = total = summed = None
                 for tile in tiles:
                     scores = _scores(
-                        queries, keys[:, tile], _first_masked(q, k, rows, tile, causal)
+                        memory, queries, keys[:, tile], _first_masked(q, k, rows, tile, causal)
                     )
                     if mask is not None:
                         scores.masked_fill_(~_flat(mask[heads][..., rows, tile]), -math.inf)
@@ -80,6 +81,7 @@ class _Attention(torch.autograd.Function):
             x.new_empty(len(x), x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
             for x in (q, k, v)
         )
+        memory, more_memory = _memory(q, k), _memory(q, k)
         for heads in _head_blocks(q, k):
             keys, values = _flat(k[heads]), _flat(v[heads])
             grad_keys, grad_values = (torch.zeros_like(x, dtype=wide) for x in (keys, values))
@@ -91,13 +93,13 @@ class _Attention(torch.autograd.Function):
                 grad_queries = torch.zeros_like(queries, dtype=wide)
                 for tile in tiles:
                     scores = _scores(
-                        queries, keys[:, tile], _first_masked(q, k, rows, tile, ctx.causal)
+                        memory, queries, keys[:, tile], _first_masked(q, k, rows, tile, ctx.causal)
                     )
                     if mask is not None:
                         scores.masked_fill_(~_flat(mask[heads][..., rows, tile]), -math.inf)
                     weights = scores.sub_(normalisers).exp2_()
                     _add_product(grad_values[:, tile], weights.to(v.dtype).mT, grad_rows)
-                    grad_scores = (grad_rows @ values[:, tile].mT).to(wide)
+                    grad_scores = _products(more_memory, grad_rows, values[:, tile].mT).to(wide)
                     grad_scores = grad_scores.sub_(mean).mul_(weights).to(q.dtype)
                     _add_product(grad_queries, grad_scores, keys[:, tile], scale)
                     _add_product(grad_keys[:, tile], grad_scores.mT, queries, scale)
@@ -111,16 +113,21 @@ def _tile_queries(q: Tensor) -> int:
     return min(max(q.shape[-2] // 8, _LEAST_QUERIES), _MOST_QUERIES)
 
 
-def _head_blocks(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Slices of (B, H) whose tiles have the right size: whole batch entries, or part of one."""
+def _heads_and_entries(q: Tensor, k: Tensor) -> tuple[int, int]:
+    """How many heads, and if it is all of them, of how many batch entries, make a tile."""
     batch_size, num_heads, num_queries, num_keys = *q.shape[:-1], k.shape[-2]
     most = _CPU_TILE_SCORES if q.device.type == "cpu" else _TILE_SCORES
     rows = _tile_queries(q)
     per_head = max(1, min(num_queries, rows) * min(num_keys, _HEAD_SCORES // rows))
     heads = min(max(1, most // per_head), num_heads)
-    entries = max(1, most // (per_head * num_heads))
-    for entry in range(0, batch_size, entries):
-        for head in range(0, num_heads, heads):
+    return heads, min(max(1, most // (per_head * num_heads)), batch_size)
+
+
+def _head_blocks(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Slices of (B, H): whole batch entries, or a part of one."""
+    heads, entries = _heads_and_entries(q, k)
+    for entry in range(0, q.shape[0], entries):
+        for head in range(0, q.shape[1], heads):
             yield slice(entry, entry + entries), slice(head, head + heads)
 
 
@@ -142,19 +149,31 @@ def _first_masked(q: Tensor, k: Tensor, rows: slice, tile: slice, causal: bool) 
     return first - tile.start if causal and tile.stop > first else None
 
 
-def _scores(queries: Tensor, keys: Tensor, first_masked: int | None) -> Tensor:
+def _memory(q: Tensor, k: Tensor) -> Tensor:
+    """Room for the scores of one tile, for all tiles after each other."""
+    heads, entries = _heads_and_entries(q, k)
+    rows = _tile_queries(q)
+    return q.new_empty(heads * entries * rows * (_HEAD_SCORES // rows))
+
+
+def _products(memory: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    shape = (len(first), first.shape[-2], second.shape[-1])
+    return torch.bmm(first, second, out=memory[: math.prod(shape)].view(shape))
+
+
+def _scores(memory: Tensor, queries: Tensor, keys: Tensor, first_masked: int | None) -> Tensor:
     """log2(e) q k^T / sqrt(K) of a tile, at least float32, -inf where a key comes later."""
     scale = LOG2_E * queries.shape[-1] ** -0.5
-    shape = (queries.shape[-2], keys.shape[-2])
+    shape = (len(queries), queries.shape[-2], keys.shape[-2])
+    scores = memory[: math.prod(shape)].view(shape)
     if first_masked is None:
-        nothing = queries.new_empty(len(queries), *shape)
-        scores = torch.baddbmm(nothing, queries, keys.mT, beta=0, alpha=scale)
+        torch.baddbmm(scores, queries, keys.mT, beta=0, alpha=scale, out=scores)
     else:
         device = queries.device
-        last = torch.arange(first_masked, first_masked + shape[0], device=device).unsqueeze(-1)
-        later = torch.arange(shape[1], device=device) >= last
-        bias = queries.new_zeros(shape).masked_fill_(later, -math.inf)
-        scores = torch.baddbmm(bias, queries, keys.mT, alpha=scale)
+        last = torch.arange(first_masked, first_masked + shape[1], device=device).unsqueeze(-1)
+        later = torch.arange(shape[2], device=device) >= last
+        bias = queries.new_zeros(shape[1:]).masked_fill_(later, -math.inf)
+        torch.baddbmm(bias, queries, keys.mT, alpha=scale, out=scores)
     return scores.to(torch.promote_types(queries.dtype, torch.float32))
 
 
