@@ -126,9 +126,13 @@ class Display:
             self._bar.update(step - self._bar.n)
 
     def report(
-        self, step: int, loss: float, lr: float, norm: float, tokens_per_s: float, eta_s: float
-    ):
-        shown = f"loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {tokens_per_s:,.0f} tokens/s"
+        self, step: int, loss: float, lr: float, norm: float, tokens_per_s: float,
+        utilisation: float, eta_s: float,
+    ):  # fmt: skip
+        shown = (
+            f"loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {tokens_per_s:,.0f} tokens/s "
+            f"({utilisation:.0%} of peak)"
+        )
         if self._bar is not None:
             self._bar.set_postfix_str(shown)
         else:

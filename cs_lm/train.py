@@ -17,7 +17,7 @@ from cs_lm.batches import BatchSource
 from cs_lm.checkpoint import restore
 from cs_lm.config import RunConfig, to_json
 from cs_lm.decoding import DecodingConfig, generate_text
-from cs_lm.device import describe, resolve_device
+from cs_lm.device import describe, matrix_flops_per_s, resolve_device
 from cs_lm.evaluation import Evaluation, evaluate, gzip_bits_per_byte, token_byte_lengths
 from cs_lm.fast_ops import FAST
 from cs_lm.metrics import (
@@ -28,7 +28,7 @@ from cs_lm.metrics import (
     open_tensorboard,
     plot_losses,
 )
-from cs_lm.model import TransformerLM, next_token_loss, num_parameters
+from cs_lm.model import TransformerLM, flops_per_token, next_token_loss, num_parameters
 from cs_lm.ops import CLEAR, IGNORE_INDEX
 from cs_lm.optim import AdamW, clip_gradients, parameter_groups
 from cs_lm.prepare import PreparedData
@@ -202,6 +202,8 @@ class Trainer:
         else:
             self.log.clear()  # of a run that ended before its first checkpoint
             self.folder.save_tokenizer(self.data.tokenizer)
+        dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+        self.peak_flops_per_s = matrix_flops_per_s(self.device, dtype)
         self.log.write(
             "resume" if resumed else "config",
             step=self.step,
@@ -213,11 +215,13 @@ class Trainer:
             config=to_json(config),
             versions=versions(),
             device=describe(self.device),
+            peak_flops_per_s=self.peak_flops_per_s,
         )
         self.say(
             f"{'resuming' if resumed else 'training'}: "
             f"{num_parameters(config.model) / 1e6:.2f} M parameters on {describe(self.device)}, "
-            f"{config.dtype}, {config.ops} ops; steps {self.step} to {self.num_steps} of "
+            f"{config.dtype} (matrix products: {self.peak_flops_per_s / 1e9:,.0f} GFLOP/s), "
+            f"{config.ops} ops; steps {self.step} to {self.num_steps} of "
             f"{config.tokens_per_step:,} tokens; {self.folder.path}"
         )
         self.watch = Stopwatch()
@@ -302,9 +306,14 @@ class Trainer:
         self._logged_step, self._logged_s = self.step, elapsed_s
         s_per_step = elapsed_s / (self.step - self._session_first_step)
         eta_s = (self.num_steps - self.step) * s_per_step
-        self.display.report(self.step, loss, self.lr, norm, tokens_per_s, eta_s)
+        model_flops_per_s = tokens_per_s * flops_per_token(
+            self.config.model, self.config.seq_length
+        )
+        utilisation = model_flops_per_s / self.peak_flops_per_s
+        self.display.report(self.step, loss, self.lr, norm, tokens_per_s, utilisation, eta_s)
         self._record(
             "train", loss_nats=loss, lr=self.lr, grad_norm=norm, tokens_per_s=tokens_per_s,
+            model_flops_per_s=model_flops_per_s, utilisation=utilisation,
             elapsed_s=self.trained_before_s + elapsed_s,
         )  # fmt: skip
 

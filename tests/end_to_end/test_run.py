@@ -19,7 +19,8 @@ def test_a_run_says_what_it_does(finished_run):
     for expected in [
         r"tokenizer: training 300 tokens on animals.txt",
         r"token store: wrote [\d,]+ tokens, [\d.]+ bytes each",
-        r"step 5/40 \| loss [\d.]+ \| lr [\de.-]+ \| norm [\d.]+ \| [\d,]+ tokens/s \| ETA",
+        r"step 5/40 \| loss [\d.]+ \| lr [\de.-]+ \| norm [\d.]+ \| [\d,]+ tokens/s "
+        r"\([\d.]+% of peak\) \| ETA",
         r"step 20 \| validation loss [\d.]+ \| perplexity [\d.]+ \| [\d.]+ bits/byte \| best",
         r"step 20 \| sample: The cat",
         r"done: 40 steps, 2,560 tokens",
@@ -49,6 +50,8 @@ def test_metrics(finished_run):
     assert [r["step"] for r in train] == [1, *range(5, 41, 5)]
     assert all(r["tokens"] == 64 * r["step"] for r in train)
     assert {"loss_nats", "lr", "grad_norm", "tokens_per_s", "elapsed_s"} <= set(train[0])
+    flops = train[0]["model_flops_per_s"]
+    assert flops > 0 and train[0]["utilisation"] == flops / first["peak_flops_per_s"]
     assert train[-1]["loss_nats"] < train[0]["loss_nats"] - 1
     assert [r["step"] for r in records if r["kind"] == "valid"] == [20, 40]
     assert [r["step"] for r in records if r["kind"] == "sample"] == [20, 40]

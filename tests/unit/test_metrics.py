@@ -59,11 +59,12 @@ def test_plain_lines_when_not_a_terminal():
     out = io.StringIO()
     display = Display(20, 0, out)
     display.update(5)
-    display.report(5, 2.5, 1e-3, 0.75, 12345.6, 61)
+    display.report(5, 2.5, 1e-3, 0.75, 12345.6, 0.517, 61)
     display.say("hello")
     display.close()
     assert out.getvalue().splitlines() == [
-        "step 5/20 | loss 2.5000 | lr 1.00e-03 | norm 0.75 | 12,346 tokens/s | ETA 1:01",
+        "step 5/20 | loss 2.5000 | lr 1.00e-03 | norm 0.75 | 12,346 tokens/s (52% of peak)"
+        " | ETA 1:01",
         "hello",
     ]
 
@@ -78,7 +79,7 @@ def test_bar_on_a_terminal():
     out = Terminal()
     display = Display(20, 0, out)
     display.update(5)
-    display.report(5, 2.5, 1e-3, 0.75, 12345.6, 61)
+    display.report(5, 2.5, 1e-3, 0.75, 12345.6, 0.517, 61)
     display.say("validation")
     display.close()
     assert "5/20" in out.getvalue() and "validation\n" in out.getvalue()
