@@ -37,13 +37,17 @@ def describe(device: torch.device) -> str:
     return str(device)
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What a matrix product would make of an operand: autocast's dtype of float32, else its own."""
+    device = x.device.type
+    if x.dtype != torch.float32 or not torch.amp.is_autocast_available(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def as_autocast(*tensors: Tensor) -> list[Tensor]:
-    """What a matrix product under autocast would make of its operands."""
-    device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
-    return [t.to(dtype) if t.dtype == torch.float32 else t for t in tensors]
+    """The operands of a matrix product, as it would take them."""
+    return [x.to(product_dtype(x)) for x in tensors]
 
 
 def matrix_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cs_lm.device import as_autocast
+from cs_lm.device import as_autocast, product_dtype
 from cs_lm.ops import CLEAR, IGNORE_INDEX, check_targets
 from cs_lm.tiled_attention import LOG2_E, attention
 
@@ -40,8 +40,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Under autocast it gives what the products behind it would round it to.
     """
-    dtype = as_autocast(x)[0].dtype if x.dtype == torch.float32 else x.dtype
-    return _RMSNorm.apply(x.reshape(-1, x.shape[-1]), weight, eps, dtype).view(x.shape)
+    rows = x.reshape(-1, x.shape[-1])
+    return _RMSNorm.apply(rows, weight, eps, product_dtype(x)).view(x.shape)
 
 
 class _Turn(torch.autograd.Function):
@@ -129,7 +129,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             block, block_targets = x[start : start + rows], targets[start : start + rows]
             scores = memory[: len(block)]  # (n, V)
             torch.addmm(scores, block, weight.T, beta=0, alpha=LOG2_E, out=scores)
-            _losses_and_gradients(scores, block_targets, ignore_index, loss_sum)
+            _add_losses(scores, block_targets, ignore_index, loss_sum, with_gradients)
             if with_gradients:
                 torch.mm(scores, weight, out=grad_x[start : start + rows])
                 if scores.dtype == wide:
@@ -149,12 +149,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_x * grad_loss, grad_weight * grad_loss, None, None, None
 
 
-def _losses_and_gradients(
-    scores: Tensor, targets: Tensor, ignore_index: int, loss_sum: Tensor
+def _add_losses(
+    scores: Tensor, targets: Tensor, ignore_index: int, loss_sum: Tensor, with_gradients: bool
 ) -> None:
-    """Adds the losses to `loss_sum`, and turns the scores (n, V) into their gradients in place.
+    """Adds the losses of log2(e) scores (n, V) to `loss_sum`, and uses the scores' memory.
 
-    d loss / d score = probability - [is target]
+    Their gradients, if wanted, are left in it: d loss / d score = probability - [is target].
     """
     wide = loss_sum.dtype
     rows = len(scores)
@@ -170,10 +170,11 @@ def _losses_and_gradients(
         normaliser = part_scores.exp2_().sum(-1, keepdim=True)
         losses = (normaliser.log2() - target_scores).where(counted, 0.0)
         loss_sum += losses.sum() / LOG2_E
-        part_scores.mul_(counted / normaliser)
-        part_scores.scatter_add_(-1, safe_targets, -counted.to(wide))
-        if part.dtype != wide:
-            part.copy_(part_scores)
+        if with_gradients:
+            part_scores.mul_(counted / normaliser)
+            part_scores.scatter_add_(-1, safe_targets, -counted.to(wide))
+            if part.dtype != wide:
+                part.copy_(part_scores)
 
 
 def linear_cross_entropy(

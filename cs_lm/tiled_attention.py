@@ -37,8 +37,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, mask, causal):
         wide = torch.promote_types(q.dtype, torch.float32)
-        # in memory (B, T, H, K), as the next projection reads it
-        output = q.new_empty(len(q), q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
+        output = _new_heads(q, v.shape[-1])
         log_normaliser = q.new_empty(*q.shape[:-1], 1, dtype=wide)
         memory = _memory(q, k)
         for heads in _head_blocks(q, k):
@@ -48,10 +47,9 @@ class _Attention(torch.autograd.Function):
                 peak = total = summed = None
                 for tile in tiles:
                     scores = _scores(
-                        memory, queries, keys[:, tile], _first_masked(q, k, rows, tile, causal)
-                    )
-                    if mask is not None:
-                        scores.masked_fill_(~_flat(mask[heads][..., rows, tile]), -math.inf)
+                        memory, queries, keys[:, tile], _first_masked(q, k, rows, tile, causal),
+                        None if mask is None else mask[heads][..., rows, tile],
+                    )  # fmt: skip
                     new_peak = scores.amax(-1, keepdim=True)
                     if mask is not None:  # a row may be all -inf
                         new_peak.clamp_(min=torch.finfo(wide).min)
@@ -77,10 +75,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, grad_output):
         q, k, v, mask, output, log_normaliser = ctx.saved_tensors
         scale, wide = q.shape[-1] ** -0.5, log_normaliser.dtype
-        grad_q, grad_k, grad_v = (
-            x.new_empty(len(x), x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
-            for x in (q, k, v)
-        )
+        grad_q, grad_k, grad_v = (_new_heads(x, x.shape[-1]) for x in (q, k, v))
         memory, more_memory = _memory(q, k), _memory(q, k)
         for heads in _head_blocks(q, k):
             keys, values = _flat(k[heads]), _flat(v[heads])
@@ -93,10 +88,9 @@ class _Attention(torch.autograd.Function):
                 grad_queries = torch.zeros_like(queries, dtype=wide)
                 for tile in tiles:
                     scores = _scores(
-                        memory, queries, keys[:, tile], _first_masked(q, k, rows, tile, ctx.causal)
-                    )
-                    if mask is not None:
-                        scores.masked_fill_(~_flat(mask[heads][..., rows, tile]), -math.inf)
+                        memory, queries, keys[:, tile], _first_masked(q, k, rows, tile, ctx.causal),
+                        None if mask is None else mask[heads][..., rows, tile],
+                    )  # fmt: skip
                     weights = scores.sub_(normalisers).exp2_()
                     _add_product(grad_values[:, tile], weights.to(v.dtype).mT, grad_rows)
                     grad_scores = _products(more_memory, grad_rows, values[:, tile].mT).to(wide)
@@ -107,6 +101,11 @@ class _Attention(torch.autograd.Function):
             _put(grad_k[heads], grad_keys)
             _put(grad_v[heads], grad_values)
         return grad_q, grad_k, grad_v, None, None
+
+
+def _new_heads(x: Tensor, size: int) -> Tensor:
+    """(B, H, T, size), in memory (B, T, H, size) as the projections around attention have it."""
+    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], size).transpose(1, 2)
 
 
 def _tile_queries(q: Tensor) -> int:
@@ -161,8 +160,10 @@ def _products(memory: Tensor, first: Tensor, second: Tensor) -> Tensor:
     return torch.bmm(first, second, out=memory[: math.prod(shape)].view(shape))
 
 
-def _scores(memory: Tensor, queries: Tensor, keys: Tensor, first_masked: int | None) -> Tensor:
-    """log2(e) q k^T / sqrt(K) of a tile, at least float32, -inf where a key comes later."""
+def _scores(
+    memory: Tensor, queries: Tensor, keys: Tensor, first_masked: int | None, mask: Tensor | None
+) -> Tensor:
+    """log2(e) q k^T / sqrt(K) of a tile, at least float32, -inf where a query may not attend."""
     scale = LOG2_E * queries.shape[-1] ** -0.5
     shape = (len(queries), queries.shape[-2], keys.shape[-2])
     scores = memory[: math.prod(shape)].view(shape)
@@ -174,7 +175,8 @@ def _scores(memory: Tensor, queries: Tensor, keys: Tensor, first_masked: int | N
         later = torch.arange(shape[2], device=device) >= last
         bias = queries.new_zeros(shape[1:]).masked_fill_(later, -math.inf)
         torch.baddbmm(bias, queries, keys.mT, alpha=scale, out=scores)
-    return scores.to(torch.promote_types(queries.dtype, torch.float32))
+    scores = scores.to(torch.promote_types(queries.dtype, torch.float32))
+    return scores if mask is None else scores.masked_fill_(~_flat(mask), -math.inf)
 
 
 def _flat(x: Tensor) -> Tensor:  # (b, h, T, K) -> (b h, T, K)
