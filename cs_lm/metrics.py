@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from cs_lm.whole_file import write_whole
+
 SPARE_HELP = "install the extra with: pip install 'cs_lm[ui]'"
 
 
@@ -35,12 +37,7 @@ class MetricsLog:
         kept = [
             r for r in read_metrics(self.path) if r.get("step", 0) <= step and r["kind"] != "end"
         ]
-        writing = self.path.with_name(self.path.name + ".writing")
-        with open(writing, "wb") as file:
-            file.writelines(map(_as_line, kept))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(writing, self.path)
+        write_whole(self.path, b"".join(map(_as_line, kept)))
 
 
 def _as_line(record: dict[str, Any]) -> bytes:

@@ -12,6 +12,7 @@ from cs_lm.token_store import MANIFEST, MemmapManager, TokenRange, Tokens
 from cs_lm.tokenizer import BPETokenizer, train_bpe
 from cs_lm.tokenizer.parallel import ParallelEncoder
 from cs_lm.tokenizer.text_source import Progress, TextSource, describe_file
+from cs_lm.whole_file import write_whole
 
 DATA = Path("data")
 EMBEDDED_LABEL = "python-manual"
@@ -308,16 +309,11 @@ def _read_json(path: Path) -> Any:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    writing = path.with_name(path.name + ".writing")
-    writing.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(writing, path)
+    write_whole(path, json.dumps(content, indent=1).encode("utf-8"))
 
 
 def _write_if_changed(path: Path, text: str) -> None:
     content = text.encode("utf-8")
     if path.is_file() and path.read_bytes() == content:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writing = path.with_name(path.name + ".writing")
-    writing.write_bytes(content)
-    os.replace(writing, path)
+    write_whole(path, content)

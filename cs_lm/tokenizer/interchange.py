@@ -3,7 +3,6 @@
 import base64
 import binascii
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from cs_lm.tokenizer.bpe import Pair, as_single_bytes
 from cs_lm.tokenizer.byte_names import name_of_token, token_of_name
 from cs_lm.tokenizer.tokenizer import BPETokenizer
+from cs_lm.whole_file import write_whole
 
 # How the tokenizers library says "GPT-2's split pattern, bytes by their names".
 _BYTE_LEVEL = {
@@ -42,7 +42,7 @@ def write_tokenizer_json(tokenizer: BPETokenizer, path: str | Path) -> None:
             "ignore_merges": False, "vocab": names, "merges": merges,
         },
     }  # fmt: skip
-    _write(path, json.dumps(content, ensure_ascii=False))
+    write_whole(path, json.dumps(content, ensure_ascii=False).encode("utf-8"))
 
 
 def read_tokenizer_json(path: str | Path) -> BPETokenizer:
@@ -81,7 +81,7 @@ def write_tiktoken(tokenizer: BPETokenizer, path: str | Path) -> None:
         for token_id, token in sorted(tokenizer.vocab.items())
         if token not in special
     ]
-    _write(path, "".join(lines))
+    write_whole(path, "".join(lines).encode("utf-8"))
 
 
 def read_tiktoken(
@@ -155,11 +155,3 @@ def _read_json(path: str | Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"tokenizer.json: cannot read {str(path)!r} ({error})") from None
     return content
-
-
-def _write(path: str | Path, text: str) -> None:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writing = path.with_name(path.name + ".writing")
-    writing.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(writing, path)

@@ -4,7 +4,6 @@ import codecs
 import hashlib
 import itertools
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
@@ -20,6 +19,7 @@ from cs_lm.tokenizer.pretokenizer import SpecialTokenSplitter, split_words
 from cs_lm.tokenizer.text_source import PathOrPaths, Progress, TextSource
 from cs_lm.tokenizer.word_counts import count_words
 from cs_lm.tokenizer.word_encoder import AtOnce, WordEncoder
+from cs_lm.whole_file import write_whole
 
 BLOCK_CHARS = 1 << 20
 # `encode_iterable` promises to hold less than 1 MB: blocks of so many characters, and of them so
@@ -194,11 +194,7 @@ class BPETokenizer:
             (vocab_path, json.dumps(names, ensure_ascii=False)),
             (merges_path, "\n".join(["#version: 0.2", *lines, ""])),
         ):
-            path = Path(path)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(path.name + ".tmp")
-            temporary.write_text(text, encoding="utf-8", newline="\n")
-            os.replace(temporary, path)
+            write_whole(path, text.encode("utf-8"))
 
     @property
     def vocab_size(self) -> int:
