@@ -1,6 +1,8 @@
 """Training batches as a pure function of the seed and the batch's number."""
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor
 
 from cs_lm.token_store import Tokens
 
+Item = TypeVar("Item")
 Starts = Callable[[int], np.ndarray]  # batch number -> first positions of its windows, (B,)
 
 
@@ -113,3 +116,25 @@ class BatchSource:
 
     def __call__(self, index: int) -> tuple[Tensor, Tensor]:
         return load_windows(self._tokens, self._starts(index), self._seq_length, self._device)
+
+
+class Prefetcher(Generic[Item]):
+    """The function of a number, whose next value a thread prepares while this one is used.
+
+    Any number may be asked for; only the one after the last asked is ready already.
+    """
+
+    def __init__(self, function: Callable[[int], Item]):
+        self._function = function
+        self._worker = ThreadPoolExecutor(1, "prefetch")
+        self._next: tuple[int, Future[Item]] | None = None
+
+    def __call__(self, index: int) -> Item:
+        """Raises: what the function raises for the index."""
+        prepared, self._next = self._next, None
+        if prepared is not None and prepared[0] == index:
+            item = prepared[1].result()
+        else:
+            item = self._function(index)
+        self._next = index + 1, self._worker.submit(self._function, index + 1)
+        return item

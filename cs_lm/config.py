@@ -183,6 +183,9 @@ class RunConfig:
         choices=("float32", "bfloat16"),
     )
     compile: bool = setting(False, "compile the model with torch.compile")
+    activation_checkpointing: bool = setting(
+        False, "less memory for more time: blocks are computed again in the backward pass"
+    )
     ops: str = setting(
         "fast", "clear: the definitions; fast: the quicker versions", choices=("clear", "fast")
     )
@@ -215,6 +218,11 @@ class RunConfig:
             found.append(
                 f"--vocab_size: got {self.model.vocab_size}, need at least {least} "
                 f"({NUM_BYTE_TOKENS} bytes + {least - NUM_BYTE_TOKENS} special tokens); raise it"
+            )
+        if self.compile and self.activation_checkpointing:
+            found.append(
+                "--activation_checkpointing: does not go with --compile, which chooses itself what "
+                "to compute again; leave one of the two out"
             )
         if not self.prompt:
             found.append("--prompt: got an empty text, need at least one character")

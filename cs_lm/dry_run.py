@@ -54,7 +54,10 @@ def memory_bytes(config: RunConfig) -> int:
     of_d, of_f, of_ht, of_v = KEPT_FLOATS[config.ops, config.dtype]
     per_layer = of_d * model.d_model + of_f * model.d_ff
     per_layer += of_ht * model.num_heads * config.seq_length
-    per_position = model.num_layers * per_layer + 3 * model.d_model + of_v * model.vocab_size
+    layers = model.num_layers * per_layer
+    if config.activation_checkpointing:
+        layers = model.num_layers * model.d_model + per_layer  # inputs, and one block at a time
+    per_position = layers + 3 * model.d_model + of_v * model.vocab_size
     positions = config.batch_size * config.seq_length
     return int(FLOAT_BYTES * (state + positions * per_position))
 

@@ -1,5 +1,7 @@
 """The Transformer language model, its loss, and what it costs."""
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
@@ -8,6 +10,7 @@ from cs_lm.fast_ops import FAST
 from cs_lm.kv_cache import KVCache
 from cs_lm.layers import Embedding, Linear, MultiHeadSelfAttention, RMSNorm, RoPE, Rotation, SwiGLU
 from cs_lm.ops import IGNORE_INDEX, Ops
+from cs_lm.recompute import recomputed
 
 
 class TransformerBlock(nn.Module):
@@ -37,6 +40,7 @@ class TransformerLM(nn.Module):
 
     ops        which version of the operations to build on (`ops.CLEAR` or `fast_ops.FAST`)
     generator  where the initial weights come from; None is torch's global generator
+    activation_checkpointing  keep only each block's input for backward, and compute the block again
     Raises: ValueError for a config that cannot be built.
     """
 
@@ -46,12 +50,14 @@ class TransformerLM(nn.Module):
         ops: Ops = FAST,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
+        activation_checkpointing: bool = False,
     ):
         super().__init__()
         if problems := config.problems():
             raise ValueError("\n".join(problems))
         self.config = config
         self.ops = ops
+        self.activation_checkpointing = activation_checkpointing
         self.token_embeddings = Embedding(config.vocab_size, config.d_model, generator, device)
         self.layers = nn.ModuleList(
             TransformerBlock(config, ops, generator, device) for _ in range(config.num_layers)
@@ -86,8 +92,10 @@ class TransformerLM(nn.Module):
             token_positions = torch.arange(seen, seen + num_tokens, device=token_ids.device)
         rotation = self.rope.rotation(token_positions)
         x = self.token_embeddings(token_ids)  # (..., T, D)
+        recomputing = self.activation_checkpointing and torch.is_grad_enabled() and cache is None
         for index, layer in enumerate(self.layers):
-            x = layer(x, rotation, mask, cache, index)
+            block = functools.partial(layer, rotation=rotation, mask=mask, cache=cache, layer=index)
+            x = recomputed(block, x, list(layer.parameters())) if recomputing else block(x)
         if cache is not None:
             cache.advance(num_tokens)
         return self.ln_final(x)

@@ -2,8 +2,6 @@
 
 import math
 import platform
-import signal
-import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -13,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cs_lm.batches import BatchSource
+from cs_lm.batches import BatchSource, Prefetcher
 from cs_lm.checkpoint import restore
+from cs_lm.compiling import Compiled
 from cs_lm.config import RunConfig, to_json
 from cs_lm.decoding import DecodingConfig, generate_text
 from cs_lm.device import describe, matrix_flops_per_s, resolve_device
@@ -34,6 +33,7 @@ from cs_lm.optim import AdamW, clip_gradients, parameter_groups
 from cs_lm.prepare import PreparedData
 from cs_lm.run_folder import RunFolder
 from cs_lm.schedule import learning_rate
+from cs_lm.stop_signals import StopSignals
 
 OPS = {"clear": CLEAR, "fast": FAST}
 SAMPLE_TOKENS = 80
@@ -82,33 +82,6 @@ def train_step(
     return loss, norm
 
 
-class StopSignals:
-    """While entered, the first SIGINT, SIGTERM or SIGHUP is noted instead of ending the process.
-
-    A second one ends it at once.
-    """
-
-    def __init__(self):
-        self.received: signal.Signals | None = None
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> "StopSignals":
-        if threading.current_thread() is threading.main_thread():
-            hangup = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []
-            for number in (signal.SIGINT, signal.SIGTERM, *hangup):
-                self._previous[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_exception) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _frame) -> None:
-        if self.received is not None:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number)
-
-
 class Trainer:
     """A run: model, optimizer and data, from the first step or from its last checkpoint.
 
@@ -126,7 +99,9 @@ class Trainer:
         self.config, self.data, self.folder = config, data, folder
         self.device = resolve_device(config.device)
         generator = torch.Generator().manual_seed(config.seed)
-        self.model = TransformerLM(config.model, OPS[config.ops], generator, self.device)
+        self.model = TransformerLM(
+            config.model, OPS[config.ops], generator, self.device, config.activation_checkpointing
+        )
         optim = config.optim
         groups = parameter_groups(self.model, optim.weight_decay)
         self.optimizer = AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
@@ -134,11 +109,12 @@ class Trainer:
             data.train, config.batch_size, config.seq_length, config.seed, config.data.sampling,
             self.device,
         )  # fmt: skip
+        self.batches_of_step = Prefetcher(self._batches_of_step)
         self.num_steps = num_training_steps(config, len(data.train))
         self.precision = autocast(self.device, config.dtype)
         self.loss_function: LossFunction = next_token_loss
         if config.compile:
-            self.loss_function = torch.compile(next_token_loss)
+            self.loss_function = Compiled(next_token_loss, lambda text: self.say(text))
         self.byte_lengths = token_byte_lengths(data.tokenizer.vocab)
         self.log = MetricsLog(folder.metrics)
         self.tensorboard = open_tensorboard(folder.tensorboard) if config.tensorboard else None
@@ -267,16 +243,18 @@ class Trainer:
 
     # ---- one step and what follows it ----
 
+    def _batches_of_step(self, step: int) -> list[Batch]:
+        first = step * self.config.grad_accum
+        return [self.batch(index) for index in range(first, first + self.config.grad_accum)]
+
     def _one_step(self) -> None:
         config = self.config
         self.lr = learning_rate(self.step, self.num_steps, config.optim)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
-        first = self.step * config.grad_accum
-        batches = [self.batch(index) for index in range(first, first + config.grad_accum)]
         self.loss, self.norm = train_step(
-            self.model, self.optimizer, batches, config.optim.max_norm, self.loss_function,
-            self.precision,
+            self.model, self.optimizer, self.batches_of_step(self.step), config.optim.max_norm,
+            self.loss_function, self.precision,
         )  # fmt: skip
         self.step += 1
         self.trained_tokens += config.tokens_per_step

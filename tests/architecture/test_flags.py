@@ -42,7 +42,9 @@ COURSE_FLAGS = {
 }
 OUR_FLAGS = {
     "--corpus_path", "--valid_path", "--valid_fraction", "--encoding_errors", "--sampling",
-    "--grad_accum", "--dtype", "--compile", "--no-compile", "--eval_interval", "--eval_tokens",
+    "--grad_accum", "--dtype", "--compile", "--no-compile",
+    "--activation_checkpointing", "--no-activation_checkpointing",
+    "--eval_interval", "--eval_tokens",
     "--sample_interval", "--prompt", "--seed", "--max_steps", "--out_dir", "--resume",
     "--no-resume", "--dry_run", "--no-dry_run", "--tensorboard", "--no-tensorboard", "--ops",
     "--context_length", "--rope_theta",

@@ -60,6 +60,10 @@ def test_defaults_are_sound():
         ("--chunk_size 2000000000", "--chunk_size: got 2000000000, need at most 1073741824"),
         ("--lr inf", "--lr: got inf, need more than 0, at most 1000"),
         ("--prompt \udcff", "--prompt: got .*, need text that UTF-8 can hold"),
+        (
+            "--compile --activation_checkpointing",
+            "--activation_checkpointing: does not go with --compile, .*; leave one",
+        ),
         ("--log_interval 0", "--log_interval: got 0, need 1 or more"),
         ("--max_steps 0", "--max_steps: got 0, need 1 or more"),
         ("--seed -1", "--seed: got -1, need 0 or more"),

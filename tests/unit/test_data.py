@@ -2,12 +2,20 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
 import torch
 
-from cs_lm.batches import BatchSource, epoch_starts, load_windows, permuted, random_starts
+from cs_lm.batches import (
+    BatchSource,
+    Prefetcher,
+    epoch_starts,
+    load_windows,
+    permuted,
+    random_starts,
+)
 from cs_lm.token_store import ArrayTokens, MemmapManager, TokenRange, id_dtype
 from cs_lm.tokenizer import BPETokenizer
 
@@ -222,3 +230,33 @@ def test_a_store_that_was_replaced_is_not_read_as_the_old_one(tmp_path):
     save(tmp_path / "s", text=TEXT[::-1])
     with pytest.raises(ValueError, match="was written anew while in use .* --corpus_size"):
         old.load_by_range(0, 5)
+
+
+def test_prefetcher_has_the_next_value_ready():
+    asked = []
+    prepared = threading.Event()
+
+    def square(index):
+        asked.append((index, threading.current_thread() is threading.main_thread()))
+        if index == 4:
+            prepared.set()
+        return index**2
+
+    squares = Prefetcher(square)
+    assert squares(3) == 9
+    assert prepared.wait(timeout=30), "4 is prepared before anyone asks for it"
+    assert [squares(4), squares(9), squares(1)] == [16, 81, 1]
+    assert asked[:2] == [(3, True), (4, False)] and asked.count((4, False)) == 1
+
+
+def test_prefetcher_raises_what_the_function_raises():
+    def fail_at_one(index):
+        if index == 1:
+            raise ValueError("one is wrong")
+        return index
+
+    numbers = Prefetcher(fail_at_one)
+    assert numbers(0) == 0
+    with pytest.raises(ValueError, match="one is wrong"):
+        numbers(1)
+    assert numbers(2) == 2

@@ -4,11 +4,13 @@ import signal
 import pytest
 import torch
 
+from cs_lm.compiling import Compiled
 from cs_lm.config import ModelConfig, RunConfig
-from cs_lm.model import TransformerLM
+from cs_lm.model import TransformerLM, next_token_loss
 from cs_lm.ops import IGNORE_INDEX
 from cs_lm.optim import AdamW, parameter_groups
-from cs_lm.train import StopSignals, autocast, num_training_steps, train_step
+from cs_lm.stop_signals import StopSignals
+from cs_lm.train import OPS, autocast, num_training_steps, train_step
 
 CONFIG = ModelConfig(12, 3, 20, 17, 2, 11)
 B, T = 4, 5
@@ -35,6 +37,58 @@ def test_micro_batches_are_one_batch():
         loss, norm = train_step(model, optimizer, batches, 0.5)
         results.append((loss, norm, [p.detach() for p in model.parameters()]))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("ops", OPS)
+def test_activation_checkpointing_changes_memory_alone(ops, dtype):
+    """The same loss and gradients to the last bit, and of each block only its input is kept."""
+    results, kept = [], []
+    for checkpointing in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        model = TransformerLM(CONFIG, OPS[ops], generator, None, checkpointing)
+        kept.append(0)
+
+        def keep(tensor):
+            if not isinstance(tensor, torch.nn.Parameter):
+                kept[-1] += tensor.numel()
+            return tensor
+
+        x, y = batch()
+        counted = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with counted, autocast(torch.device("cpu"), dtype):
+            loss, _ = next_token_loss(model, x, y)
+        loss.backward()
+        results.append((loss.detach(), [p.grad for p in model.parameters()]))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    of_blocks = CONFIG.num_layers * B * T * CONFIG.d_model
+    assert of_blocks <= kept[1] < 0.5 * kept[0]
+
+
+def test_without_a_compiler_there_is_one_line_and_the_same_result(monkeypatch):
+    def no_compiler(_function):
+        def compiled(*_arguments):
+            raise RuntimeError("\nNo compiler found\nand much more text")
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    said = []
+    function = Compiled(lambda x: x + 1, said.append)
+    assert [function(1), function(2)] == [2, 3]
+    assert said == ["--compile: torch.compile failed (No compiler found); going on without it"]
+
+
+def test_an_error_of_the_function_itself_is_not_the_compilers(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+
+    def broken(_x):
+        raise RuntimeError("of its own")
+
+    said = []
+    with pytest.raises(RuntimeError, match="of its own"):
+        Compiled(broken, said.append)(1)
+    assert not said
 
 
 def test_returns_loss_and_norm_from_before_the_update():

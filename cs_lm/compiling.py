@@ -1,0 +1,39 @@
+"""torch.compile where it works, and the function as it is where it does not."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class Compiled:
+    """The function, compiled at its first call.
+
+    Where that fails, for want of a compiler above all, `say` gets one line and the function runs
+    as it is from then on.
+    """
+
+    def __init__(self, function: Callable[..., Any], say: Callable[[str], None]):
+        self._plain, self._say = function, say
+        self._chosen: Callable[..., Any] = self._first_call
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._chosen(*arguments)
+
+    def _first_call(self, *arguments: Any) -> Any:
+        try:
+            compiled = torch.compile(self._plain)
+            result = compiled(*arguments)
+        except RuntimeError as error:  # whatever fails without the compiler too, fails below
+            result = self._plain(*arguments)
+            self._say(
+                f"--compile: torch.compile failed ({_first_line(error)}); going on without it"
+            )
+            compiled = self._plain
+        self._chosen = compiled
+        return result
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

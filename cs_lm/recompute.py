@@ -1,0 +1,40 @@
+"""Activation checkpointing: what a part of the model kept is computed again when needed."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class _Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, function, autocast, x, *parameters):
+        ctx.function, ctx.autocast = function, autocast
+        ctx.save_for_backward(x, *parameters)
+        return function(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        x, *parameters = ctx.saved_tensors
+        x = x.detach().requires_grad_()
+        device, dtype, enabled = ctx.autocast
+        with torch.enable_grad(), torch.autocast(device, dtype, enabled):
+            output = ctx.function(x)
+        return None, None, *torch.autograd.grad(output, (x, *parameters), grad_output)
+
+
+def recomputed(
+    function: Callable[[Tensor], Tensor], x: Tensor, parameters: Sequence[Tensor]
+) -> Tensor:
+    """function(x), of which only x is kept for backward: there it is computed a second time.
+
+    The function must give the same result both times, and may use the parameters. Backward runs
+    under the autocast of the call.
+    Source: Chen et al. 2016, Training deep nets with sublinear memory cost.
+    """
+    device = x.device.type
+    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if enabled else torch.bfloat16
+    return _Recomputed.apply(function, (device, dtype, enabled), x, *parameters)
