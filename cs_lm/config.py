@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 DEFAULT_SPECIAL_TOKENS = ("<|endoftext|>",)
+DTYPES = ("float32", "bfloat16")
 NUM_BYTE_TOKENS = 256
 MAX_CHUNK_SIZE = 1 << 30  # tokens; one chunk is held in memory while it is written
 MOST = (
@@ -180,7 +181,7 @@ class RunConfig:
     dtype: str = setting(
         "float32",
         "bfloat16: matrix products in bfloat16, weights and sums in float32",
-        choices=("float32", "bfloat16"),
+        choices=DTYPES,
     )
     compile: bool = setting(False, "compile the model with torch.compile")
     activation_checkpointing: bool = setting(

@@ -18,10 +18,9 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps, dtype):
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()  # (N, 1)
+        normal, scale = _normalised(x, weight, eps, dtype)
         ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).mul_(weight).to(dtype)
+        return normal
 
     @staticmethod
     @once_differentiable
@@ -35,11 +34,19 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x.to(x.dtype), product.sum(0).to(weight.dtype), None, None
 
 
+def _normalised(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()  # (N, 1)
+    return (wide * scale).mul_(weight).to(dtype), scale
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`ops.rms_norm` that keeps its input and one number a row for backward.
 
     Under autocast it gives what the products behind it would round it to.
     """
+    if not torch.is_grad_enabled():
+        return _normalised(x, weight, eps, product_dtype(x))[0]
     rows = x.reshape(-1, x.shape[-1])
     return _RMSNorm.apply(rows, weight, eps, product_dtype(x)).view(x.shape)
 
@@ -70,7 +77,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if torch.compiler.is_compiling():  # which writes real loops only
         return CLEAR.rope(x, cos, sin)
     wide = torch.promote_types(x.dtype, torch.float32)
-    return _Turn.apply(x, torch.complex(cos.to(wide), sin.to(wide)))
+    rotation = torch.complex(cos.to(wide), sin.to(wide))
+    return _Turn.apply(x, rotation) if torch.is_grad_enabled() else _turned(x, rotation)
 
 
 class _SwiGLU(torch.autograd.Function):

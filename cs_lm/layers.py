@@ -148,7 +148,8 @@ class MultiHeadSelfAttention(nn.Module):
             q, k = self.ops.rope(q, cos, sin), self.ops.rope(k, cos, sin)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
+            q = q.to(k.dtype)
         if mask is not None:
             mask = mask.unsqueeze(-3)  # (..., 1, T, S)
         heads = self.ops.attention(q, k, v, mask=mask, causal=True)  # (..., H, T, K)
-        return self.output_proj(heads.transpose(-3, -2).flatten(-2))
+        return self.output_proj(heads.transpose(-3, -2).flatten(-2).to(x.dtype))

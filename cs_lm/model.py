@@ -67,6 +67,12 @@ class TransformerLM(nn.Module):
         head_size = config.d_model // config.num_heads
         self.rope = RoPE(config.rope_theta, head_size, config.context_length, ops, device)
 
+    def cast_weights(self, dtype: torch.dtype) -> "TransformerLM":
+        """Weights in another dtype, for generation; the rotary tables stay as they are."""
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(dtype)
+        return self
+
     def hidden_states(
         self,
         token_ids: Tensor,
@@ -120,11 +126,15 @@ def next_token_loss(
 
 
 def new_cache(model: TransformerLM, batch_size: int, capacity: int) -> KVCache:
+    """In the weights' dtype; on a CPU at least float32, as its bfloat16 products copy the keys."""
     config, weight = model.config, model.lm_head.weight
     head_size = config.d_model // config.num_heads
+    dtype = weight.dtype
+    if weight.device.type == "cpu":
+        dtype = torch.promote_types(dtype, torch.float32)
     return KVCache(
         config.num_layers, batch_size, config.num_heads, capacity, head_size,
-        weight.dtype, weight.device,
+        dtype, weight.device,
     )  # fmt: skip
 
 

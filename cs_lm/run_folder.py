@@ -69,8 +69,10 @@ class TrainedModel(NamedTuple):
     iteration: int
 
 
-def load_trained(folder: RunFolder, which: str, device: torch.device) -> TrainedModel:
-    """The best or last model of a run, ready to generate.
+def load_trained(
+    folder: RunFolder, which: str, device: torch.device, dtype: torch.dtype = torch.float32
+) -> TrainedModel:
+    """The best or last model of a run, ready to generate, with weights of that dtype.
 
     Raises: FileNotFoundError, or ValueError when model and tokenizer do not belong together.
     """
@@ -92,4 +94,4 @@ def load_trained(folder: RunFolder, which: str, device: torch.device) -> Trained
     # every weight is overwritten: an explicit generator keeps the global one untouched
     model = TransformerLM(config.model, FAST, torch.Generator(), device=device)
     restore(content, model)
-    return TrainedModel(model.eval(), tokenizer, config, content["iteration"])
+    return TrainedModel(model.cast_weights(dtype).eval(), tokenizer, config, content["iteration"])

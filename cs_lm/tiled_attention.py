@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cs_lm.device import as_autocast
-from cs_lm.ops import CLEAR
+from cs_lm.ops import CLEAR, softmax
 
 LOG2_E = math.log2(math.e)
 
@@ -194,6 +194,15 @@ def _add_product(total: Tensor, first: Tensor, second: Tensor, scale: float = 1.
         total.add_(first @ second, alpha=scale)
 
 
+def _of_one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """A step of decoding: a row of scores a head, and no copy of the keys and values."""
+    scores = k @ (q * q.shape[-1] ** -0.5).mT  # (..., S, 1): in bfloat16 quicker than q k^T
+    scores = scores.mT
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    return softmax(scores) @ v
+
+
 def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False
 ) -> Tensor:
@@ -204,6 +213,8 @@ def attention(
     if causal and k.shape[-2] < q.shape[-2]:  # queries before the first key
         return CLEAR.attention(q, k, v, mask, causal)
     q, k, v = as_autocast(q, k, v)
+    if q.shape[-2] == 1 and not torch.is_grad_enabled():
+        return _of_one_query(q, k, v, mask)
     num_heads = q.shape[-3] if q.dim() > 2 else 1
     if mask is not None:
         mask = mask.expand(*q.shape[:-1], k.shape[-2])

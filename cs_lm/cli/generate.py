@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from cs_lm.cli.errors import readable_errors
-from cs_lm.config import device_setting, setting
+from cs_lm.config import DTYPES, device_setting, setting
 from cs_lm.decoding import DecodingConfig, generate_text
 from cs_lm.device import resolve_device
 from cs_lm.flags import parse_config
@@ -24,6 +26,9 @@ class GenerateConfig:
     prompt: str | None = setting(None, "text to go on from")
     prompt_file: str | None = setting(None, "file with the text to go on from")
     device: str = device_setting()
+    dtype: str = setting(
+        "float32", "of the weights; bfloat16 is quicker and less exact", choices=DTYPES
+    )
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
 
     def problems(self) -> list[str]:
@@ -49,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prompt = _decoded("standard input", sys.stdin.buffer.read())
     if prompt == "":
         raise ValueError("prompt: got an empty text, need at least one character")
-    trained = load_trained(folder, config.checkpoint, device)
+    trained = load_trained(folder, config.checkpoint, device, getattr(torch, config.dtype))
     if prompt is not None:
         _write(trained, prompt, config.decoding)
         return 0

@@ -68,6 +68,8 @@ def test_generate_from_an_argument_and_a_file(capsys, tmp_path):
     assert shown == shown_by(capsys, *argv, "--prompt_file", str(tmp_path / "p.txt"))
     assert shown != shown_by(capsys, *argv, "--prompt", "The dog", "--seed", "1")
     assert shown_by(capsys, *argv, "--prompt", "The dog", "--checkpoint", "last")
+    half = shown_by(capsys, *argv, "--prompt", "The dog", "--dtype", "bfloat16")
+    assert half.startswith("The dog") and len(half) > 20
 
 
 def generate_in_a_process(standard_input: str, *argv: str) -> subprocess.CompletedProcess:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cs_lm.config import ModelConfig
 from cs_lm.decoding import DecodingConfig, generate
@@ -60,3 +61,50 @@ def test_rows_of_a_ragged_batch_do_not_see_each_other(model, generator):
     config = DecodingConfig(temperature=0, max_new_tokens=2 * CONTEXT)
     together = generate(model, prompts, config)
     assert together == [naive(model, prompt, 2 * CONTEXT) for prompt in prompts]
+
+
+class LargestNew(TorchDispatchMode):
+    """Notes how many numbers the largest tensor has that an operation makes in new memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            memory = result.untyped_storage().data_ptr()
+            given = [x for x in args if isinstance(x, torch.Tensor)]
+            if all(x.untyped_storage().data_ptr() != memory for x in given):
+                self.numel = max(self.numel, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("ops", [CLEAR, FAST], ids=["clear", "fast"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch_size", [1, 2])
+@torch.no_grad()
+def test_a_step_copies_nothing_of_the_cache(batch_size, dtype, ops):
+    length = 60
+    config = ModelConfig(12, 3, 20, V, 2, 80)
+    model = TransformerLM(config, ops, torch.Generator().manual_seed(4)).cast_weights(dtype)
+    cache = new_cache(model, batch_size, 80)
+    model(torch.ones(batch_size, length, dtype=torch.int64), cache=cache)
+    with LargestNew() as largest:
+        model(torch.ones(batch_size, 1, dtype=torch.int64), cache=cache)
+    num_scores = batch_size * config.num_heads * (length + 1)
+    assert largest.numel == num_scores < batch_size * config.d_model * length
+
+
+@torch.no_grad()
+def test_bfloat16_weights_give_nearly_the_same_scores(generator):
+    ids = torch.randint(0, V, (2, CONTEXT), generator=generator)
+    config = ModelConfig(12, 3, 20, V, 2, CONTEXT)
+    model = TransformerLM(config, FAST, torch.Generator().manual_seed(4))
+    expected = model(ids)
+    model.cast_weights(torch.bfloat16)
+    assert model.rope.cos.dtype == torch.float32, "positions stay exact"
+    cache = new_cache(model, 2, CONTEXT)
+    scores = torch.cat([model(ids[:, t : t + 1], cache=cache) for t in range(CONTEXT)], 1)
+    assert scores.dtype == torch.bfloat16
+    close(scores.float(), expected, DEEP, torch.bfloat16)

@@ -1,0 +1,96 @@
+"""Generation token by token beside `transformers`' `generate`, for a Llama of the same shape.
+
+    python -m benchmarks.decoding [--rounds 5]
+
+One prompt, greedy, the 57.7 M parameters of `benchmarks.training`. A step's cost is mostly reading
+the weights.
+"""
+
+import argparse
+import functools
+import time
+
+from benchmarks.measure import Found, in_turns
+from benchmarks.training import MODELS
+
+PROMPT = [11, 7, 5, 3]
+NUM_TOKENS = 200
+LONG = 2000
+
+
+def our_model(dtype: str, context_length: int):
+    import torch
+
+    from cs_lm.config import ModelConfig
+    from cs_lm.model import TransformerLM
+
+    sizes = MODELS["57.7 M, B 8, T 256"][0] | {"context_length": context_length}
+    model = TransformerLM(ModelConfig(**sizes)).eval()
+    return model.cast_weights(getattr(torch, dtype))
+
+
+def ours(dtype: str):
+    from cs_lm.decoding import DecodingConfig, generate
+
+    model = our_model(dtype, 512)
+    generate(model, [PROMPT], DecodingConfig(max_new_tokens=8, temperature=0))
+    config = DecodingConfig(max_new_tokens=NUM_TOKENS, temperature=0)
+    return lambda: generate(model, [PROMPT], config)
+
+
+def transformers(dtype: str):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = MODELS["57.7 M, B 8, T 256"][0]
+    config = LlamaConfig(
+        vocab_size=sizes["vocab_size"], hidden_size=sizes["d_model"],
+        intermediate_size=sizes["d_ff"], num_hidden_layers=sizes["num_layers"],
+        num_attention_heads=sizes["num_heads"], max_position_embeddings=512, eos_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval().to(getattr(torch, dtype))
+    ids = torch.tensor([PROMPT])
+
+    def generate(num_tokens=NUM_TOKENS):
+        with torch.no_grad():
+            model.generate(ids, max_new_tokens=num_tokens, do_sample=False)
+
+    generate(8)
+    return generate
+
+
+def by_length(dtype: str):
+    """Whether a token late in the text costs what an early one does."""
+    from cs_lm.decoding import DecodingConfig, token_steps
+
+    model = our_model(dtype, len(PROMPT) + LONG)
+
+    def timed() -> Found:
+        config = DecodingConfig(max_new_tokens=LONG, temperature=0)
+        times_s = [time.perf_counter()]
+        for _ in token_steps(model, [PROMPT], config, [False]):
+            times_s.append(time.perf_counter())
+        first, last = times_s[201] - times_s[1], times_s[-1] - times_s[-201]
+        return Found(tokens_1_to_200=first / 200, last_200=last / 200, last_over_first=last / first)
+
+    return timed
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args(argv).rounds
+    contestants = {
+        "cs_lm": functools.partial(ours, "float32"),
+        "transformers": functools.partial(transformers, "float32"),
+        "cs_lm, bfloat16 weights": functools.partial(ours, "bfloat16"),
+        "transformers, bfloat16 weights": functools.partial(transformers, "bfloat16"),
+    }
+    in_turns("a token of 200, one prompt", contestants, rounds, repeats=NUM_TOKENS)
+    for dtype in ("float32", "bfloat16"):
+        who = {f"cs_lm, {dtype} weights": functools.partial(by_length, dtype)}
+        in_turns(f"a token, by length, up to {LONG}", who, rounds=1, repeats=LONG)
+
+
+if __name__ == "__main__":
+    main()
