@@ -18,7 +18,7 @@ MODELS = {
          "context_length": 256}, 8, 4,
     ),
     "0.82 M, B 12, T 64": (
-        {"d_model": 128, "num_heads": 4, "d_ff": 344, "num_layers": 4, "vocab_size": 256,
+        {"d_model": 128, "num_heads": 4, "d_ff": 320, "num_layers": 4, "vocab_size": 256,
          "context_length": 64}, 12, 200,
     ),
 }  # fmt: skip
@@ -49,10 +49,12 @@ def ours(name: str, dtype: str):
     import torch
 
     from cs_lm.config import ModelConfig
+    from cs_lm.device import keep_freed_memory
     from cs_lm.model import TransformerLM, next_token_loss
     from cs_lm.optim import AdamW, parameter_groups
     from cs_lm.train import autocast, train_step
 
+    keep_freed_memory()  # as a run does
     sizes, batch_size, num_steps = MODELS[name]
     x, y = _batch(sizes, batch_size)
     before_mb = peak_mb()

@@ -1,5 +1,7 @@
 """Which device a run uses, and in which precision its products are."""
 
+import ctypes
+import sys
 import time
 
 import torch
@@ -63,3 +65,21 @@ def matrix_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
         (matrix @ matrix)[0, 0].item()  # waits for the device
         times_s.append(time.perf_counter() - start_s)
     return 2 * size**3 / min(times_s[1:])
+
+
+# Numbers of glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+
+def keep_freed_memory() -> None:
+    """Lets the process keep what tensors give back, for the next ones; Linux with glibc only.
+
+    Otherwise large tensors of a CPU go back to the system and are cleared page by page when they
+    are made again: tens of thousands of page faults in each training step.
+    Cost: memory is not returned until the process ends.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(_M_MMAP_MAX, 0)
+            mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

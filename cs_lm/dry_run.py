@@ -24,8 +24,8 @@ FLOAT_BYTES = 4
 # Floats that a forward pass keeps for the backward one, counted with saved_tensors_hooks:
 # multiples of D, F and H * T for each layer and position, and of V for each position.
 KEPT_FLOATS = {
-    ("fast", "float32"): (11, 5, 0, 0),
-    ("fast", "bfloat16"): (10, 3, 0, 0),
+    ("fast", "float32"): (6, 2, 0, 0),
+    ("fast", "bfloat16"): (4, 1, 0, 0),
     ("clear", "float32"): (10, 5, 2, 2),
     ("clear", "bfloat16"): (9, 3, 1.5, 1.5),
 }

@@ -4,40 +4,39 @@
 value and in gradient.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cs_lm.device import as_autocast, product_dtype
-from cs_lm.ops import CLEAR, IGNORE_INDEX, check_targets
-from cs_lm.tiled_attention import LOG2_E, attention
+from cs_lm.gradients import (
+    cached_parts,
+    complex_rotation,
+    gated,
+    gated_backward,
+    normalise,
+    normalise_backward,
+    turned,
+)
+from cs_lm.ops import CLEAR, IGNORE_INDEX, check_targets, softmax
+from cs_lm.tiled_attention import LOG2_E, attention_backward, attention_forward
 
 
 class _RMSNorm(torch.autograd.Function):
-    """With n = x / rms(x) and gradient g: dw = sum(g n), dx = (g w - n mean(g w n)) / rms(x)."""
-
     @staticmethod
     def forward(ctx, x, weight, eps, dtype):
-        normal, scale = _normalised(x, weight, eps, dtype)
+        normal, scale = normalise(x, eps)
         ctx.save_for_backward(x, weight, scale)
-        return normal
+        return normal.mul_(weight).to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
         x, weight, scale = ctx.saved_tensors
-        normal = x * scale
-        product = normal * grad_output
-        mean = (product @ weight.to(product.dtype)).div_(x.shape[-1]).unsqueeze(-1)  # (N, 1)
-        grad_x = (grad_output * weight).to(product.dtype)
-        grad_x.addcmul_(normal, mean, value=-1).mul_(scale)
-        return grad_x.to(x.dtype), product.sum(0).to(weight.dtype), None, None
-
-
-def _normalised(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()  # (N, 1)
-    return (wide * scale).mul_(weight).to(dtype), scale
+        grad_x, grad_weight = normalise_backward(grad_output, x * scale, scale, weight)
+        return grad_x.to(x.dtype), grad_weight, None, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -46,70 +45,48 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Under autocast it gives what the products behind it would round it to.
     """
     if not torch.is_grad_enabled():
-        return _normalised(x, weight, eps, product_dtype(x))[0]
+        return normalise(x, eps)[0].mul_(weight).to(product_dtype(x))
     rows = x.reshape(-1, x.shape[-1])
     return _RMSNorm.apply(rows, weight, eps, product_dtype(x)).view(x.shape)
 
 
 class _Turn(torch.autograd.Function):
-    """Pairs as complex numbers, times those of the rotation; the gradient turns back."""
-
     @staticmethod
     def forward(ctx, x, rotation):
         ctx.save_for_backward(rotation)
-        return _turned(x, rotation)
+        return turned(x, rotation)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
         (rotation,) = ctx.saved_tensors
-        return _turned(grad_output, rotation.conj()), None
-
-
-def _turned(x: Tensor, rotation: Tensor) -> Tensor:
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
+        return turned(grad_output, rotation.conj()), None
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`ops.rope` as one complex product."""
     if torch.compiler.is_compiling():  # which writes real loops only
         return CLEAR.rope(x, cos, sin)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    rotation = torch.complex(cos.to(wide), sin.to(wide))
-    return _Turn.apply(x, rotation) if torch.is_grad_enabled() else _turned(x, rotation)
+    rotation = complex_rotation(cos, sin)
+    return _Turn.apply(x, rotation) if torch.is_grad_enabled() else turned(x, rotation)
 
 
 class _SwiGLU(torch.autograd.Function):
-    """Keeps x and both products with it; the rest is computed again.
-
-    With a = W1 x, b = W3 x, s = sigmoid(a), and u = W2^T g for the gradient g:
-
-        db = u a s        da = u b (s + a s (1 - s))
-    """
+    """Keeps x and both products with it; the rest is computed again."""
 
     @staticmethod
     def forward(ctx, x, w1, w2, w3):
         gate, value = x @ w1.T, x @ w3.T  # (N, F)
         ctx.save_for_backward(x, w1, w2, w3, gate, value)
-        hidden = torch.sigmoid(gate).mul_(gate).mul_(value)
-        return hidden @ w2.T
+        return gated(gate, value) @ w2.T
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
         x, w1, w2, w3, gate, value = ctx.saved_tensors
-        sigmoid = torch.sigmoid(gate)
-        silu = gate * sigmoid
-        grad_hidden = grad_output @ w2
-        grad_value = grad_hidden * silu
-        grad_w2 = grad_output.T @ (silu * value)
-        slope = torch.addcmul(silu, sigmoid, silu, value=-1).add_(sigmoid)
-        grad_gate = grad_hidden.mul_(value).mul_(slope)
-        del sigmoid, silu, slope
+        hidden, grad_gate, grad_value = gated_backward(gate, value, grad_output @ w2)
         grad_x = (grad_gate @ w1).addmm_(grad_value, w3)
-        return grad_x, grad_gate.T @ x, grad_w2, grad_value.T @ x
+        return grad_x, grad_gate.T @ x, (hidden.T @ grad_output).T, grad_value.T @ x
 
 
 def swiglu(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
@@ -119,9 +96,8 @@ def swiglu(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
 
 
 # Scores that exist at one time (64 MB in float32): as many rows of them as products need to be
-# quick. On a CPU the passes between the products go over parts that stay in its cache.
+# quick.
 _BLOCK_SCORES = 1 << 24
-_CACHE_SCORES = 1 << 18
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -167,10 +143,7 @@ def _add_losses(
     Their gradients, if wanted, are left in it: d loss / d score = probability - [is target].
     """
     wide = loss_sum.dtype
-    rows = len(scores)
-    if scores.device.type == "cpu":
-        rows = max(1, _CACHE_SCORES // scores.shape[-1])
-    for part, part_targets in zip(scores.split(rows), targets.split(rows)):
+    for part, part_targets in cached_parts(scores, targets):
         counted = (part_targets != ignore_index).unsqueeze(-1)  # (n, 1)
         safe_targets = part_targets.unsqueeze(-1).where(counted, 0)
         part_scores = part.to(wide)
@@ -202,6 +175,54 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(
         x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1), ignore_index, with_gradients
     )
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps the row normalisers, and no attention weights."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, causal):
+        output, log_normaliser = attention_forward(q, k, v, mask, causal)
+        ctx.save_for_backward(q, k, v, mask, output, log_normaliser)
+        ctx.causal = causal
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        q, k, v, mask, output, log_normaliser = ctx.saved_tensors
+        mean = (grad_output * output).sum(-1, keepdim=True, dtype=log_normaliser.dtype)
+        gradients = attention_backward(grad_output, mean, q, k, v, mask, log_normaliser, ctx.causal)
+        return *gradients, None, None
+
+
+def _of_one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """A step of decoding: a row of scores a head, and no copy of the keys and values."""
+    scores = k @ (q * q.shape[-1] ** -0.5).mT  # (..., S, 1): in bfloat16 quicker than q k^T
+    scores = scores.mT
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    return softmax(scores) @ v
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False
+) -> Tensor:
+    """`ops.attention` without holding (T, S) scores, and without computing masked tiles.
+
+    q, k and v have the same leading axes.
+    """
+    if causal and k.shape[-2] < q.shape[-2]:  # queries before the first key
+        return CLEAR.attention(q, k, v, mask, causal)
+    q, k, v = as_autocast(q, k, v)
+    if q.shape[-2] == 1 and not torch.is_grad_enabled():
+        return _of_one_query(q, k, v, mask)
+    num_heads = q.shape[-3] if q.dim() > 2 else 1
+    if mask is not None:
+        mask = mask.expand(*q.shape[:-1], k.shape[-2])
+        mask = mask.reshape(-1, num_heads, *mask.shape[-2:])
+    four = (x.reshape(-1, num_heads, *x.shape[-2:]) for x in (q, k, v))
+    return _Attention.apply(*four, mask, causal).reshape(*q.shape[:-1], v.shape[-1])
 
 
 FAST = CLEAR._replace(

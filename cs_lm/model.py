@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from cs_lm.config import ModelConfig
+from cs_lm.fast_block import transformer_block
 from cs_lm.fast_ops import FAST
 from cs_lm.kv_cache import KVCache
 from cs_lm.layers import Embedding, Linear, MultiHeadSelfAttention, RMSNorm, RoPE, Rotation, SwiGLU
@@ -18,6 +19,7 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, config: ModelConfig, ops: Ops = FAST, generator=None, device=None):
         super().__init__()
+        self.as_one = ops is FAST  # in training: `fast_block.py`
         self.ln1 = RMSNorm(config.d_model, config.norm_eps, ops, device)
         self.attn = MultiHeadSelfAttention(config.d_model, config.num_heads, ops, generator, device)
         self.ln2 = RMSNorm(config.d_model, config.norm_eps, ops, device)
@@ -31,8 +33,20 @@ class TransformerBlock(nn.Module):
         cache: KVCache | None = None,
         layer: int = 0,
     ) -> Tensor:  # (..., T, D) -> (..., T, D)
+        plain = mask is None and cache is None and rotation[0].dim() == 2
+        if self.as_one and plain and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return self._as_one(x, rotation)
         x = x + self.attn(self.ln1(x), rotation, mask, cache, layer)
         return x + self.ffn(self.ln2(x))
+
+    def _as_one(self, x: Tensor, rotation: Rotation) -> Tensor:
+        attn, ffn = self.attn, self.ffn
+        layers = (
+            attn.q_proj, attn.k_proj, attn.v_proj, attn.output_proj, ffn.w1, ffn.w2, ffn.w3,
+        )  # fmt: skip
+        weights = tuple(layer.weight for layer in layers)
+        gains = self.ln1.weight, self.ln2.weight
+        return transformer_block(x, *rotation, attn.num_heads, self.ln1.eps, gains, weights)
 
 
 class TransformerLM(nn.Module):

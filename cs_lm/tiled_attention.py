@@ -1,16 +1,15 @@
 """Attention in tiles: a block of queries against blocks of keys, with a hand-derived gradient."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from cs_lm.device import as_autocast
-from cs_lm.ops import CLEAR, softmax
+from cs_lm.gradients import at_least_float32
 
 LOG2_E = math.log2(math.e)
+_ALL = slice(None), slice(None)
 
 # A tile has so many scores of each head, and an eighth of the queries within these bounds: where
 # there are few, narrow tiles leave out more of the masked half.
@@ -21,86 +20,108 @@ _CPU_TILE_SCORES = 1 << 20
 _TILE_SCORES = 1 << 26
 
 
-class _Attention(torch.autograd.Function):
-    """Attention tile by tile; keeps the row normalisers, and no attention weights.
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Attention tile by tile, and the row normalisers, which is all that backward needs.
+
+    Shapes: q (B, H, T, K), k and v (B, H, S, K), mask (B, H, T, S), returns (B, H, T, K) and
+    (B, H, T, 1); the output lies in memory as (B, T, H, K)
+    """
+    output = _new_heads(q, v.shape[-1])
+    log_normaliser = q.new_empty(
+        *q.shape[:-1], 1, dtype=torch.promote_types(q.dtype, torch.float32)
+    )
+    (memory,) = _memory(q, k, 1)
+    for heads in _head_blocks(q, k):
+        keys, values = _flat(k, heads), _flat(v, heads)  # (n, S, K)
+        for rows, tiles in _tiles(q, k, causal):
+            queries = _flat(q, heads, rows)
+            so_far = None
+            for tile, first_masked in tiles:
+                part = None if mask is None else _flat(mask, heads, rows)[..., tile]
+                scores = _scores(memory, queries, keys[:, tile], first_masked, part)
+                so_far = _averaged(scores, values[:, tile], so_far, mask is not None)
+            peak, total, summed = so_far
+            total.clamp_(min=1.0)  # it is, but for a row of -inf alone
+            _put(output, summed.div_(total), heads, rows)
+            _put(log_normaliser, total.log2_().add_(peak), heads, rows)
+    return output, log_normaliser
+
+
+def attention_backward(
+    grad_output: Tensor,
+    mean: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    log_normaliser: Tensor,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by q, k and v, like them in shape and contiguous.
 
     With P = softmax(S), O = P v and dO the gradient by O, a tile's gradients are
 
         dv = P^T dO      dS = P * (dO v^T - rowsum(dO * O))      dq = dS k      dk = dS^T q
 
     and P = exp(S - log-normaliser) is computed again (Dao et al. 2022, FlashAttention, appendix B).
-    All logarithms are to base 2: exp2 takes a third of the time of exp on a CPU.
-    A row's maximum and sum over the tiles seen so far are corrected by each further tile (Milakov
-    and Gimelshein 2018).
+
+    mean  rowsum(dO * O), (B, H, T, 1)
     """
-
-    @staticmethod
-    def forward(ctx, q, k, v, mask, causal):
-        wide = torch.promote_types(q.dtype, torch.float32)
-        output = _new_heads(q, v.shape[-1])
-        log_normaliser = q.new_empty(*q.shape[:-1], 1, dtype=wide)
-        memory = _memory(q, k)
-        for heads in _head_blocks(q, k):
-            keys, values = _flat(k[heads]), _flat(v[heads])  # (n, S, K)
-            for rows, tiles in _tiles(q, k, causal):
-                queries = _flat(q[heads][..., rows, :])
-                peak = total = summed = None
-                for tile in tiles:
-                    scores = _scores(
-                        memory, queries, keys[:, tile], _first_masked(q, k, rows, tile, causal),
-                        None if mask is None else mask[heads][..., rows, tile],
-                    )  # fmt: skip
-                    new_peak = scores.amax(-1, keepdim=True)
-                    if mask is not None:  # a row may be all -inf
-                        new_peak.clamp_(min=torch.finfo(wide).min)
-                    if peak is not None:
-                        new_peak = torch.maximum(peak, new_peak)
-                    weights = scores.sub_(new_peak).exp2_()
-                    new_total = weights.sum(-1, keepdim=True)
-                    new_sum = (weights.to(v.dtype) @ values[:, tile]).to(wide)
-                    if peak is not None:
-                        earlier = peak.sub_(new_peak).exp2_()
-                        new_total.addcmul_(total, earlier)
-                        new_sum.addcmul_(summed, earlier)
-                    peak, total, summed = new_peak, new_total, new_sum
-                total.clamp_(min=1.0)  # it is, but for a row of -inf alone
-                _put(output[heads][..., rows, :], summed.div_(total))
-                _put(log_normaliser[heads][..., rows, :], total.log2_().add_(peak))
-        ctx.save_for_backward(q, k, v, mask, output, log_normaliser)
-        ctx.causal = causal
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_output):
-        q, k, v, mask, output, log_normaliser = ctx.saved_tensors
-        scale, wide = q.shape[-1] ** -0.5, log_normaliser.dtype
-        grad_q, grad_k, grad_v = (_new_heads(x, x.shape[-1]) for x in (q, k, v))
-        memory, more_memory = _memory(q, k), _memory(q, k)
-        for heads in _head_blocks(q, k):
-            keys, values = _flat(k[heads]), _flat(v[heads])
-            grad_keys, grad_values = (torch.zeros_like(x, dtype=wide) for x in (keys, values))
-            for rows, tiles in _tiles(q, k, ctx.causal):
-                queries, grad_rows, averages, normalisers = (
-                    _flat(x[heads][..., rows, :]) for x in (q, grad_output, output, log_normaliser)
+    scale, wide = q.shape[-1] ** -0.5, log_normaliser.dtype
+    grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
+    memory, more_memory = _memory(q, k, 2)
+    for heads in _head_blocks(q, k):
+        keys, values = _flat(k, heads), _flat(v, heads)
+        grad_keys, grad_values = (torch.zeros_like(x, dtype=wide) for x in (keys, values))
+        for rows, tiles in _tiles(q, k, causal):
+            queries, grad_rows, means, normalisers = (
+                _flat(x, heads, rows) for x in (q, grad_output, mean, log_normaliser)
+            )
+            grad_queries = torch.zeros_like(queries, dtype=wide)
+            for tile, first_masked in tiles:
+                part = None if mask is None else _flat(mask, heads, rows)[..., tile]
+                scores = _scores(memory, queries, keys[:, tile], first_masked, part)
+                weights = scores.sub_(normalisers).exp2_()
+                _add_product(grad_values[:, tile], weights.to(v.dtype).mT, grad_rows)
+                grad_scores = at_least_float32(
+                    _products(more_memory, grad_rows, values[:, tile].mT)
                 )
-                mean = (grad_rows * averages).sum(-1, keepdim=True, dtype=wide)
-                grad_queries = torch.zeros_like(queries, dtype=wide)
-                for tile in tiles:
-                    scores = _scores(
-                        memory, queries, keys[:, tile], _first_masked(q, k, rows, tile, ctx.causal),
-                        None if mask is None else mask[heads][..., rows, tile],
-                    )  # fmt: skip
-                    weights = scores.sub_(normalisers).exp2_()
-                    _add_product(grad_values[:, tile], weights.to(v.dtype).mT, grad_rows)
-                    grad_scores = _products(more_memory, grad_rows, values[:, tile].mT).to(wide)
-                    grad_scores = grad_scores.sub_(mean).mul_(weights).to(q.dtype)
-                    _add_product(grad_queries, grad_scores, keys[:, tile], scale)
-                    _add_product(grad_keys[:, tile], grad_scores.mT, queries, scale)
-                _put(grad_q[heads][..., rows, :], grad_queries)
-            _put(grad_k[heads], grad_keys)
-            _put(grad_v[heads], grad_values)
-        return grad_q, grad_k, grad_v, None, None
+                grad_scores = grad_scores.sub_(means).mul_(weights).to(q.dtype)
+                _add_product(grad_queries, grad_scores, keys[:, tile], scale)
+                _add_product(grad_keys[:, tile], grad_scores.mT, queries, scale)
+            _put(grad_q, grad_queries, heads, rows)
+        _put(grad_k, grad_keys, heads)
+        _put(grad_v, grad_values, heads)
+    return grad_q, grad_k, grad_v
+
+
+def _averaged(
+    scores: Tensor,
+    values: Tensor,
+    so_far: tuple[Tensor, Tensor, Tensor] | None,
+    may_be_empty: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each row's highest score, sum of weights, and sum of weighted values, with one more tile.
+
+    All logarithms are to base 2: exp2 takes a third of the time of exp on a CPU.
+    Maximum and sums over the tiles so far are corrected by each further tile (Milakov and
+    Gimelshein 2018).
+    """
+    peak = scores.amax(-1, keepdim=True)
+    if may_be_empty:  # a row may be all -inf
+        peak.clamp_(min=torch.finfo(scores.dtype).min)
+    if so_far is not None:
+        peak = torch.maximum(so_far[0], peak)
+    weights = scores.sub_(peak).exp2_()
+    total = weights.sum(-1, keepdim=True)
+    summed = (weights.to(values.dtype) @ values).to(scores.dtype)
+    if so_far is not None:
+        earlier = so_far[0].sub_(peak).exp2_()
+        total.addcmul_(so_far[1], earlier)
+        summed.addcmul_(so_far[2], earlier)
+    return peak, total, summed
 
 
 def _new_heads(x: Tensor, size: int) -> Tensor:
@@ -125,34 +146,40 @@ def _heads_and_entries(q: Tensor, k: Tensor) -> tuple[int, int]:
 def _head_blocks(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
     """Slices of (B, H): whole batch entries, or a part of one."""
     heads, entries = _heads_and_entries(q, k)
+    if (entries, heads) == q.shape[:2]:
+        yield _ALL
+        return
     for entry in range(0, q.shape[0], entries):
         for head in range(0, q.shape[1], heads):
             yield slice(entry, entry + entries), slice(head, head + heads)
 
 
-def _tiles(q: Tensor, k: Tensor, causal: bool) -> Iterator[tuple[slice, list[slice]]]:
-    """Ranges of queries, and for each the ranges of keys that they see."""
+def _tiles(q: Tensor, k: Tensor, causal: bool) -> Iterator[tuple[slice, list]]:
+    """Ranges of queries, and for each the ranges of keys that they see.
+
+    Beside a range of keys stands the first of them, counted from its start, that the first of the
+    queries may not see any more, or None.
+    """
     num_queries, num_keys = q.shape[-2], k.shape[-2]
     size = _tile_queries(q)
     key_size = _HEAD_SCORES // size
     for start in range(0, num_queries, size):
         end = min(start + size, num_queries)
         seen = num_keys - num_queries + end if causal else num_keys
-        tiles = [slice(key, min(key + key_size, seen)) for key in range(0, seen, key_size)]
+        later = num_keys - num_queries + start + 1 if causal else num_keys
+        tiles = []
+        for key in range(0, seen, key_size):
+            stop = min(key + key_size, seen)
+            tiles.append((slice(key, stop), later - key if stop > later else None))
         yield slice(start, end), tiles
 
 
-def _first_masked(q: Tensor, k: Tensor, rows: slice, tile: slice, causal: bool) -> int | None:
-    """The key of the tile, from its start, that the tile's first query may not see any more."""
-    first = rows.start + k.shape[-2] - q.shape[-2] + 1
-    return first - tile.start if causal and tile.stop > first else None
-
-
-def _memory(q: Tensor, k: Tensor) -> Tensor:
-    """Room for the scores of one tile, for all tiles after each other."""
+def _memory(q: Tensor, k: Tensor, count: int) -> Iterable[Tensor]:
+    """Room for the scores of one tile, for all tiles after each other; so many of them."""
     heads, entries = _heads_and_entries(q, k)
     rows = _tile_queries(q)
-    return q.new_empty(heads * entries * rows * (_HEAD_SCORES // rows))
+    per_head = min(rows, q.shape[-2]) * min(_HEAD_SCORES // rows, k.shape[-2])
+    return q.new_empty(count, heads * entries * per_head)
 
 
 def _products(memory: Tensor, first: Tensor, second: Tensor) -> Tensor:
@@ -170,20 +197,28 @@ def _scores(
     if first_masked is None:
         torch.baddbmm(scores, queries, keys.mT, beta=0, alpha=scale, out=scores)
     else:
-        device = queries.device
-        last = torch.arange(first_masked, first_masked + shape[1], device=device).unsqueeze(-1)
-        later = torch.arange(shape[2], device=device) >= last
-        bias = queries.new_zeros(shape[1:]).masked_fill_(later, -math.inf)
+        bias = queries.new_full(shape[1:], -math.inf).triu_(first_masked)
         torch.baddbmm(bias, queries, keys.mT, alpha=scale, out=scores)
-    scores = scores.to(torch.promote_types(queries.dtype, torch.float32))
-    return scores if mask is None else scores.masked_fill_(~_flat(mask), -math.inf)
+    scores = at_least_float32(scores)
+    return scores if mask is None else scores.masked_fill_(~mask, -math.inf)
 
 
-def _flat(x: Tensor) -> Tensor:  # (b, h, T, K) -> (b h, T, K)
+def _flat(x: Tensor, heads: tuple[slice, slice], rows: slice | None = None) -> Tensor:
+    """(B, H, T, K), of which a part, to (b h, t, K)."""
+    if heads is not _ALL:
+        x = x[heads]
+    if rows is not None and rows.stop - rows.start < x.shape[-2]:
+        x = x[..., rows, :]
     return x.reshape(-1, *x.shape[-2:])
 
 
-def _put(target: Tensor, flat: Tensor) -> None:
+def _put(
+    target: Tensor, flat: Tensor, heads: tuple[slice, slice], rows: slice | None = None
+) -> None:
+    if heads is not _ALL:
+        target = target[heads]
+    if rows is not None:
+        target = target[..., rows, :]
     target.copy_(flat.view(target.shape))
 
 
@@ -192,32 +227,3 @@ def _add_product(total: Tensor, first: Tensor, second: Tensor, scale: float = 1.
         total.baddbmm_(first, second, alpha=scale)
     else:  # float32 sums of bfloat16 products
         total.add_(first @ second, alpha=scale)
-
-
-def _of_one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """A step of decoding: a row of scores a head, and no copy of the keys and values."""
-    scores = k @ (q * q.shape[-1] ** -0.5).mT  # (..., S, 1): in bfloat16 quicker than q k^T
-    scores = scores.mT
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
-    return softmax(scores) @ v
-
-
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False
-) -> Tensor:
-    """`ops.attention` without holding (T, S) scores, and without computing masked tiles.
-
-    q, k and v have the same leading axes.
-    """
-    if causal and k.shape[-2] < q.shape[-2]:  # queries before the first key
-        return CLEAR.attention(q, k, v, mask, causal)
-    q, k, v = as_autocast(q, k, v)
-    if q.shape[-2] == 1 and not torch.is_grad_enabled():
-        return _of_one_query(q, k, v, mask)
-    num_heads = q.shape[-3] if q.dim() > 2 else 1
-    if mask is not None:
-        mask = mask.expand(*q.shape[:-1], k.shape[-2])
-        mask = mask.reshape(-1, num_heads, *mask.shape[-2:])
-    four = (x.reshape(-1, num_heads, *x.shape[-2:]) for x in (q, k, v))
-    return _Attention.apply(*four, mask, causal).reshape(*q.shape[:-1], v.shape[-1])

@@ -16,7 +16,7 @@ from cs_lm.checkpoint import restore
 from cs_lm.compiling import Compiled
 from cs_lm.config import RunConfig, to_json
 from cs_lm.decoding import DecodingConfig, generate_text
-from cs_lm.device import describe, matrix_flops_per_s, resolve_device
+from cs_lm.device import describe, keep_freed_memory, matrix_flops_per_s, resolve_device
 from cs_lm.evaluation import Evaluation, evaluate, gzip_bits_per_byte, token_byte_lengths
 from cs_lm.fast_ops import FAST
 from cs_lm.metrics import (
@@ -98,6 +98,7 @@ class Trainer:
     ):
         self.config, self.data, self.folder = config, data, folder
         self.device = resolve_device(config.device)
+        keep_freed_memory()
         generator = torch.Generator().manual_seed(config.seed)
         self.model = TransformerLM(
             config.model, OPS[config.ops], generator, self.device, config.activation_checkpointing

@@ -15,9 +15,10 @@ FILES = sorted((ROOT / "cs_lm").rglob("*.py"))
 FLOORS = {
     "config": 0, "ops": 0, "device": 0, "whole_file": 0, "recompute": 0,
     "stop_signals": 0, "compiling": 0,
+    "gradients": 0,
     "tiled_attention": 1, "weight_init": 1, "kv_cache": 1, "token_store": 1, "tokenizer": 1,
     "flags": 1,
-    "fast_ops": 2, "layers": 2, "prepare": 2,
+    "fast_ops": 2, "fast_block": 2, "layers": 2, "prepare": 2,
     "model": 3, "optim": 3, "schedule": 3, "batches": 3, "checkpoint": 3, "metrics": 3,
     "evaluation": 4, "decoding": 4, "run_folder": 4,
     "train": 5,

@@ -1,0 +1,91 @@
+"""Forward and backward of the small operations, by hand, for `fast_ops.py` and `fast_block.py`.
+
+Everything is at least float32 inside. Rows (N, ...) stand for all leading axes.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# On a CPU, passes that follow each other go over parts of so many numbers: they stay in its cache.
+CACHE_NUMBERS = 1 << 18
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def cached_parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of all tensors, few enough for a CPU's cache; elsewhere all rows at once."""
+    first = tensors[0]
+    whole = first.numel() <= CACHE_NUMBERS or first.device.type != "cpu"
+    if whole or torch.compiler.is_compiling():
+        return iter((tensors,))
+    rows = max(1, CACHE_NUMBERS // first.shape[-1])
+    return zip(*(tensor.split(rows) for tensor in tensors))
+
+
+def normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """n = x / rms(x) and 1 / rms(x), (N, 1)."""
+    wide = at_least_float32(x)
+    scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return wide * scale, scale
+
+
+def normalise_backward(
+    grad: Tensor, normal: Tensor, scale: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients by x and weight w of n w, whose gradient is g:
+
+    dw = sum(g n)      dx = (g w - n mean(g w n)) / rms(x)
+    """
+    product = normal * grad
+    mean = (product @ weight.to(product.dtype)).div_(normal.shape[-1]).unsqueeze(-1)  # (N, 1)
+    grad_x = (grad * weight).to(product.dtype)
+    grad_x.addcmul_(normal, mean, value=-1).mul_(scale)
+    return grad_x, product.sum(0).to(weight.dtype)
+
+
+def complex_rotation(cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns pairs as complex numbers by multiplication; its conjugate turns them back."""
+    return torch.complex(at_least_float32(cos), at_least_float32(sin))
+
+
+def as_pairs(x: Tensor) -> Tensor:
+    """Neighbours (0,1), (2,3), ... as complex numbers: (..., K) float32 to (..., K/2), a view."""
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+
+
+def turned(x: Tensor, rotation: Tensor) -> Tensor:
+    """x (..., T, K) turned by `rotation` (..., T, K/2), in x's dtype."""
+    pairs = as_pairs(at_least_float32(x)) * rotation
+    return torch.view_as_real(pairs).flatten(-2).to(x.dtype)
+
+
+def gated(gate: Tensor, value: Tensor) -> Tensor:
+    """silu(gate) * value."""
+    hidden = torch.empty_like(gate)
+    for a, b, out in cached_parts(gate, value, hidden):
+        torch.sigmoid(a, out=out).mul_(a).mul_(b)
+    return hidden
+
+
+def gated_backward(
+    gate: Tensor, value: Tensor, grad_hidden: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`gated` once more, and the gradients by gate and value, the former in grad_hidden's memory.
+
+    With a, b and u for gate, value and the gradient, s = sigmoid(a):
+
+        db = u a s      da = u b (s + a s (1 - s))
+    """
+    hidden, grad_value = torch.empty_like(gate), torch.empty_like(gate)
+    one = torch.ones((), dtype=gate.dtype, device=gate.device)
+    for a, b, u, out, db in cached_parts(gate, value, grad_hidden, hidden, grad_value):
+        sigmoid = torch.sigmoid(a)
+        silu = a * sigmoid
+        torch.mul(silu, b, out=out)
+        torch.mul(u, silu, out=db)
+        u.mul_(b).mul_(sigmoid.lerp_(one, silu))
+    return hidden, grad_hidden, grad_value

@@ -1,0 +1,97 @@
+"""The block as one operation, held to the block of separate ones."""
+
+import pytest
+import torch
+
+from cs_lm import tiled_attention
+from cs_lm.config import ModelConfig
+from cs_lm.fast_block import transformer_block
+from cs_lm.fast_ops import FAST
+from cs_lm.model import TransformerBlock, TransformerLM, next_token_loss
+from cs_lm.ops import CLEAR
+from tests.tolerances import DEEP, close
+
+B, T, D, H, F = 2, 5, 12, 3, 20
+CONFIG = ModelConfig(D, H, F, 17, 2, 150)
+
+
+def results(block, x, rotation, precision):
+    """Output of the block, and the gradients of a fixed projection by input and weights."""
+    x = x.detach().requires_grad_()
+    block.zero_grad()
+    with precision:
+        output = block(x, rotation)
+    generator = torch.Generator().manual_seed(5)
+    weights = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+    (output * weights.to(output.dtype)).sum().backward()
+    return [output.detach(), x.grad, *(p.grad for p in block.parameters())]
+
+
+def block_and_rotation(ops, num_tokens, dtype):
+    block = TransformerBlock(CONFIG, ops, torch.Generator().manual_seed(3)).to(dtype)
+    angle = torch.randn(num_tokens, D // H // 2, generator=torch.Generator().manual_seed(4))
+    return block, (angle.cos().to(dtype), angle.sin().to(dtype))
+
+
+@pytest.mark.parametrize("num_tokens", [T, 1, 150])  # 150: several tiles, the last one not full
+@pytest.mark.parametrize("leading", [(), (B,), (B, 3)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_as_one_is_clear(dtype, leading, num_tokens, generator):
+    x = torch.randn(*leading, num_tokens, D, generator=generator, dtype=torch.float64).to(dtype)
+    found = []
+    for ops in (FAST, CLEAR):
+        block, rotation = block_and_rotation(ops, num_tokens, dtype)
+        assert block.as_one == (ops is FAST)
+        found.append(results(block, x, rotation, torch.autocast("cpu", enabled=False)))
+    for actual, expected in zip(*found, strict=True):
+        close(actual, expected, DEEP)
+
+
+def test_bfloat16_products(generator):
+    """Under autocast: what the separate operations give, in the same precisions."""
+    x = torch.randn(B, T, D, generator=generator)
+    found = []
+    for as_one in (True, False):
+        block, rotation = block_and_rotation(FAST, T, torch.float32)
+        block.as_one = as_one
+        found.append(results(block, x, rotation, torch.autocast("cpu", torch.bfloat16)))
+    for actual, expected in zip(*found, strict=True):
+        assert actual.dtype == expected.dtype == torch.float32
+        close(actual, expected, DEEP, torch.bfloat16)
+
+
+def test_gradients_are_the_numeric_ones(generator):
+    block, rotation = block_and_rotation(FAST, T, torch.float64)
+    x = torch.randn(B, T, D, generator=generator, dtype=torch.float64, requires_grad=True)
+    gains = [(torch.rand(D, generator=generator).double() + 0.5).requires_grad_() for _ in "12"]
+    layers = block.attn.q_proj, block.attn.k_proj, block.attn.v_proj, block.attn.output_proj
+    layers += block.ffn.w1, block.ffn.w2, block.ffn.w3
+
+    def operation(x, *parameters):
+        return transformer_block(x, *rotation, H, 1e-5, parameters[:2], parameters[2:])
+
+    inputs = (x, *gains, *(layer.weight for layer in layers))
+    assert torch.autograd.gradcheck(operation, inputs, fast_mode=True)
+
+
+def test_what_it_cannot_do_goes_the_plain_way(generator):
+    """Positions of their own for each row, a mask, a cache, no gradient: see `forward`."""
+    ids = torch.randint(0, 17, (B, T), generator=generator)
+    positions = torch.stack((torch.arange(T), torch.arange(T) + 3))
+    mask = torch.rand(B, T, T, generator=generator) > 0.3
+    scores = []
+    for ops in (FAST, CLEAR):
+        model = TransformerLM(CONFIG, ops, torch.Generator().manual_seed(0))
+        scores.append(model(ids, positions, mask).detach())
+    close(*scores, DEEP)
+
+
+def test_the_model_trains_with_it(monkeypatch, generator):
+    calls = []
+    forward = tiled_attention.attention_forward
+    monkeypatch.setattr(
+        "cs_lm.fast_block.attention_forward", lambda *a: calls.append(1) or forward(*a)
+    )
+    ids = torch.randint(0, 17, (B, T), generator=generator)
+    next_token_loss(TransformerLM(CONFIG), ids, ids)
+    assert len(calls) == CONFIG.num_layers
