@@ -2,6 +2,8 @@
 # Sets up what is missing, then runs:
 #
 #   bash run_clm.sh            a small model on the Python language manual, about 3 minutes of training on 2 cores
+#   bash run_clm.sh characters --corpus_path my_text.txt
+#                              a small model that reads bytes, 2,000 steps: about 2 minutes on 2 cores
 #   bash run_clm.sh lecture    the course's full configuration on data/lecture.txt, for a GPU
 #   bash run_clm.sh test       the tests
 #
@@ -54,6 +56,20 @@ default)
         --save_interval 80 --sample_interval 80 --prompt "The " \
         --out_dir runs/python-manual "$@"
     ;;
+characters)
+    set_up ui
+    "$venv/bin/python" run_clm.py \
+        --vocab_size 256 --special_tokens --valid_fraction 0.1 --sampling epoch \
+        --d_model 128 --num_heads 4 --d_ff 320 --num_layers 4 \
+        --max_seq_length 64 --seq_length 64 --theta 1000 \
+        --batch_size 12 --grad_accum 1 --max_steps 2000 \
+        --lr 3e-3 --lr_min 3e-4 --warmup_ratio 0.1 --warmfix_ratio 1.0 \
+        --weight_decay 0.2 --betas 0.9 0.95 --eps 1e-8 --max_norm 1.0 \
+        --device auto --dtype float32 --ops fast --seed 0 \
+        --log_interval 50 --eval_interval 500 --eval_tokens 1000000 \
+        --save_interval 500 --sample_interval 1000 --prompt "The " \
+        --out_dir runs/characters "$@"
+    ;;
 lecture)
     set_up ui
     "$venv/bin/python" run_clm.py \
@@ -73,6 +89,6 @@ test)
     set_up ui,test,parity
     "$venv/bin/python" -m pytest "$@"
     ;;
-*) fail "got $mode; need default, lecture or test" ;;
+*) fail "got $mode; need default, characters, lecture or test" ;;
 esac
 [ "$mode" = test ] || echo "before other commands: source $venv/bin/activate"

@@ -2,7 +2,7 @@
 
 import argparse
 
-from benchmarks import parts, tokenizer, training
+from benchmarks import batches, decoding, parts, tokenizer, training
 
 
 def main() -> None:
@@ -13,6 +13,8 @@ def main() -> None:
     rounds = ["--rounds", str(chosen.rounds)]
     training.main(rounds)
     parts.main(rounds)
+    batches.main(rounds)
+    decoding.main(rounds)
     if chosen.text:
         tokenizer.main([chosen.text, *rounds])
 

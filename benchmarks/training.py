@@ -45,9 +45,18 @@ def _batch(sizes: dict, batch_size: int):
     return torch.randint(sizes["vocab_size"], shape, generator=generator)
 
 
-def ours(name: str, dtype: str):
+def ours(
+    name: str,
+    dtype: str,
+    micro_batches: int = 1,
+    batch_size: int | None = None,
+    checkpointing: bool = False,
+    compiled: bool = False,
+):
+    """Steps of so many micro-batches of `batch_size` windows (None: the model's own number)."""
     import torch
 
+    from cs_lm.compiling import Compiled
     from cs_lm.config import ModelConfig
     from cs_lm.device import keep_freed_memory
     from cs_lm.model import TransformerLM, next_token_loss
@@ -55,24 +64,28 @@ def ours(name: str, dtype: str):
     from cs_lm.train import autocast, train_step
 
     keep_freed_memory()  # as a run does
-    sizes, batch_size, num_steps = MODELS[name]
-    x, y = _batch(sizes, batch_size)
+    sizes, usual_size, num_steps = MODELS[name]
+    batches = [tuple(_batch(sizes, batch_size or usual_size)) for _ in range(micro_batches)]
     before_mb = peak_mb()
-    model = TransformerLM(ModelConfig(**sizes))
+    model = TransformerLM(ModelConfig(**sizes), activation_checkpointing=checkpointing)
     groups = parameter_groups(model, SETTINGS["weight_decay"])
     optimizer = AdamW(groups, lr=SETTINGS["lr"], betas=SETTINGS["betas"])
     precision = autocast(torch.device("cpu"), dtype)
+    loss_function = Compiled(next_token_loss, print) if compiled else next_token_loss
 
     def step():
-        train_step(model, optimizer, [(x, y)], 1.0, next_token_loss, precision)
+        train_step(model, optimizer, batches, 1.0, loss_function, precision)
 
     return _timed(step, list(model.parameters()), before_mb, num_steps)
 
 
-def twin(name: str, dtype: str):
+def twin(name: str, dtype: str, keeps_memory: bool = False):
     from benchmarks.twin import Twin, twin_optimizer, twin_step
     from cs_lm.config import ModelConfig
+    from cs_lm.device import keep_freed_memory
 
+    if keeps_memory:  # our setting of the allocator, lent to torch
+        keep_freed_memory()
     sizes, batch_size, num_steps = MODELS[name]
     x, y = _batch(sizes, batch_size)
     before_mb = peak_mb()
@@ -85,6 +98,17 @@ def twin(name: str, dtype: str):
     return _timed(step, list(model.parameters()), before_mb, num_steps)
 
 
+def ways_to_take_a_step(name: str) -> dict[str, dict]:
+    """Questions, each with its two contestants and how they take a step of the same tokens."""
+    batch_size = MODELS[name][1]
+    parts = {"micro_batches": 4, "batch_size": batch_size // 4}
+    return {
+        "gradient accumulation": {f"4 micro-batches of {batch_size // 4}": parts, "one batch": {}},
+        "activation checkpointing": {"checkpointing": {"checkpointing": True}, "without": {}},
+        "torch.compile": {"compiled": {"compiled": True}, "eager": {}},
+    }
+
+
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
@@ -94,8 +118,15 @@ def main(argv=None) -> None:
             contestants = {
                 "cs_lm": functools.partial(ours, name, dtype),
                 "torch.nn twin": functools.partial(twin, name, dtype),
+                "the twin, freed memory kept": functools.partial(twin, name, dtype, True),
             }
             in_turns(f"training step, {name}, {dtype}", contestants, rounds, repeats=num_steps)
+    for name, (_, _, num_steps) in MODELS.items():
+        for question, ways in ways_to_take_a_step(name).items():
+            contestants = {
+                who: functools.partial(ours, name, "float32", **how) for who, how in ways.items()
+            }
+            in_turns(f"{question}, {name}, float32", contestants, rounds, repeats=num_steps)
 
 
 if __name__ == "__main__":

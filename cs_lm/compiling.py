@@ -9,8 +9,8 @@ import torch
 class Compiled:
     """The function, compiled at its first call.
 
-    Where that fails, for want of a compiler above all, `say` gets one line and the function runs
-    as it is from then on.
+    Where that call fails, for want of a compiler above all, `say` gets one line and the function
+    runs as it is from then on. What is compiled later, for a backward pass, may still fail.
     """
 
     def __init__(self, function: Callable[..., Any], say: Callable[[str], None]):

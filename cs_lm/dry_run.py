@@ -48,18 +48,26 @@ def guessed_bytes_per_token(vocab_size: int) -> float:
 
 
 def memory_bytes(config: RunConfig) -> int:
-    """Weights, gradients and two averages; and what a forward pass keeps for the backward one."""
+    """Weights, gradients and two averages; and what a forward pass keeps for the backward one.
+
+    Counted for a run without --compile, which keeps what it chooses.
+    """
     model = config.model
     state = 4 * num_parameters(model)
     of_d, of_f, of_ht, of_v = KEPT_FLOATS[config.ops, config.dtype]
     per_layer = of_d * model.d_model + of_f * model.d_ff
     per_layer += of_ht * model.num_heads * config.seq_length
-    layers = model.num_layers * per_layer
+    layers, blocks_at_once = model.num_layers * per_layer, model.num_layers
     if config.activation_checkpointing:
         layers = model.num_layers * model.d_model + per_layer  # inputs, and one block at a time
+        blocks_at_once = 1
     per_position = layers + 3 * model.d_model + of_v * model.vocab_size
     positions = config.batch_size * config.seq_length
-    return int(FLOAT_BYTES * (state + positions * per_position))
+    copies = 0.0  # of the weights, in bfloat16
+    if config.dtype == "bfloat16":
+        block = 4 * model.d_model**2 + 3 * model.d_model * model.d_ff
+        copies = blocks_at_once * block / 2
+    return int(FLOAT_BYTES * (state + copies + positions * per_position))
 
 
 def report(config: RunConfig, out_dir: Path) -> str:

@@ -13,13 +13,13 @@ from cs_lm.device import product_dtype
 from cs_lm.gradients import (
     as_pairs,
     complex_rotation,
-    gated,
-    gated_backward,
     normalise,
     normalise_backward,
+    swiglu,
+    swiglu_backward,
     turned,
 )
-from cs_lm.tiled_attention import attention_backward, attention_forward
+from cs_lm.tiled_attention import attention_backward, attention_forward, row_sums
 
 
 class _Block(torch.autograd.Function):
@@ -44,8 +44,8 @@ class _Block(torch.autograd.Function):
         middle = _add_product(rows, _rows(attended), wo)
         normal, scale2 = normalise(middle, eps)
         h = normal.mul_(ln2).to(dtype)
-        gate, value = h @ w1.T, h @ w3.T  # (N, F)
-        output = _add_product(middle, gated(gate, value), w2)
+        gate, value, hidden = swiglu(h, w1, w3)
+        output = _add_product(middle, hidden, w2)
         ctx.save_for_backward(
             rows, rotation, scale1, q, k, v, attended, log_normaliser, middle, scale2, gate, value,
             ln1, ln2, *weights,
@@ -62,14 +62,16 @@ class _Block(torch.autograd.Function):
         ) = ctx.saved_tensors  # fmt: skip
         wq, wk, wv, wo, w1, w2, w3 = weights
         grad_output = grad_output.reshape(rows.shape)
-        grad_middle, grad_ln2, of_feed_forward = _feed_forward_backward(
-            grad_output, middle, scale2, ln2, gate, value, w1, w2, w3
+        normal = middle * scale2
+        grad_h, *of_feed_forward = swiglu_backward(
+            grad_output.to(gate.dtype), (normal * ln2).to(gate.dtype), gate, value, w1, w2, w3
         )
+        grad_middle, grad_ln2 = normalise_backward(grad_h, normal, scale2, ln2)
+        grad_middle.add_(grad_output)
         grad = grad_middle.to(q.dtype)
         grad_attended = grad @ wo
         grad_wo = grad.T @ _rows(attended)
-        product = _heads(grad_attended * _rows(attended), ctx.split)
-        mean = product.sum(-1, keepdim=True, dtype=log_normaliser.dtype)
+        mean = row_sums(_heads(grad_attended * _rows(attended), ctx.split))
         of_heads = attention_backward(
             _heads(grad_attended, ctx.split), mean, q, k, v, None, log_normaliser, True
         )
@@ -88,29 +90,6 @@ class _Block(torch.autograd.Function):
         of_weights = (*grad_weights.chunk(3), grad_wo, *of_feed_forward)
         of_weights = (gradient.to(ln1.dtype) for gradient in of_weights)
         return grad_x.view(ctx.shape), None, None, None, grad_ln1, grad_ln2, *of_weights
-
-
-def _feed_forward_backward(
-    grad_output: Tensor,
-    x: Tensor,
-    scale: Tensor,
-    gain: Tensor,
-    gate: Tensor,
-    value: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    w3: Tensor,
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Gradients by x, gain and the weights of x + SwiGLU(RMSNorm(x))."""
-    grad = grad_output.to(gate.dtype)
-    hidden, grad_gate, grad_value = gated_backward(gate, value, grad @ w2)
-    grad_w2 = (hidden.T @ grad).T  # a quarter quicker than grad.T @ hidden where D is 128
-    normal = x * scale
-    h = (normal * gain).to(gate.dtype)
-    grad_w1, grad_w3 = grad_gate.T @ h, grad_value.T @ h
-    grad_h = (grad_gate @ w1).addmm_(grad_value, w3)
-    grad_x, grad_gain = normalise_backward(grad_h, normal, scale, gain)
-    return grad_x.add_(grad_output), grad_gain, (grad_w1, grad_w2, grad_w3)
 
 
 def _heads(rows: Tensor, split: tuple[int, int, int, int]) -> Tensor:  # (N, D) -> (B, H, T, K)

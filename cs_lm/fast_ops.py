@@ -10,18 +10,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from cs_lm import gradients
 from cs_lm.device import as_autocast, product_dtype
 from cs_lm.gradients import (
     cached_parts,
     complex_rotation,
-    gated,
-    gated_backward,
     normalise,
     normalise_backward,
     turned,
 )
 from cs_lm.ops import CLEAR, IGNORE_INDEX, check_targets, softmax
-from cs_lm.tiled_attention import LOG2_E, attention_backward, attention_forward
+from cs_lm.tiled_attention import LOG2_E, attention_backward, attention_forward, row_sums
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -76,17 +75,14 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, w1, w2, w3):
-        gate, value = x @ w1.T, x @ w3.T  # (N, F)
-        ctx.save_for_backward(x, w1, w2, w3, gate, value)
-        return gated(gate, value) @ w2.T
+        gate, value, hidden = gradients.swiglu(x, w1, w3)
+        ctx.save_for_backward(x, gate, value, w1, w2, w3)
+        return hidden @ w2.T
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        x, w1, w2, w3, gate, value = ctx.saved_tensors
-        hidden, grad_gate, grad_value = gated_backward(gate, value, grad_output @ w2)
-        grad_x = (grad_gate @ w1).addmm_(grad_value, w3)
-        return grad_x, grad_gate.T @ x, (hidden.T @ grad_output).T, grad_value.T @ x
+        return gradients.swiglu_backward(grad_output, *ctx.saved_tensors)
 
 
 def swiglu(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
@@ -191,9 +187,9 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_output):
         q, k, v, mask, output, log_normaliser = ctx.saved_tensors
-        mean = (grad_output * output).sum(-1, keepdim=True, dtype=log_normaliser.dtype)
-        gradients = attention_backward(grad_output, mean, q, k, v, mask, log_normaliser, ctx.causal)
-        return *gradients, None, None
+        mean = row_sums(grad_output * output)
+        of_heads = attention_backward(grad_output, mean, q, k, v, mask, log_normaliser, ctx.causal)
+        return *of_heads, None, None
 
 
 def _of_one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

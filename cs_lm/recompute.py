@@ -22,7 +22,10 @@ class _Recomputed(torch.autograd.Function):
         device, dtype, enabled = ctx.autocast
         with torch.enable_grad(), torch.autocast(device, dtype, enabled):
             output = ctx.function(x)
-        return None, None, *torch.autograd.grad(output, (x, *parameters), grad_output)
+        wanted = ctx.needs_input_grad[2:]  # a parameter may be frozen
+        inputs = [each for each, is_wanted in zip((x, *parameters), wanted) if is_wanted]
+        gradients = iter(torch.autograd.grad(output, inputs, grad_output))
+        return None, None, *(next(gradients) if is_wanted else None for is_wanted in wanted)
 
 
 def recomputed(
@@ -30,8 +33,8 @@ def recomputed(
 ) -> Tensor:
     """function(x), of which only x is kept for backward: there it is computed a second time.
 
-    The function must give the same result both times, and may use the parameters. Backward runs
-    under the autocast of the call.
+    The function must give the same result both times, up to rounding, and may use the parameters.
+    The second time it runs under the autocast of the call.
     Source: Chen et al. 2016, Training deep nets with sublinear memory cost.
     """
     device = x.device.type

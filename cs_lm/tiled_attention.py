@@ -39,7 +39,7 @@ def attention_forward(
             queries = _flat(q, heads, rows)
             so_far = None
             for tile, first_masked in tiles:
-                part = None if mask is None else _flat(mask, heads, rows)[..., tile]
+                part = None if mask is None else _flat(mask[..., tile], heads, rows)
                 scores = _scores(memory, queries, keys[:, tile], first_masked, part)
                 so_far = _averaged(scores, values[:, tile], so_far, mask is not None)
             peak, total, summed = so_far
@@ -67,7 +67,7 @@ def attention_backward(
 
     and P = exp(S - log-normaliser) is computed again (Dao et al. 2022, FlashAttention, appendix B).
 
-    mean  rowsum(dO * O), (B, H, T, 1)
+    mean  `row_sums` of dO * O, (B, H, T, 1)
     """
     scale, wide = q.shape[-1] ** -0.5, log_normaliser.dtype
     grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
@@ -81,7 +81,7 @@ def attention_backward(
             )
             grad_queries = torch.zeros_like(queries, dtype=wide)
             for tile, first_masked in tiles:
-                part = None if mask is None else _flat(mask, heads, rows)[..., tile]
+                part = None if mask is None else _flat(mask[..., tile], heads, rows)
                 scores = _scores(memory, queries, keys[:, tile], first_masked, part)
                 weights = scores.sub_(normalisers).exp2_()
                 _add_product(grad_values[:, tile], weights.to(v.dtype).mT, grad_rows)
@@ -95,6 +95,11 @@ def attention_backward(
         _put(grad_k, grad_keys, heads)
         _put(grad_v, grad_values, heads)
     return grad_q, grad_k, grad_v
+
+
+def row_sums(x: Tensor) -> Tensor:
+    """Sums over the last axis, which stays as one, at least float32."""
+    return x.sum(-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def _averaged(

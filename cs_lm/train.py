@@ -98,7 +98,8 @@ class Trainer:
     ):
         self.config, self.data, self.folder = config, data, folder
         self.device = resolve_device(config.device)
-        keep_freed_memory()
+        if self.device.type == "cpu":
+            keep_freed_memory()
         generator = torch.Generator().manual_seed(config.seed)
         self.model = TransformerLM(
             config.model, OPS[config.ops], generator, self.device, config.activation_checkpointing

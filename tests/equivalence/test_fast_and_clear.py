@@ -150,6 +150,12 @@ def test_hand_derived_gradients_are_the_numeric_ones(name):
         assert torch.autograd.gradcheck(first_output, args)
 
 
+@pytest.mark.parametrize("name", ["attention", "swiglu", "linear_cross_entropy"])
+def test_many_small_tiles_and_parts_are_as_good(name, small_tiles):
+    for args, options in INPUTS[name](torch.float64):
+        assert_same(getattr(FAST, name), getattr(CLEAR, name), args, options, torch.float64)
+
+
 def test_blocks_of_scores_do_not_change_the_loss(monkeypatch):
     (args, _), *_ = linear_cross_entropy_inputs(torch.float64)
     monkeypatch.setattr(fast_ops, "_BLOCK_SCORES", 3 * V)  # blocks of three rows, the last of one

@@ -74,16 +74,31 @@ def test_gradients_are_the_numeric_ones(generator):
     assert torch.autograd.gradcheck(operation, inputs, fast_mode=True)
 
 
-def test_what_it_cannot_do_goes_the_plain_way(generator):
-    """Positions of their own for each row, a mask, a cache, no gradient: see `forward`."""
+@pytest.mark.parametrize("what", ["token_positions", "mask"])
+def test_what_it_cannot_do_goes_the_plain_way(what, generator):
+    """A mask, or positions of their own for each row, with gradients: not ignored."""
     ids = torch.randint(0, 17, (B, T), generator=generator)
-    positions = torch.stack((torch.arange(T), torch.arange(T) + 3))
-    mask = torch.rand(B, T, T, generator=generator) > 0.3
+    options = {
+        "token_positions": torch.stack((torch.arange(T), 3 * torch.arange(T))),
+        "mask": torch.rand(B, T, T, generator=generator) > 0.3,
+    }
     scores = []
     for ops in (FAST, CLEAR):
         model = TransformerLM(CONFIG, ops, torch.Generator().manual_seed(0))
-        scores.append(model(ids, positions, mask).detach())
+        scores.append(model(ids, **{what: options[what]}).detach())
+        assert (model(ids).detach() - scores[-1]).abs().max() > 1e-3
     close(*scores, DEEP)
+
+
+@pytest.mark.parametrize("leading", [(B,), (5,)], ids=str)
+def test_many_small_tiles_and_parts_are_as_good(leading, small_tiles, generator):
+    x = torch.randn(*leading, 23, D, generator=generator, dtype=torch.float64)
+    found = []
+    for ops in (FAST, CLEAR):
+        block, rotation = block_and_rotation(ops, 23, torch.float64)
+        found.append(results(block, x, rotation, torch.autocast("cpu", enabled=False)))
+    for actual, expected in zip(*found, strict=True):
+        close(actual, expected, DEEP)
 
 
 def test_the_model_trains_with_it(monkeypatch, generator):

@@ -1,0 +1,91 @@
+"""How long a training step waits for its batch: prepared in a thread, and fetched when asked for.
+
+    python -m benchmarks.batches [--rounds 5]
+
+Two token stores: 10^6 ids, and 10^9 in sparse files (on a disk they take next to nothing; reading
+them maps as many pages as reading any other).
+"""
+
+import argparse
+import functools
+import json
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.measure import Found, in_turns
+from benchmarks.training import MODELS
+
+NUM_STEPS = 30
+CHUNK = 1 << 26
+SMALL = "0.82 M, B 12, T 64"
+
+
+def sparse_store(folder: Path, num_tokens: int):
+    """A store of zeros that takes no room: what `MemmapManager.save_as_memmap` would write."""
+    from cs_lm.token_store import FORMAT_VERSION, MANIFEST, MemmapManager, id_dtype
+
+    vocab_size = 32_000
+    width = id_dtype(vocab_size).itemsize
+    chunks = []
+    for first in range(0, num_tokens, CHUNK):
+        name = f"chunk_{first // CHUNK:05d}.bin"
+        with open(folder / name, "wb") as file:
+            file.truncate(width * min(CHUNK, num_tokens - first))
+        chunks.append({"file": name, "sha256": ""})
+    manifest = {
+        "format_version": FORMAT_VERSION, "dtype": id_dtype(vocab_size).str,
+        "num_tokens": num_tokens, "chunk_size": CHUNK, "vocab_size": vocab_size,
+        "tokenizer_fingerprint": "none", "chunks": chunks, "source": {},
+    }  # fmt: skip
+    (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    return MemmapManager(folder)
+
+
+def waiting(num_tokens: int, is_prepared: bool):
+    import torch
+
+    from cs_lm.batches import BatchSource, Prefetcher
+    from cs_lm.config import ModelConfig
+    from cs_lm.model import TransformerLM, next_token_loss
+
+    sizes, batch_size, _ = MODELS[SMALL]
+    model = TransformerLM(ModelConfig(**sizes))
+    folder = tempfile.TemporaryDirectory()
+    store = sparse_store(Path(folder.name), num_tokens)
+    source = BatchSource(
+        store, batch_size, sizes["context_length"], 0, "random", torch.device("cpu")
+    )
+    batches = Prefetcher(source) if is_prepared else source
+    batches(0)
+
+    def timed() -> Found:
+        waited_s = 0.0
+        start_s = time.perf_counter()
+        for step in range(1, NUM_STEPS + 1):
+            asked_s = time.perf_counter()
+            x, y = batches(step)
+            waited_s += time.perf_counter() - asked_s
+            next_token_loss(model, x, y)[0].backward()
+        share = waited_s / (time.perf_counter() - start_s)
+        folder.cleanup()
+        return Found(waited_us=1e6 * waited_s / NUM_STEPS, share_of_step=share)
+
+    return timed
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args(argv).rounds
+    contestants = {}
+    for num_tokens in (10**9, 10**6):
+        for how in ("prepared", "when asked"):
+            contestants[f"{num_tokens:.0e} tokens, {how}"] = functools.partial(
+                waiting, num_tokens, how == "prepared"
+            )
+    in_turns(f"waiting for a batch, {SMALL}", contestants, rounds, repeats=NUM_STEPS)
+
+
+if __name__ == "__main__":
+    main()

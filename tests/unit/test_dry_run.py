@@ -1,0 +1,46 @@
+"""What a dry run says of memory, beside what a forward pass keeps."""
+
+import pytest
+import torch
+
+from cs_lm.config import ModelConfig, RunConfig
+from cs_lm.dry_run import memory_bytes
+from cs_lm.model import TransformerLM, next_token_loss, num_parameters
+from cs_lm.train import OPS, autocast
+
+B, T = 3, 64
+MODEL = ModelConfig(64, 4, 160, 300, 3, T)
+
+
+def kept_bytes(model: TransformerLM, dtype: str) -> int:
+    """Memory of all that autograd keeps after a forward pass, the weights left out."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        memory = tensor.untyped_storage()
+        if memory.data_ptr() not in weights:
+            kept[memory.data_ptr()] = memory  # held, so that no other takes its place
+        return tensor
+
+    ids = torch.zeros(B, T, dtype=torch.int64)
+    counted = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with counted, autocast(torch.device("cpu"), dtype):
+        next_token_loss(model, ids, ids)
+    return sum(memory.nbytes() for memory in kept.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("ops", OPS)
+def test_memory_is_what_a_forward_pass_keeps(ops, dtype):
+    config = RunConfig(MODEL, seq_length=T, batch_size=B, ops=ops, dtype=dtype)
+    estimate = memory_bytes(config) - 16 * num_parameters(MODEL)
+    counted = kept_bytes(TransformerLM(MODEL, OPS[ops]), dtype)
+    head = 8 * MODEL.vocab_size * MODEL.d_model  # the head's gradient, kept by the fast loss
+    assert estimate == pytest.approx(counted, abs=0.15 * counted + head)
+
+
+def test_activation_checkpointing_is_in_the_estimate():
+    plain = memory_bytes(RunConfig(MODEL, seq_length=T, batch_size=B))
+    checkpointing = RunConfig(MODEL, seq_length=T, batch_size=B, activation_checkpointing=True)
+    assert memory_bytes(checkpointing) < plain
