@@ -1,5 +1,6 @@
 """run_clm.py from a text to samples, interrupted and resumed."""
 
+import functools
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from cs_lm.checkpoint import read_checkpoint
+from cs_lm.cli.train import main as train
 from cs_lm.metrics import read_metrics
 from tests.end_to_end.conftest import ROOT, TINY, run_script, write_corpus
 
@@ -270,3 +272,21 @@ def test_a_damaged_store_is_noticed(tmp_path):
     chunk.write_bytes(chunk.read_bytes()[:-2] + b"\xff\xff")
     result = run_script(tmp_path, *argv, "--out_dir", "x")
     assert result.returncode == 2 and "has changed since it was written; delete" in result.stderr
+
+
+def test_checkpoints_do_not_tell_whether_a_run_was_compiled(tmp_path, monkeypatch, capsys):
+    """The same names and, to rounding, the same weights; and a run may go on without it."""
+    monkeypatch.chdir(tmp_path)
+    write_corpus(tmp_path)
+    compiled = functools.partial(torch.compile, backend="aot_eager")  # needs no compiler
+    monkeypatch.setattr(torch, "compile", compiled)
+    argv = [*TINY, "--corpus_path", "animals.txt"]
+    states = []
+    for flags in (["--compile", "--out_dir", "with"], ["--out_dir", "without"]):
+        assert train([*argv, "--max_steps", "3", *flags]) == 0
+        checkpoint = read_checkpoint(tmp_path / flags[-1] / "checkpoints" / "last.pt")
+        states.append(checkpoint["model"])
+    assert "--compile: torch.compile failed" not in capsys.readouterr().out
+    torch.testing.assert_close(*states, rtol=1e-3, atol=1e-4)
+    assert train(["--out_dir", "with", "--resume", "--no-compile", "--max_steps", "5"]) == 0
+    assert "--compile is False from here on, it was True" in capsys.readouterr().out
