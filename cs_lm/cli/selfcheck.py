@@ -15,6 +15,7 @@ from cs_lm import ops
 from cs_lm.cli.errors import readable_errors
 from cs_lm.config import device_setting, setting
 from cs_lm.device import resolve_device
+from cs_lm.fast_block import transformer_block
 from cs_lm.fast_ops import FAST
 from cs_lm.flags import parse_config
 from cs_lm.layers import RoPE
@@ -92,6 +93,13 @@ def _checks(normal, generator: torch.Generator, device: torch.device) -> Iterato
     qkv = [normal(B, H, T, K) for _ in range(3)]
     for label, record in (("clear", CLEAR), ("fast", FAST)):
         yield from _record_checks(label, record, x, gain, ids, table, rotation, swiglu_weights, qkv)
+    gains, squares = [gain, normal(D)], [normal(D, D) / 8 for _ in range(4)]
+    yield Check(
+        "fast block",
+        lambda a, *p: transformer_block(a, *rotation, H, 1e-5, p[:2], p[2:]),
+        lambda a, *p: _torch_block(a, rotation, *p),
+        [x, *gains, *squares, *swiglu_weights],
+    )
     yield Check("AdamW, 10 updates", _adamw(AdamW), _adamw(torch.optim.AdamW), [weight], False)
     clipped = _clipped(clip_gradients), _clipped(torch.nn.utils.clip_grad_norm_)
     yield Check("clip_gradients", *clipped, [x], with_gradient=False)
@@ -135,6 +143,16 @@ def _record_checks(label, record, x, gain, ids, table, rotation, weights, qkv) -
 def _complex_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
+
+
+def _torch_block(x, rotation, gain1, gain2, wq, wk, wv, wo, w1, w2, w3) -> Tensor:
+    h = F.rms_norm(x, (D,), gain1, 1e-5)
+    q, k, v = (F.linear(h, w).unflatten(-1, (H, K)).transpose(1, 2) for w in (wq, wk, wv))
+    q, k = _complex_rope(q, *rotation), _complex_rope(k, *rotation)
+    heads = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    x = x + F.linear(heads.transpose(1, 2).flatten(-2), wo)
+    h = F.rms_norm(x, (D,), gain2, 1e-5)
+    return x + F.linear(F.silu(F.linear(h, w1)) * F.linear(h, w3), w2)
 
 
 def _adamw(optimizer_class) -> Callable[[Tensor], Tensor]:
