@@ -8,6 +8,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import nn
 
+from cs_lm.whole_file import writing_whole
+
 PathOrFile = str | os.PathLike | BinaryIO
 FORMAT_VERSION = 1
 
@@ -34,17 +36,8 @@ def save_checkpoint(
     if not isinstance(path_or_file, (str, os.PathLike)):
         torch.save(content, path_or_file)
         return
-    path = Path(path_or_file)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writing = path.with_name(path.name + ".writing")
-    try:
-        with open(writing, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(writing, path)
-    finally:
-        writing.unlink(missing_ok=True)
+    with writing_whole(path_or_file) as file:
+        torch.save(content, file)
 
 
 def read_checkpoint(path_or_file: PathOrFile, device: str | torch.device = "cpu") -> dict[str, Any]:

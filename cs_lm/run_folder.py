@@ -1,6 +1,8 @@
 """What lies where in a run's folder, and the model in it."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +13,7 @@ from cs_lm.config import RunConfig, from_json
 from cs_lm.fast_ops import FAST
 from cs_lm.model import TransformerLM
 from cs_lm.tokenizer import BPETokenizer
+from cs_lm.whole_file import locked
 
 
 class RunFolder:
@@ -24,9 +27,31 @@ class RunFolder:
         self.checkpoints = CheckpointManager(self.path / "checkpoints")
         self._tokenizer = self.path / "tokenizer"
 
+    @contextmanager
+    def only_here(self) -> Iterator[None]:
+        """Keeps other processes from training in the folder while entered.
+
+        Raises: ValueError when one does.
+        """
+        with locked(self.path / "lock") as is_ours:
+            if not is_ours:
+                raise ValueError(
+                    f"--out_dir: another process is training in {str(self.path)!r}; wait for it or "
+                    "stop it, or name another folder"
+                )
+            yield
+
     def exists(self) -> bool:
         """Whether there is work to lose; a run that ended before its first checkpoint has none."""
         return self.checkpoints.last_path.is_file() or self.checkpoints.best_path.is_file()
+
+    def require(self) -> None:
+        """Raises: FileNotFoundError saying that there is no run here."""
+        if not self.exists():
+            raise FileNotFoundError(
+                f"run: {str(self.path)!r} holds no checkpoint; check --out_dir, or start the run "
+                "without --resume"
+            )
 
     def save_tokenizer(self, tokenizer: BPETokenizer) -> None:
         """A copy, so that the folder alone is enough to generate text."""
@@ -51,13 +76,9 @@ class RunFolder:
     def read_last(self) -> dict[str, Any]:
         """The content of the last checkpoint, or of the best one where none was saved yet.
 
-        Raises: FileNotFoundError saying that there is no run here.
+        Raises: FileNotFoundError as `require` does.
         """
-        if not self.exists():
-            raise FileNotFoundError(
-                f"run: {str(self.path)!r} holds no checkpoint; check --out_dir, or start the run "
-                "without --resume"
-            )
+        self.require()
         paths = (self.checkpoints.last_path, self.checkpoints.best_path)
         return read_checkpoint(next(path for path in paths if path.is_file()))
 

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from cs_lm.whole_file import sync_folder
+
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 
@@ -259,4 +261,5 @@ def _put_in_place(new: Path, folder: Path) -> None:
     if folder.exists():
         os.replace(folder, old)
     os.replace(new, folder)
+    sync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     if config.dry_run:
         return _print_dry_run(config, folder)
-    return _train(config, folder, None)
+    with folder.only_here():
+        return _train(config, folder, None)
 
 
 def _resume(namespace, given: dict[str, Any], wrong_values: list[str]) -> int:
@@ -52,6 +54,12 @@ def _resume(namespace, given: dict[str, Any], wrong_values: list[str]) -> int:
         raise ValueError("\n".join(wrong_values))
     asked = replace(RunConfig(), given)
     folder = RunFolder(asked.out_dir or Path("runs") / label_of(asked))
+    folder.require()
+    with nullcontext() if asked.dry_run else folder.only_here():
+        return _go_on(folder, namespace, given)
+
+
+def _go_on(folder: RunFolder, namespace, given: dict[str, Any]) -> int:
     checkpoint = folder.read_last()
     saved = from_json(RunConfig, checkpoint["extras"]["config"])
     _refuse_what_cannot_change(saved, given)

@@ -3,6 +3,7 @@
 import functools
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,7 +39,7 @@ def test_a_run_leaves_these_files(finished_run):
     left = {p.relative_to(run).as_posix() for p in run.rglob("*") if p.is_file()}
     assert left - {"loss.png"} == {
         "metrics.jsonl", "checkpoints/last.pt", "checkpoints/best.pt",
-        "tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/special_tokens.json",
+        "lock", "tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/special_tokens.json",
     }  # fmt: skip
 
 
@@ -290,3 +291,30 @@ def test_checkpoints_do_not_tell_whether_a_run_was_compiled(tmp_path, monkeypatc
     torch.testing.assert_close(*states, rtol=1e-3, atol=1e-4)
     assert train(["--out_dir", "with", "--resume", "--no-compile", "--max_steps", "5"]) == 0
     assert "--compile is False from here on, it was True" in capsys.readouterr().out
+
+
+HOLDER = """
+import sys, time
+from cs_lm.run_folder import RunFolder
+with RunFolder(sys.argv[1]).only_here():
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume"]], ids=["start", "resume"])
+def test_two_runs_in_one_folder_are_refused(resume, tmp_path, finished_run):
+    """Until the first one ends, even by SIGKILL: its lock ends with it."""
+    if resume:
+        shutil.copytree(finished_run / "runs" / "animals", tmp_path / "run")
+        shutil.copytree(finished_run / "data", tmp_path / "data")
+    write_corpus(tmp_path)
+    argv = [*TINY, "--corpus_path", "animals.txt", "--out_dir", "run", "--max_steps", "42", *resume]
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, tmp_path / "run"], cwd=ROOT, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout.readline().strip() == b"held"
+        refused = run_script(tmp_path, *argv)
+        holder.kill()
+    assert refused.returncode == 2 and "--out_dir: another process is training" in refused.stderr
+    assert run_script(tmp_path, *argv).returncode == 0
