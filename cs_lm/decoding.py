@@ -168,7 +168,7 @@ class _Reader:
         return self._model.lm_head(hidden[:, -1])  # (B, V)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def token_steps(
     model: TransformerLM,
     prompts: Sequence[Sequence[int]],

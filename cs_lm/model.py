@@ -15,7 +15,11 @@ from cs_lm.recompute import recomputed
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm block: attention, then feed-forward, each added to the residual stream."""
+    """Pre-norm block: attention, then feed-forward, each added to the residual stream.
+
+    In training on FAST it runs as one operation and does not call its layers; for hooks on them, or
+    layers of another kind, set `as_one` to False.
+    """
 
     def __init__(self, config: ModelConfig, ops: Ops = FAST, generator=None, device=None):
         super().__init__()
