@@ -53,7 +53,10 @@ def ours(
     checkpointing: bool = False,
     compiled: bool = False,
 ):
-    """Steps of so many micro-batches of `batch_size` windows (None: the model's own number)."""
+    """Steps of so many micro-batches of `batch_size` windows (None: the model's own number).
+
+    The fewer, the larger they are: the same tokens in all.
+    """
     import torch
 
     from cs_lm.compiling import Compiled
@@ -65,7 +68,9 @@ def ours(
 
     keep_freed_memory()  # as a run does
     sizes, usual_size, num_steps = MODELS[name]
-    batches = [tuple(_batch(sizes, batch_size or usual_size)) for _ in range(micro_batches)]
+    batch_size = batch_size or usual_size
+    num_steps = num_steps * usual_size // (batch_size * micro_batches)
+    batches = [tuple(_batch(sizes, batch_size)) for _ in range(micro_batches)]
     before_mb = peak_mb()
     model = TransformerLM(ModelConfig(**sizes), activation_checkpointing=checkpointing)
     groups = parameter_groups(model, SETTINGS["weight_decay"])
@@ -99,11 +104,14 @@ def twin(name: str, dtype: str, keeps_memory: bool = False):
 
 
 def ways_to_take_a_step(name: str) -> dict[str, dict]:
-    """Questions, each with its two contestants and how they take a step of the same tokens."""
+    """Questions, each with its contestants and how they take their steps."""
     batch_size = MODELS[name][1]
-    parts = {"micro_batches": 4, "batch_size": batch_size // 4}
     return {
-        "gradient accumulation": {f"4 micro-batches of {batch_size // 4}": parts, "one batch": {}},
+        "gradient accumulation": {
+            f"4 micro-batches of {batch_size}": {"micro_batches": 4},
+            f"steps of {batch_size}": {},
+            f"one batch of {4 * batch_size}": {"batch_size": 4 * batch_size},
+        },
         "activation checkpointing": {"checkpointing": {"checkpointing": True}, "without": {}},
         "torch.compile": {"compiled": {"compiled": True}, "eager": {}},
     }
