@@ -38,15 +38,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = config_from_flags(RunConfig(), namespace, _problems_of_this_machine)
     folder = RunFolder(config.out_dir or Path("runs") / label_of(config))
     _check_writable(folder.path)
+    _refuse_a_run(folder)
+    if config.dry_run:
+        return _print_dry_run(config, folder)
+    return _train(config, folder, None)
+
+
+def _refuse_a_run(folder: RunFolder) -> None:
     if folder.exists():
         raise ValueError(
             f"--out_dir: {str(folder.path)!r} holds a run already; add --resume to continue it, "
             "or name another folder"
         )
-    if config.dry_run:
-        return _print_dry_run(config, folder)
-    with folder.only_here():
-        return _train(config, folder, None)
 
 
 def _resume(namespace, given: dict[str, Any], wrong_values: list[str]) -> int:
@@ -141,7 +144,14 @@ def _train(config: RunConfig, folder: RunFolder, checkpoint: dict[str, Any] | No
         print(text, flush=True)
 
     data = prepare(config, say, tokenizer, progress)
-    trainer = Trainer(config, data, folder, checkpoint)
+    if checkpoint is not None:
+        return _fit(Trainer(config, data, folder, checkpoint))
+    with folder.only_here():
+        _refuse_a_run(folder)  # one that began and ended meanwhile
+        return _fit(Trainer(config, data, folder))
+
+
+def _fit(trainer) -> int:
     if trainer.step >= trainer.num_steps:
         print(
             f"resume: the run is at step {trainer.step} of {trainer.num_steps} already; raise "
