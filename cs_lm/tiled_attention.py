@@ -138,12 +138,17 @@ def _tile_queries(q: Tensor) -> int:
     return min(max(q.shape[-2] // 8, _LEAST_QUERIES), _MOST_QUERIES)
 
 
+def _scores_of_a_head(q: Tensor, k: Tensor) -> int:
+    """In the largest tile."""
+    rows = _tile_queries(q)
+    return min(q.shape[-2], rows) * min(k.shape[-2], _HEAD_SCORES // rows)
+
+
 def _heads_and_entries(q: Tensor, k: Tensor) -> tuple[int, int]:
     """How many heads, and if it is all of them, of how many batch entries, make a tile."""
-    batch_size, num_heads, num_queries, num_keys = *q.shape[:-1], k.shape[-2]
+    batch_size, num_heads = q.shape[:2]
     most = _CPU_TILE_SCORES if q.device.type == "cpu" else _TILE_SCORES
-    rows = _tile_queries(q)
-    per_head = max(1, min(num_queries, rows) * min(num_keys, _HEAD_SCORES // rows))
+    per_head = max(1, _scores_of_a_head(q, k))
     heads = min(max(1, most // per_head), num_heads)
     return heads, min(max(1, most // (per_head * num_heads)), batch_size)
 
@@ -182,14 +187,16 @@ def _tiles(q: Tensor, k: Tensor, causal: bool) -> Iterator[tuple[slice, list]]:
 def _memory(q: Tensor, k: Tensor, count: int) -> Iterable[Tensor]:
     """Room for the scores of one tile, for all tiles after each other; so many of them."""
     heads, entries = _heads_and_entries(q, k)
-    rows = _tile_queries(q)
-    per_head = min(rows, q.shape[-2]) * min(_HEAD_SCORES // rows, k.shape[-2])
-    return q.new_empty(count, heads * entries * per_head)
+    return q.new_empty(count, heads * entries * _scores_of_a_head(q, k))
+
+
+def _room(memory: Tensor, *shape: int) -> Tensor:
+    return memory[: math.prod(shape)].view(shape)
 
 
 def _products(memory: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    shape = (len(first), first.shape[-2], second.shape[-1])
-    return torch.bmm(first, second, out=memory[: math.prod(shape)].view(shape))
+    room = _room(memory, len(first), first.shape[-2], second.shape[-1])
+    return torch.bmm(first, second, out=room)
 
 
 def _scores(
@@ -197,12 +204,11 @@ def _scores(
 ) -> Tensor:
     """log2(e) q k^T / sqrt(K) of a tile, at least float32, -inf where a query may not attend."""
     scale = LOG2_E * queries.shape[-1] ** -0.5
-    shape = (len(queries), queries.shape[-2], keys.shape[-2])
-    scores = memory[: math.prod(shape)].view(shape)
+    scores = _room(memory, len(queries), queries.shape[-2], keys.shape[-2])
     if first_masked is None:
         torch.baddbmm(scores, queries, keys.mT, beta=0, alpha=scale, out=scores)
     else:
-        bias = queries.new_full(shape[1:], -math.inf).triu_(first_masked)
+        bias = queries.new_full(scores.shape[1:], -math.inf).triu_(first_masked)
         torch.baddbmm(bias, queries, keys.mT, alpha=scale, out=scores)
     scores = at_least_float32(scores)
     return scores if mask is None else scores.masked_fill_(~mask, -math.inf)

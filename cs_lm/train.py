@@ -180,8 +180,7 @@ class Trainer:
         else:
             self.log.clear()  # of a run that ended before its first checkpoint
             self.folder.save_tokenizer(self.data.tokenizer)
-        dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-        self.peak_flops_per_s = matrix_flops_per_s(self.device, dtype)
+        self.peak_flops_per_s = matrix_flops_per_s(self.device, getattr(torch, config.dtype))
         self.log.write(
             "resume" if resumed else "config",
             step=self.step,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cs_lm import ops
 from cs_lm.cli.errors import readable_errors
-from cs_lm.config import device_setting, setting
+from cs_lm.config import DTYPES, device_setting, setting
 from cs_lm.device import resolve_device
 from cs_lm.fast_block import transformer_block
 from cs_lm.fast_ops import FAST
@@ -30,7 +30,7 @@ B, H, T, K, D, FF, V = 2, 4, 96, 16, 64, 160, 512
 @dataclass(frozen=True)
 class SelfcheckConfig:
     device: str = device_setting()
-    dtype: str = setting("float32", "type of the inputs", choices=("float32", "bfloat16"))
+    dtype: str = setting("float32", "type of the inputs", choices=DTYPES)
     seed: int = setting(0, "the inputs follow from it")
 
     def problems(self) -> list[str]:
