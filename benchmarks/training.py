@@ -64,7 +64,7 @@ def ours(
     from cs_lm.device import keep_freed_memory
     from cs_lm.model import TransformerLM, next_token_loss
     from cs_lm.optim import AdamW, parameter_groups
-    from cs_lm.train import autocast, train_step
+    from cs_lm.training_step import autocast, train_step
 
     keep_freed_memory()  # as a run does
     sizes, usual_size, num_steps = MODELS[name]

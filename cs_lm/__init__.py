@@ -20,12 +20,12 @@ _HOME = {
     "clip_gradients": "cs_lm.optim",
     "learning_rate": "cs_lm.schedule",
     "MemmapManager": "cs_lm.token_store",
-    "CheckpointManager": "cs_lm.checkpoint",
+    "CheckpointManager": "cs_lm.checkpoint_manager",
     "DecodingConfig": "cs_lm.decoding",
     "generate": "cs_lm.decoding",
     "generate_text": "cs_lm.decoding",
     "evaluate": "cs_lm.evaluation",
-    "train_step": "cs_lm.train",
+    "train_step": "cs_lm.training_step",
     "Trainer": "cs_lm.train",
 }
 __all__ = sorted(_HOME)

@@ -112,10 +112,11 @@ class BatchSource:
         device: torch.device,
     ):
         self._tokens, self._seq_length, self._device = tokens, seq_length, device
-        self._starts = SAMPLERS[sampling](tokens, batch_size, seq_length, seed)
+        # a batch's number -> where its windows begin
+        self.starts = SAMPLERS[sampling](tokens, batch_size, seq_length, seed)
 
     def __call__(self, index: int) -> tuple[Tensor, Tensor]:
-        return load_windows(self._tokens, self._starts(index), self._seq_length, self._device)
+        return load_windows(self._tokens, self.starts(index), self._seq_length, self._device)
 
 
 class Prefetcher(Generic[Item]):

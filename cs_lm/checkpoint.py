@@ -1,17 +1,49 @@
-"""Checkpoints: everything a run needs to go on, in one file that is complete or not there."""
+"""Checkpoint files: all that a run needs to go on, written whole, read without running code."""
 
-import math
+import copy
 import os
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cs_lm.whole_file import writing_whole
 
 PathOrFile = str | os.PathLike | BinaryIO
 FORMAT_VERSION = 1
+# What is not a tensor's numbers: names, shapes and settings.
+_MAX_STRUCTURE_BYTES = 64 << 20
+
+
+def checkpoint_content(
+    model: nn.Module, optimizer: torch.optim.Optimizer, iteration: int, **extras: Any
+) -> dict[str, Any]:
+    """Model, optimizer, iteration, random state and extras (tensors and plain values).
+
+    The tensors are those of the model and optimizer, not copies.
+    """
+    return {
+        "format_version": FORMAT_VERSION,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "iteration": iteration,
+        "rng": _rng_state(),
+        "extras": extras,
+    }
+
+
+def copied(content: Any) -> Any:
+    """The same content in memory of its own on the CPU, which later updates do not reach."""
+    if isinstance(content, Tensor):
+        return content.detach().to("cpu", copy=True)
+    if isinstance(content, dict):
+        return {key: copied(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return type(content)(copied(value) for value in content)
+    return copy.copy(content)
 
 
 def save_checkpoint(
@@ -21,18 +53,11 @@ def save_checkpoint(
     path_or_file: PathOrFile,
     **extras: Any,
 ) -> None:
-    """Writes model, optimizer, iteration, random state and extras (tensors and plain values).
+    """Writes what `checkpoint_content` gathers.
 
     A path is written under a temporary name first, so that a crash leaves the older file whole.
     """
-    content = {
-        "format_version": FORMAT_VERSION,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "iteration": iteration,
-        "rng": _rng_state(),
-        "extras": extras,
-    }
+    content = checkpoint_content(model, optimizer, iteration, **extras)
     if not isinstance(path_or_file, (str, os.PathLike)):
         torch.save(content, path_or_file)
         return
@@ -43,6 +68,7 @@ def save_checkpoint(
 def read_checkpoint(path_or_file: PathOrFile, device: str | torch.device = "cpu") -> dict[str, Any]:
     """The content of a checkpoint; tensors and plain values only, no code is run.
 
+    Memory: no more than the file's length is taken, whatever the file says of its tensors.
     Raises: FileNotFoundError, or ValueError for a file that is not one of our checkpoints.
     """
     if isinstance(path_or_file, (str, os.PathLike)) and not Path(path_or_file).is_file():
@@ -50,14 +76,14 @@ def read_checkpoint(path_or_file: PathOrFile, device: str | torch.device = "cpu"
             f"checkpoint: got {str(path_or_file)!r}, which is not a file; check the path"
         )
     try:
+        _check_lengths(path_or_file)
         content = torch.load(path_or_file, map_location=device, weights_only=True)
-        if content["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"format {content['format_version']}")
+        _check_content(content)
     except Exception as error:  # torch.load raises whatever its unpickler meets
         shown = os.fspath(path_or_file) if isinstance(path_or_file, os.PathLike) else path_or_file
         raise ValueError(
             f"checkpoint: cannot read {shown!s} ({type(error).__name__}): it is damaged or of "
-            "another kind; need a file that cs_lm wrote, try the other of last.pt and best.pt"
+            "another kind; need a file that cs_lm wrote"
         ) from None
     return content
 
@@ -74,36 +100,95 @@ def load_checkpoint(
 def restore(
     content: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer | None = None
 ) -> None:
-    """Puts what `read_checkpoint` gave into the model, the optimizer and torch's generators."""
+    """Puts what `read_checkpoint` gave into the model, the optimizer and torch's generators.
+
+    Raises: ValueError for a state of another model; nothing is changed then.
+    """
+    _check_shapes(content["model"], model)
+    if optimizer is not None:
+        _check_moments(content["optimizer"], optimizer)
     model.load_state_dict(content["model"])
     if optimizer is not None:
         optimizer.load_state_dict(content["optimizer"])
         _set_rng_state(content["rng"])
 
 
-class CheckpointManager:
-    """The checkpoints of a run: `last.pt`, and `best.pt` for the lowest validation loss."""
+# ---- what is refused ----
 
-    def __init__(self, folder: str | Path):
-        self.last_path = Path(folder) / "last.pt"
-        self.best_path = Path(folder) / "best.pt"
-        self._best_loss: float | None = None
 
-    def save(self, model, optimizer, iteration: int, **extras: Any) -> None:
-        save_checkpoint(model, optimizer, iteration, self.last_path, **extras)
+def _check_lengths(path_or_file: PathOrFile) -> None:
+    """Before anything is unpacked: the archive's members are not compressed, and fit into it."""
+    if not isinstance(path_or_file, (str, os.PathLike)):
+        return  # a file object is the caller's own
+    with zipfile.ZipFile(path_or_file) as archive:
+        members = archive.infolist()
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise ValueError("compressed")
+    if sum(member.file_size for member in members) > os.path.getsize(path_or_file):
+        raise ValueError("members longer than the file")
+    structure = [m.file_size for m in members if m.filename.endswith("data.pkl")]
+    if sum(structure) > _MAX_STRUCTURE_BYTES:
+        raise ValueError("too much besides tensors")
 
-    def save_if_best(self, valid_loss: float, model, optimizer, iteration: int, **extras) -> bool:
-        """Keeps the model as `best.pt` unless an earlier one of this run is as good."""
-        if not math.isfinite(valid_loss):
-            return False
-        if self._best_loss is None and self.best_path.is_file():
-            self._best_loss = read_checkpoint(self.best_path)["extras"]["valid_loss"]
-        if self._best_loss is not None and not valid_loss < self._best_loss:
-            return False
-        extras["valid_loss"] = valid_loss
-        save_checkpoint(model, optimizer, iteration, self.best_path, **extras)
-        self._best_loss = valid_loss
-        return True
+
+def _check_content(content: Any) -> None:
+    if content["format_version"] != FORMAT_VERSION:
+        raise ValueError(f"format {content['format_version']}")
+    for key, kind in (("model", dict), ("optimizer", dict), ("rng", dict), ("extras", dict),
+                      ("iteration", int)):  # fmt: skip
+        if not isinstance(content[key], kind):
+            raise ValueError(f"{key} is no {kind.__name__}")
+    if content["iteration"] < 0:
+        raise ValueError("negative iteration")
+    for tensor in _tensors(content):
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise ValueError("a tensor with more elements than numbers")
+
+
+def _tensors(content: Any) -> Iterator[Tensor]:
+    if isinstance(content, Tensor):
+        yield content
+    elif isinstance(content, (dict, list, tuple)):
+        for value in content.values() if isinstance(content, dict) else content:
+            yield from _tensors(value)
+
+
+def _check_shapes(state: dict[str, Any], model: nn.Module) -> None:
+    own = model.state_dict()
+    wrong = sorted(map(str, state.keys() ^ own.keys()))
+    wrong += [
+        name
+        for name in state.keys() & own.keys()
+        if getattr(state[name], "shape", None) != getattr(own[name], "shape", None)
+    ]
+    if wrong:
+        raise ValueError(
+            f"checkpoint: {wrong[0]!r} and {len(wrong) - 1} other weights do not fit the model; "
+            "was it saved by a model of another shape?"
+        )
+
+
+def _check_moments(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """Those of our AdamW; another optimizer looks after its own."""
+    try:
+        sizes = [len(group["params"]) for group in state["param_groups"]]
+        own = optimizer.param_groups
+        if sizes != [len(group["params"]) for group in own]:
+            raise ValueError("other groups of parameters")
+        numbers = [i for group in state["param_groups"] for i in group["params"]]
+        parameters = [p for group in own for p in group["params"]]
+        for number, parameter in zip(numbers, parameters):
+            for name, value in state["state"].get(number, {}).items():
+                if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+                    raise ValueError(f"{name} of another shape")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"checkpoint: the optimizer's state does not fit ({error}); was it saved by a model of "
+            "another shape?"
+        ) from None
+
+
+# ---- random state ----
 
 
 def _rng_state() -> dict[str, Any]:

@@ -37,6 +37,16 @@ def device_setting() -> Any:
     )
 
 
+def checkpoint_setting() -> Any:
+    return setting("best", "which model of the run: best, last, or the step of a checkpoint")
+
+
+def checkpoint_problems(checkpoint: str) -> list[str]:
+    if checkpoint in ("best", "last") or (checkpoint.isdecimal() and len(checkpoint) <= 15):
+        return []
+    return [f"--checkpoint: got {checkpoint!r}, need best, last, or the step of a checkpoint"]
+
+
 def encoding_errors_setting() -> Any:
     return setting(
         "strict", "bytes that are not UTF-8: stop, or read as U+FFFD", choices=("strict", "replace")
@@ -193,6 +203,13 @@ class RunConfig:
     seed: int = setting(0, "weights, batches and samples follow from it")
     log_interval: int = setting(10, "a record in metrics.jsonl", "steps")
     save_interval: int = setting(500, "a checkpoint; 0: only at the end", "steps")
+    keep_last: int = setting(2, "checkpoints that stay besides the best one, 2 or more")
+    on_nan: str = setting(
+        "stop",
+        "a loss or gradient that is not finite: stop with the weights from before it, or leave "
+        "the step out, at most 10 in a row",
+        choices=("stop", "skip"),
+    )
     eval_interval: int = setting(250, "validation; 0: only at the end", "steps")
     eval_tokens: int = setting(100_000, "validation text in each validation", "tokens")
     sample_interval: int = setting(500, "a sample of the model's text; 0: only at the end", "steps")
@@ -202,6 +219,9 @@ class RunConfig:
     )
     tensorboard: bool = setting(False, "also write TensorBoard event files")
     resume: bool = setting(False, "continue the run in --out_dir with its saved settings")
+    resume_step: int | None = setting(
+        None, "with --resume: from the checkpoint of this step, not the newest", "step"
+    )
     dry_run: bool = setting(False, "check all settings, print estimates, and stop")
 
     def problems(self) -> list[str]:
@@ -220,6 +240,10 @@ class RunConfig:
                 f"--vocab_size: got {self.model.vocab_size}, need at least {least} "
                 f"({NUM_BYTE_TOKENS} bytes + {least - NUM_BYTE_TOKENS} special tokens); raise it"
             )
+        if self.keep_last == 1:
+            found.append("--keep_last: got 1, need 2 or more: one alone may be damaged")
+        if self.resume_step is not None and not self.resume:
+            found.append("--resume_step: has no effect without --resume; add it, or leave it out")
         if self.compile and self.activation_checkpointing:
             found.append(
                 "--activation_checkpointing: does not go with --compile, which chooses itself what "
@@ -234,6 +258,10 @@ class RunConfig:
     @property
     def tokens_per_step(self) -> int:
         return self.batch_size * self.seq_length * self.grad_accum
+
+
+# Settings of one call of run_clm.py, which are not the run's, and what they are in its checkpoints.
+OF_ONE_CALL = {"resume": False, "resume_step": None, "dry_run": False}
 
 
 def settings_of(config_class: type) -> dict[str, tuple[type, dataclasses.Field]]:

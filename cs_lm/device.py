@@ -1,8 +1,10 @@
-"""Which device a run uses, and in which precision its products are."""
+"""Which device a run uses, in which precision its products are, and what it runs on."""
 
 import ctypes
+import platform
 import sys
 import time
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor
@@ -83,3 +85,13 @@ def keep_freed_memory() -> None:
         if mallopt is not None:
             mallopt(_M_MMAP_MAX, 0)
             mallopt(_M_TRIM_THRESHOLD, -1)  # never
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("cs_lm", "numpy", "regex"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # used from its folder, without being installed
+            pass
+    return found

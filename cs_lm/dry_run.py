@@ -15,8 +15,7 @@ from cs_lm.prepare import (
     num_training_tokens,
     reusable_store,
 )
-from cs_lm.schedule import learning_rate
-from cs_lm.train import num_training_steps
+from cs_lm.schedule import learning_rate, num_training_steps
 
 FLOAT_BYTES = 4
 

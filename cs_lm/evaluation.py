@@ -2,7 +2,7 @@
 
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -73,11 +73,13 @@ def evaluate(
     byte_lengths: np.ndarray,
     max_tokens: int | None = None,
     precision: AbstractContextManager | None = None,
+    between: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Scores about `max_tokens` of the tokens (None: all) in windows of `seq_length`.
 
     The batch size changes the speed, not the result. The model's mode is restored.
     precision  an autocast context for the forward pass
+    between    called before each batch; an exception of it ends the evaluation
     """
     device = model.lm_head.weight.device
     starts = evaluation_starts(len(tokens), seq_length, max_tokens)
@@ -86,6 +88,7 @@ def evaluate(
     model.eval()
     try:
         for first in range(0, len(starts), batch_size):
+            between()
             rows = [
                 tokens.load_by_range(s, min(s + seq_length + 1, len(tokens)))
                 for s in starts[first : first + batch_size]

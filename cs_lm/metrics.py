@@ -1,11 +1,13 @@
 """What a run reports: a JSON-lines log, a progress display, TensorBoard events, the plot."""
 
+import contextlib
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,29 +17,76 @@ SPARE_HELP = "install the extra with: pip install 'cs_lm[ui]'"
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one object a line, the first one the run's config and versions."""
+    """`metrics.jsonl`: one object a line, the first one the run's config and versions.
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    A record that the disk does not take is kept in memory, told to `say` once, and written before
+    the next one.
+    """
+
+    def __init__(self, path: str | Path, say: Callable[[str], None] = print):
+        self.path, self._say = Path(path), say
+        self._held = b""
 
     def write(self, kind: str, **values: Any) -> None:
         """Appends one record; a number that is not finite becomes null, as JSON has none."""
-        line = _as_line({"kind": kind, **values})
+        was_held = bool(self._held)
+        self._held += _as_line({"kind": kind, **values})
+        try:
+            self._append(self._held)
+            self._held = b""
+        except OSError as error:
+            if not was_held:
+                self._say(f"WARNING: {str(self.path)!r} cannot be written ({error}); trying again")
+
+    def _append(self, lines: bytes) -> None:
+        """All of the lines or, after an error, none of them."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "ab") as file:
-            file.write(line)
+        with open(self.path, "ab", buffering=0) as file:
+            before = file.tell()
+            try:
+                if file.write(lines) != len(lines):
+                    raise OSError("only a part could be written")
+            except OSError:
+                file.truncate(before)
+                raise
+
+    def sync(self) -> None:
+        """Waits until all of it is on the disk, as far as the disk takes it."""
+        with contextlib.suppress(OSError), open(self.path, "ab") as file:
+            os.fsync(file.fileno())
+
+    def has(self, kind: str, step: int) -> bool:
+        records = filter(None, map(_as_record, self._lines()))
+        return any(r["kind"] == kind and r["step"] == step for r in records)
+
+    def _lines(self) -> list[bytes]:
+        return self.path.read_bytes().split(b"\n")[:-1] if self.path.is_file() else []
 
     def clear(self) -> None:
         self.path.unlink(missing_ok=True)
 
-    def drop_after(self, step: int) -> None:
-        """Removes what a run had logged beyond the checkpoint that it now goes on from."""
-        if not self.path.is_file():
-            return
-        kept = [
-            r for r in read_metrics(self.path) if r.get("step", 0) <= step and r["kind"] != "end"
-        ]
+    def drop_after(self, step: int) -> list[dict[str, Any]]:
+        """Removes what was logged beyond the checkpoint that a run goes on from; returns the rest.
+
+        Lines that are no record of ours any more go too, and `say` is told.
+        """
+        kept = []
+        for number, line in enumerate(self._lines(), start=1):
+            record = _as_record(line)
+            if record is None:
+                self._say(f"SKIPPED line {number} of {str(self.path)!r}: it is damaged")
+            elif record["step"] <= step and record["kind"] != "end":
+                kept.append(record)
         write_whole(self.path, b"".join(map(_as_line, kept)))
+        return kept
+
+
+def _as_record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line.decode("utf-8"))
+        return record if isinstance(record["step"], int) and record["kind"] else None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
 
 
 def _as_line(record: dict[str, Any]) -> bytes:
@@ -70,6 +119,18 @@ def read_metrics(path: str | Path) -> Iterator[dict[str, Any]]:
             if number == len(lines):
                 return
             raise ValueError(f"metrics: line {number} of {str(path)!r} is not JSON") from None
+
+
+class SpikeMark:
+    """Tells of a loss that is a tenth above every one of the last 20 that were logged."""
+
+    def __init__(self, earlier: Iterable[float | None] = ()):
+        self._recent = deque((loss for loss in earlier if loss is not None), maxlen=20)
+
+    def __call__(self, loss: float) -> bool:
+        is_spike = bool(self._recent) and loss > 1.1 * max(self._recent)
+        self._recent.append(loss)
+        return is_spike
 
 
 class Stopwatch:

@@ -42,8 +42,14 @@ class AdamW(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """One update; returns the closure's loss, if there is a closure."""
+    def step(
+        self, closure: Callable[[], Tensor] | None = None, apply: Tensor | None = None
+    ) -> Tensor | None:
+        """One update; returns the closure's loss, if there is a closure.
+
+        apply  a bool on the gradients' device: False leaves everything as it is but the count of
+               the steps; nothing waits for it
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -53,9 +59,13 @@ class AdamW(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     by_step.setdefault(self._next_step(parameter), []).append(parameter)
+            if apply is not None and apply.device.type == "cpu":  # where reading it is free
+                if not apply:
+                    continue
+                apply = None
             for step, parameters in by_step.items():
                 for portion in _portions(parameters):
-                    self._update(portion, step, group)
+                    self._update(portion, step, group, apply)
         return loss
 
     def _next_step(self, parameter: Tensor) -> int:
@@ -67,8 +77,13 @@ class AdamW(torch.optim.Optimizer):
         state["step"] += 1
         return state["step"]
 
-    def _update(self, portion: list[tuple[Tensor, slice]], step: int, group: dict) -> None:
-        """The update, to all parts of parameters in the portion."""
+    def _update(
+        self, portion: list[tuple[Tensor, slice]], step: int, group: dict, apply: Tensor | None
+    ) -> None:
+        """The update, to all parts of parameters in the portion.
+
+        Where `apply` is False every factor is one that changes nothing.
+        """
 
         def parts(tensor_of: Callable[[Tensor], Tensor]) -> list[Tensor]:
             return [_part(tensor_of(parameter), part) for parameter, part in portion]
@@ -77,15 +92,27 @@ class AdamW(torch.optim.Optimizer):
         parameters, gradients = parts(lambda p: p), parts(lambda p: p.grad)
         means = parts(lambda p: self.state[p]["exp_avg"])
         squares = parts(lambda p: self.state[p]["exp_avg_sq"])
-        torch._foreach_lerp_(means, gradients, 1 - beta1)
-        torch._foreach_mul_(squares, beta2)
+
+        def factor(value: float, neutral: float) -> float | Tensor:
+            return value if apply is None else torch.where(apply, value, neutral)
+
+        if apply is None:
+            torch._foreach_lerp_(means, gradients, 1 - beta1)
+        else:  # the same in operations that take a factor from the device
+            gradients = [torch.where(apply, gradient, 0) for gradient in gradients]
+            torch._foreach_mul_(means, factor(beta1, 1))
+            torch._foreach_add_(means, gradients, alpha=1 - beta1)
+        torch._foreach_mul_(squares, factor(beta2, 1))
         torch._foreach_addcmul_(squares, gradients, gradients, value=1 - beta2)
         # -lr m^ / (sqrt(v^) + eps), with both corrections of the bias moved to one side
         correction = math.sqrt(1 - beta2**step)
         roots = torch._foreach_sqrt(squares)
         torch._foreach_add_(roots, group["eps"] * correction)
+        if apply is not None:
+            torch._foreach_mul_(roots, factor(1, math.inf))
         if group["weight_decay"]:
-            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            decay = 1 - group["lr"] * group["weight_decay"]
+            torch._foreach_mul_(parameters, factor(decay, 1))
         step_size = group["lr"] / (1 - beta1**step) * correction
         torch._foreach_addcdiv_(parameters, means, roots, value=-step_size)
 

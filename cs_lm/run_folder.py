@@ -1,23 +1,24 @@
 """What lies where in a run's folder, and the model in it."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from cs_lm.checkpoint import CheckpointManager, read_checkpoint, restore
-from cs_lm.config import RunConfig, from_json
+from cs_lm.checkpoint import restore
+from cs_lm.checkpoint_manager import KINDS, CheckpointManager
+from cs_lm.config import RunConfig, all_problems, from_json
 from cs_lm.fast_ops import FAST
-from cs_lm.model import TransformerLM
+from cs_lm.model import TransformerLM, num_parameters
 from cs_lm.tokenizer import BPETokenizer
 from cs_lm.whole_file import locked
 
 
 class RunFolder:
-    """metrics.jsonl, loss.png, checkpoints/{last,best}.pt, tokenizer/ and tensorboard/ of a run."""
+    """metrics.jsonl, loss.png, checkpoints/, tokenizer/ and tensorboard/ of a run."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -43,7 +44,7 @@ class RunFolder:
 
     def exists(self) -> bool:
         """Whether there is work to lose; a run that ended before its first checkpoint has none."""
-        return self.checkpoints.last_path.is_file() or self.checkpoints.best_path.is_file()
+        return any(self.checkpoints.steps(kind) for kind in KINDS)
 
     def require(self) -> None:
         """Raises: FileNotFoundError saying that there is no run here."""
@@ -73,14 +74,33 @@ class RunFolder:
             self._tokenizer / "vocab.json", self._tokenizer / "merges.txt", specials
         )
 
-    def read_last(self) -> dict[str, Any]:
-        """The content of the last checkpoint, or of the best one where none was saved yet.
+    def read(self, which: str, say: Callable[[str], None] = print) -> dict[str, Any]:
+        """The content of the `last` or `best` checkpoint that verifies, or of that of a step.
 
-        Raises: FileNotFoundError as `require` does.
+        say  told of those that do not verify
+        Raises: FileNotFoundError or ValueError when there is none; so too for a step's own.
         """
         self.require()
-        paths = (self.checkpoints.last_path, self.checkpoints.best_path)
-        return read_checkpoint(next(path for path in paths if path.is_file()))
+        if which == "last":
+            return self.checkpoints.read_newest(say)
+        if which == "best":
+            return self.checkpoints.read_newest(say, ["best"])
+        return self.checkpoints.read(int(which))
+
+
+def saved_config(content: dict[str, Any]) -> RunConfig:
+    """The settings in a checkpoint, for a model that is no larger than its weights there.
+
+    Raises: ValueError for others: they would take memory before anything is read.
+    """
+    config = from_json(RunConfig, content["extras"]["config"])
+    num_weights = sum(weight.numel() for weight in content["model"].values())
+    problems = all_problems(config)
+    if not problems and num_parameters(config.model) != num_weights:
+        problems = [f"{num_weights} weights, but settings for {num_parameters(config.model)}"]
+    if problems:
+        raise ValueError(f"checkpoint: its settings cannot be those of a run: {problems[0]}")
+    return config
 
 
 class TrainedModel(NamedTuple):
@@ -91,27 +111,24 @@ class TrainedModel(NamedTuple):
 
 
 def load_trained(
-    folder: RunFolder, which: str, device: torch.device, dtype: torch.dtype = torch.float32
+    folder: RunFolder,
+    which: str,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    say: Callable[[str], None] = print,
 ) -> TrainedModel:
-    """The best or last model of a run, ready to generate, with weights of that dtype.
+    """The model of `RunFolder.read(which, say)`, ready to generate, with weights of that dtype.
 
     Raises: FileNotFoundError, or ValueError when model and tokenizer do not belong together.
     """
-    path = folder.checkpoints.last_path if which == "last" else folder.checkpoints.best_path
     tokenizer = folder.load_tokenizer()
-    if not path.is_file():
-        other = "last" if which == "best" else "best"
-        raise FileNotFoundError(
-            f"--checkpoint: got {which!r}, but {str(folder.path)!r} holds no {path.name} yet; "
-            f"train on with --resume, or try --checkpoint {other}"
-        )
-    content = read_checkpoint(path)
+    content = folder.read(which, say)
     if content["extras"]["tokenizer_fingerprint"] != tokenizer.fingerprint:
         raise ValueError(
-            f"run: the tokenizer in {str(folder.path)!r} is not the one that {path.name} was "
-            "trained with; restore the folder's tokenizer/"
+            f"run: the tokenizer in {str(folder.path)!r} is not the one that its {which} "
+            "checkpoint was trained with; restore the folder's tokenizer/"
         )
-    config = from_json(RunConfig, content["extras"]["config"])
+    config = saved_config(content)
     # every weight is overwritten: an explicit generator keeps the global one untouched
     model = TransformerLM(config.model, FAST, torch.Generator(), device=device)
     restore(content, model)

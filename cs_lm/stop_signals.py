@@ -1,14 +1,33 @@
 """The signals that ask a process to stop, noted so that it can finish what it is at."""
 
+import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+_HANGUP = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *_HANGUP)
+
+
+class Stopped(BaseException):
+    """A stop signal was noted, and the work has come to a place where it may end."""
+
+    def __init__(self, number: signal.Signals):
+        super().__init__(number.name)
+        self.number = number
+
+    @property
+    def exit_status(self) -> int:
+        """As shells have it: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP."""
+        return 128 + self.number
 
 
 class StopSignals:
-    """While entered, the first SIGINT, SIGTERM or SIGHUP is noted instead of ending the process.
+    """While entered, the first stop signal is noted instead of ending the process.
 
-    A second one ends it at once.
+    A second one ends it at once: what it was writing keeps its temporary name.
     """
 
     def __init__(self):
@@ -16,17 +35,53 @@ class StopSignals:
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopSignals":
-        if threading.current_thread() is threading.main_thread():
-            hangup = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []
-            for number in (signal.SIGINT, signal.SIGTERM, *hangup):
-                self._previous[number] = signal.signal(number, self._note)
+        self._previous = _set_handlers(self._note)
         return self
 
     def __exit__(self, *_exception) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        _restore_handlers(self._previous)
+
+    def check(self) -> None:
+        """Raises: Stopped when a signal has come."""
+        if self.received is not None:
+            raise Stopped(self.received)
 
     def _note(self, number: int, _frame) -> None:
         if self.received is not None:
-            raise KeyboardInterrupt
+            os._exit(128 + number)
         self.received = signal.Signals(number)
+
+
+@contextmanager
+def stopping_at_once() -> Iterator[None]:
+    """While entered, a stop signal raises Stopped, where the main thread is.
+
+    For work that is safe at any moment, and has processes or temporary files to clear away.
+    """
+
+    def stop(number: int, _frame) -> None:
+        _set_handlers(lambda again, _frame: os._exit(128 + again))
+        raise Stopped(signal.Signals(number))
+
+    previous = _set_handlers(stop)
+    try:
+        yield
+    finally:
+        _restore_handlers(previous)
+
+
+def _set_handlers(handler: Any) -> dict[signal.Signals, Any]:
+    """The earlier ones. Only the main thread has handlers to set."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {
+        number: signal.signal(number, handler)
+        for number in STOP_SIGNALS
+        # `nohup` has said that the end of the terminal is none of ours
+        if number not in _HANGUP or signal.getsignal(number) is not signal.SIG_IGN
+    }
+
+
+def _restore_handlers(previous: dict[signal.Signals, Any]) -> None:
+    for number, handler in previous.items():
+        signal.signal(number, handler)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from cs_lm.whole_file import sync_folder
+from cs_lm.whole_file import put_folder
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -103,7 +103,7 @@ class MemmapManager:
                 json.dump(manifest, file, indent=1)
                 file.flush()
                 os.fsync(file.fileno())
-            _put_in_place(writing, folder)
+            put_folder(writing, folder)
         except BaseException:
             shutil.rmtree(writing, ignore_errors=True)
             raise
@@ -256,14 +256,3 @@ def _regroup(blocks: Iterable[np.ndarray], size: int, dtype: np.dtype) -> Iterat
         filled += len(ids)
     if filled:
         yield held[:filled]
-
-
-def _put_in_place(new: Path, folder: Path) -> None:
-    """Renames a complete folder to its name; an older one there makes room first."""
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(new, folder)
-    sync_folder(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)

@@ -1,91 +1,55 @@
-"""Training: one step, and the loop around it that logs, validates, samples and saves."""
+"""Training: the loop around the step, that logs, validates, samples and saves."""
 
 import math
-import platform
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cs_lm.bad_numbers import BadNumbers, StepFlags, advice, are_finite, write_bad_step
 from cs_lm.batches import BatchSource, Prefetcher
-from cs_lm.checkpoint import restore
+from cs_lm.checkpoint import checkpoint_content, restore
+from cs_lm.checkpoint_manager import BackgroundSaver
 from cs_lm.compiling import Compiled
-from cs_lm.config import RunConfig, to_json
+from cs_lm.config import OF_ONE_CALL, RunConfig, to_json
 from cs_lm.decoding import DecodingConfig, generate_text
-from cs_lm.device import describe, keep_freed_memory, matrix_flops_per_s, resolve_device
-from cs_lm.evaluation import Evaluation, evaluate, gzip_bits_per_byte, token_byte_lengths
+from cs_lm.device import (
+    describe,
+    keep_freed_memory,
+    matrix_flops_per_s,
+    resolve_device,
+    versions,
+)
+from cs_lm.evaluation import evaluate, gzip_bits_per_byte, token_byte_lengths
 from cs_lm.fast_ops import FAST
 from cs_lm.metrics import (
     Display,
     MetricsLog,
+    SpikeMark,
     Stopwatch,
     format_duration,
     open_tensorboard,
     plot_losses,
 )
 from cs_lm.model import TransformerLM, flops_per_token, next_token_loss, num_parameters
-from cs_lm.ops import CLEAR, IGNORE_INDEX
-from cs_lm.optim import AdamW, clip_gradients, parameter_groups
+from cs_lm.ops import CLEAR
+from cs_lm.optim import AdamW, parameter_groups
 from cs_lm.prepare import PreparedData
 from cs_lm.run_folder import RunFolder
-from cs_lm.schedule import learning_rate
-from cs_lm.stop_signals import StopSignals
+from cs_lm.schedule import learning_rate, num_training_steps
+from cs_lm.stop_signals import Stopped, StopSignals
+from cs_lm.training_step import Batch, LossFunction, autocast, train_step
 
 OPS = {"clear": CLEAR, "fast": FAST}
 SAMPLE_TOKENS = 80
-
-Batch = tuple[Tensor, Tensor]
-LossFunction = Callable[[TransformerLM, Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-def num_training_steps(config: RunConfig, num_tokens: int) -> int:
-    """Updates that make `num_epochs` passes over the tokens, at least 1, at most `max_steps`."""
-    steps = max(1, round(config.num_epochs * num_tokens / config.tokens_per_step))
-    return steps if config.max_steps is None else min(steps, config.max_steps)
-
-
-def autocast(device: torch.device, dtype: str) -> AbstractContextManager:
-    """Matrix products in bfloat16 where asked; weights, sums and the optimizer stay float32."""
-    if dtype == "bfloat16":
-        return torch.autocast(device.type, torch.bfloat16)
-    return nullcontext()
-
-
-def train_step(
-    model: TransformerLM,
-    optimizer: torch.optim.Optimizer,
-    batches: list[Batch],
-    max_norm: float,
-    loss_function: LossFunction = next_token_loss,
-    precision: AbstractContextManager | None = None,
-) -> tuple[Tensor, Tensor]:
-    """One update from one or more micro-batches, as if they were a single batch.
-
-    Returns the mean loss [nats per token] before the update and the gradient norm before
-    clipping, both scalars on the device: nothing here waits for the device.
-    """
-    num_targets = sum((y != IGNORE_INDEX).sum() for _, y in batches).clamp(min=1)
-    optimizer.zero_grad(set_to_none=True)
-    loss = torch.zeros((), device=model.lm_head.weight.device)
-    for x, y in batches:
-        with precision or nullcontext():
-            loss_sum, _ = loss_function(model, x, y)
-        share = loss_sum / num_targets
-        share.backward()
-        loss += share.detach()
-    norm = clip_gradients(model.parameters(), max_norm)
-    optimizer.step()
-    return loss, norm
+NOT_SAVED = 4  # exit status
 
 
 class Trainer:
     """A run: model, optimizer and data, from the first step or from its last checkpoint.
 
-    checkpoint  what `RunFolder.read_last` gave, to go on from
+    checkpoint  what `RunFolder.read` gave, to go on from
     Raises: ValueError when the checkpoint was trained with another tokenizer.
     """
 
@@ -118,37 +82,51 @@ class Trainer:
         if config.compile:
             self.loss_function = Compiled(next_token_loss, lambda text: self.say(text))
         self.byte_lengths = token_byte_lengths(data.tokenizer.vocab)
-        self.log = MetricsLog(folder.metrics)
+        self.signals = StopSignals()
+        self.flags = StepFlags()
+        self.sound = None
+        if config.on_nan == "stop":
+            self.sound = torch.ones((), dtype=torch.bool, device=self.device)
+        self.log = MetricsLog(folder.metrics, lambda text: self.say(text))
+        folder.checkpoints.keep_last = config.keep_last
         self.tensorboard = open_tensorboard(folder.tensorboard) if config.tensorboard else None
         self.step = 0
         self.trained_tokens = 0
         self.trained_before_s = 0.0
-        self.last_evaluation: Evaluation | None = None
+        self.valid: dict[str, Any] | None = None  # what the last validation found
         if checkpoint is not None:
             self._go_on_from(checkpoint)
 
     def fit(self) -> int:
-        """Trains to the last step or to a stop signal; returns the exit status for the process."""
+        """Trains to the last step or to a stop signal; returns the exit status for the process.
+
+        Raises: BadNumbers when a loss, gradient or weight is not finite and the run cannot go on.
+        """
         self._begin()
-        with StopSignals() as signals:
+        with self.signals:
             try:
-                while self.step < self.num_steps and signals.received is None:
-                    self._one_step()
-                    self._after_step(is_last=self.step == self.num_steps)
-                if signals.received is not None and self.step < self.num_steps:
-                    self._save()
-                    self.say(
-                        f"stopped by {signals.received.name} after step {self.step} of "
-                        f"{self.num_steps}: saved; the same command with --resume goes on"
-                    )
-                    self.say(self._plot())
-                    return 128 + signals.received
+                return self._train()
             finally:
+                self.saver.wait()
                 self.display.close()
                 if self.tensorboard is not None:
                     self.tensorboard.close()
-        self._finish()
-        return 0
+
+    def _train(self) -> int:
+        try:
+            self._catch_up()
+            while self.step < self.num_steps:
+                self._one_step()
+                self._after_step(is_last=self.step == self.num_steps)
+                self.signals.check()
+            return self._finish()
+        except Stopped as stopped:
+            return self._stop(stopped)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether there is nothing left to do, not even what follows the last step."""
+        return self.step > self.num_steps or self.log.has("end", self.num_steps)
 
     # ---- begin and end ----
 
@@ -175,25 +153,26 @@ class Trainer:
         resumed = self.step > 0
         self.display = Display(self.num_steps, self.step)
         self.say = self.display.say
+        self.folder.checkpoints.go_on_from(self.step)
+        self.logged: list[dict[str, Any]] = []
         if resumed:
-            self.log.drop_after(self.step)
+            self.logged = self.log.drop_after(self.step)
         else:
             self.log.clear()  # of a run that ended before its first checkpoint
             self.folder.save_tokenizer(self.data.tokenizer)
+        self.is_spike = SpikeMark(r.get("loss_nats") for r in self.logged if r["kind"] == "train")
+        self.saver = BackgroundSaver(
+            self.folder.checkpoints, self.say, self.step if resumed else -1, self.log.sync
+        )
         self.peak_flops_per_s = matrix_flops_per_s(self.device, getattr(torch, config.dtype))
         self.log.write(
-            "resume" if resumed else "config",
-            step=self.step,
-            num_steps=self.num_steps,
-            train_tokens=len(self.data.train),
-            valid_tokens=len(self.data.valid),
+            "resume" if resumed else "config", step=self.step, num_steps=self.num_steps,
+            train_tokens=len(self.data.train), valid_tokens=len(self.data.valid),
             num_parameters=num_parameters(config.model),
-            tokenizer_fingerprint=self.data.tokenizer.fingerprint,
-            config=to_json(config),
-            versions=versions(),
-            device=describe(self.device),
+            tokenizer_fingerprint=self.data.tokenizer.fingerprint, config=to_json(config),
+            versions=versions(), device=describe(self.device),
             peak_flops_per_s=self.peak_flops_per_s,
-        )
+        )  # fmt: skip
         self.say(
             f"{'resuming' if resumed else 'training'}: "
             f"{num_parameters(config.model) / 1e6:.2f} M parameters on {describe(self.device)}, "
@@ -204,43 +183,67 @@ class Trainer:
         self.watch = Stopwatch()
         self._session_first_step = self._logged_step = self.step
         self._logged_s = 0.0
-        self._saved_step = self.step if resumed else -1
 
-    def _finish(self) -> None:
-        result, path = self.last_evaluation, self.folder.path
+    def _catch_up(self) -> None:
+        """What should have followed the step that a run goes on from, and is not in its log."""
+        if self.step == 0:
+            return
+        at_step = {r["kind"]: r for r in self.logged if r["step"] == self.step}
+        is_last = self.step == self.num_steps
+        with self.watch.pause():
+            if "valid" in at_step:
+                self.valid = at_step["valid"]
+                self._keep_if_best()
+            elif self._is_due(self.config.eval_interval, is_last):
+                self._validate()
+            if "sample" not in at_step and self._is_due(self.config.sample_interval, is_last):
+                self._sample()
+
+    def _stop(self, stopped: Stopped) -> int:
+        if not self.saver.save_surely(self._save):
+            return NOT_SAVED
+        self.say(
+            f"stopped by {stopped} after step {self.step} of {self.num_steps}: saved; the same "
+            "command with --resume goes on"
+        )
+        self.say(self._plot())
+        return stopped.exit_status
+
+    def _finish(self) -> int:
+        if not self.saver.save_surely(self._save):
+            return NOT_SAVED
         elapsed_s = self.trained_before_s + self.watch.elapsed_s
         summary: dict[str, Any] = {"elapsed_s": elapsed_s}
-        if result is not None:
-            summary["bits_per_byte"] = result.bits_per_byte
+        if self.valid is not None:
+            summary["bits_per_byte"] = self.valid["bits_per_byte"]
         self.log.write("end", step=self.step, **summary)
+        self.display.close()
         print(
             f"done: {self.step} steps, {self.trained_tokens:,} tokens, "
             f"{format_duration(elapsed_s)} of training"
         )
-        if result is not None:
+        if self.valid is not None:
+            gzip = gzip_bits_per_byte(
+                self.data.valid, self.data.tokenizer.vocab, self.config.seq_length,
+                self.config.eval_tokens,
+            )  # fmt: skip
             print(
-                f"validation: loss {result.loss_nats:.4f} nats/token, perplexity "
-                f"{result.perplexity:.2f}, {result.bits_per_byte:.4f} bits/byte "
-                f"(gzip -9 on the same text: {self._gzip_bits_per_byte():.4f})"
+                f"validation: loss {self.valid['loss_nats']:.4f} nats/token, perplexity "
+                f"{self.valid['perplexity']:.2f}, {self.valid['bits_per_byte']:.4f} bits/byte "
+                f"(gzip -9 on the same text: {gzip:.4f})"
             )
-        print(
-            f"checkpoints: {self.folder.checkpoints.last_path} and "
-            f"{self.folder.checkpoints.best_path}"
-        )
+        checkpoints = self.folder.checkpoints
+        best = "".join(f", the best is step {step}" for step in checkpoints.steps("best"))
+        print(f"checkpoints: {checkpoints.path(self.step)}{best}")
         print(self._plot())
-        print(f'more text: python -m cs_lm generate --out_dir {path} --prompt "The "', flush=True)
+        print(f'more text: python -m cs_lm generate --out_dir {self.folder.path} --prompt "The "')
+        return 0
 
     def _plot(self) -> str:
         try:
             return f"plot: {plot_losses(self.folder.metrics, self.folder.plot)}"
-        except ValueError as error:  # matplotlib is an extra: without it, the run is no failure
+        except (ValueError, OSError) as error:  # matplotlib is an extra; a run can do without
             return str(error)
-
-    def _gzip_bits_per_byte(self) -> float:
-        config, data = self.config, self.data
-        return gzip_bits_per_byte(
-            data.valid, data.tokenizer.vocab, config.seq_length, config.eval_tokens
-        )
 
     # ---- one step and what follows it ----
 
@@ -255,30 +258,41 @@ class Trainer:
             group["lr"] = self.lr
         self.loss, self.norm = train_step(
             self.model, self.optimizer, self.batches_of_step(self.step), config.optim.max_norm,
-            self.loss_function, self.precision,
+            self._loss_unless_stopped, self.precision, self.sound,
         )  # fmt: skip
+        self.flags.add(self.step, self.loss.isfinite() & self.norm.isfinite())
         self.step += 1
         self.trained_tokens += config.tokens_per_step
+
+    def _loss_unless_stopped(self, model: TransformerLM, x: Tensor, y: Tensor):
+        self.signals.check()
+        return self.loss_function(model, x, y)
 
     def _after_step(self, is_last: bool) -> None:
         """Saves before it validates and samples: what can fail comes after the work is safe."""
         config = self.config
         self.display.update(self.step)
-        if self._is_due(config.log_interval, is_last) or self.step == 1:
+        reports = self._is_due(config.log_interval, is_last) or self.step == 1
+        validates = self._is_due(config.eval_interval, is_last)
+        samples = self._is_due(config.sample_interval, is_last)
+        saves = self._is_due(config.save_interval, is_last) or validates or samples
+        saves |= self.saver.has_failed and reports
+        self._look_for_bad_steps(wait=reports or saves)
+        if reports:
             self._report()
         with self.watch.pause():
-            if self._is_due(config.save_interval, is_last):
+            if saves:
                 self._save()
-            if self._is_due(config.eval_interval, is_last):
+            if validates:
                 self._validate()
-            if self._is_due(config.sample_interval, is_last):
+            if samples:
                 self._sample()
 
     def _is_due(self, interval: int, is_last: bool) -> bool:
         return is_last or (interval > 0 and self.step % interval == 0)
 
     def _report(self) -> None:
-        loss, norm = self._finite_loss(), self.norm.item()
+        loss, norm = self.loss.item(), self.norm.item()
         elapsed_s = self.watch.elapsed_s
         steps = self.step - self._logged_step
         tokens_per_s = steps * self.config.tokens_per_step / (elapsed_s - self._logged_s)
@@ -290,69 +304,90 @@ class Trainer:
         )
         utilisation = model_flops_per_s / self.peak_flops_per_s
         self.display.report(self.step, loss, self.lr, norm, tokens_per_s, utilisation, eta_s)
+        is_spike = math.isfinite(loss) and self.is_spike(loss)
         self._record(
             "train", loss_nats=loss, lr=self.lr, grad_norm=norm, tokens_per_s=tokens_per_s,
             model_flops_per_s=model_flops_per_s, utilisation=utilisation,
-            elapsed_s=self.trained_before_s + elapsed_s,
+            elapsed_s=self.trained_before_s + elapsed_s, **({"spike": True} if is_spike else {}),
         )  # fmt: skip
 
-    def _finite_loss(self) -> float:
-        """The last step's loss. Raises: ValueError when it is no number any more."""
-        loss = self.loss.item()
-        if not math.isfinite(loss):
-            raise ValueError(self._diverged(f"the loss is {loss}"))
-        return loss
+    def _look_for_bad_steps(self, wait: bool) -> None:
+        """Raises: BadNumbers after a step that was not finite, where the run shall stop for it."""
+        for step in self.flags.bad_steps(wait):
+            path = self.folder.path / f"bad_step_{step + 1:08d}.json"
+            numbers = range(step * self.config.grad_accum, (step + 1) * self.config.grad_accum)
+            write_bad_step(
+                path, step + 1, self.lr, self.batch, numbers, self.model, self.loss_function,
+                self.precision,
+            )  # fmt: skip
+            self.say(f"step {step + 1} | loss or gradient is not finite: left out; see {path}")
+            self.log.write("bad_step", step=step + 1, file=path.name)
+            if self.config.on_nan == "stop" or self.flags.are_too_many:
+                self._stop_before(step)
 
-    def _diverged(self, what: str) -> str:
-        kept = "there is no checkpoint yet"
-        if self._saved_step >= 0:
-            kept = f"the checkpoint of step {self._saved_step} is kept"
-        return (
-            f"training: {what} at step {self.step}; {kept}; start again with a lower --lr or "
-            "--max_norm in another --out_dir"
+    def _stop_before(self, step: int) -> None:
+        """Saves the weights that the bad step found, and raises BadNumbers."""
+        made = self.step - step  # on CUDA, a few more may have been launched, with no effect
+        self.step, self.trained_tokens = step, step * self.config.tokens_per_step
+        for state in self.optimizer.state.values():
+            state["step"] -= made
+        self.saver.save_surely(self._save)
+        raise BadNumbers(
+            f"training: the loss or gradient of step {step + 1} is not finite; the weights are "
+            f"those after step {step}; {self.saver.kept}\n{advice(self.folder.path)}"
         )
 
     def _save(self) -> None:
-        if self._saved_step == self.step:
+        """Raises: BadNumbers when the weights are not finite: they are not worth keeping."""
+        if self.step in (0, self.saver.asked_step):
             return
-        self._finite_loss()
-        finite = torch.stack([p.isfinite().all() for p in self.model.parameters()]).all()
-        if not finite.item():
-            raise ValueError(self._diverged("a weight is not finite any more"))
-        self.folder.checkpoints.save(self.model, self.optimizer, self.step, **self._extras())
-        self._saved_step = self.step
-
-    def _extras(self) -> dict[str, Any]:
-        return {
-            "config": to_json(replace(self.config, resume=False, dry_run=False)),
-            "tokenizer_fingerprint": self.data.tokenizer.fingerprint,
-            "elapsed_s": self.trained_before_s + self.watch.elapsed_s,
-            "trained_tokens": self.trained_tokens,
-        }
+        if not are_finite(self.model):
+            self.saver.wait()
+            raise BadNumbers(
+                f"training: a weight is not finite any more at step {self.step}; "
+                f"{self.saver.kept}; start again with a lower --lr or --max_norm in another "
+                "--out_dir"
+            )
+        content = checkpoint_content(
+            self.model, self.optimizer, self.step,
+            config=to_json(replace(self.config, **OF_ONE_CALL)),
+            tokenizer_fingerprint=self.data.tokenizer.fingerprint,
+            elapsed_s=self.trained_before_s + self.watch.elapsed_s,
+            trained_tokens=self.trained_tokens,
+        )  # fmt: skip
+        self.saver.save(content)
 
     def _validate(self) -> None:
         config = self.config
-        result = self.last_evaluation = evaluate(
+        result = evaluate(
             self.model, self.data.valid, config.seq_length, config.batch_size, self.byte_lengths,
-            config.eval_tokens, self.precision,
+            config.eval_tokens, self.precision, self.signals.check,
         )  # fmt: skip
-        self._record(
-            "valid", loss_nats=result.loss_nats, perplexity=result.perplexity,
-            bits_per_byte=result.bits_per_byte, num_scored_tokens=result.num_tokens,
-        )  # fmt: skip
-        is_best = self.folder.checkpoints.save_if_best(
-            result.loss_nats, self.model, self.optimizer, self.step, **self._extras()
-        )
+        self.valid = {
+            "loss_nats": result.loss_nats, "perplexity": result.perplexity,
+            "bits_per_byte": result.bits_per_byte, "num_scored_tokens": result.num_tokens,
+        }  # fmt: skip
+        self._record("valid", **self.valid)
+        is_best = self._keep_if_best()
         self.say(
             f"step {self.step} | validation loss {result.loss_nats:.4f} | perplexity "
             f"{result.perplexity:.2f} | {result.bits_per_byte:.4f} bits/byte"
             f"{' | best so far' if is_best else ''}"
         )
 
+    def _keep_if_best(self) -> bool:
+        loss, best = self.valid["loss_nats"], self.folder.checkpoints.best_loss()
+        is_best = loss is not None and math.isfinite(loss) and (best is None or loss < best)
+        if is_best:
+            self.saver.save_best(self.step, loss)
+        return is_best
+
     def _sample(self) -> None:
         choice = DecodingConfig(max_new_tokens=SAMPLE_TOKENS, seed=self.config.seed)
         prompt = self.config.prompt
-        text = generate_text(self.model, self.data.tokenizer, [prompt], choice)[0]
+        text = generate_text(
+            self.model, self.data.tokenizer, [prompt], choice, lambda *_: self.signals.check()
+        )[0]
         self._record("sample", prompt=prompt, text=text)
         self.say(f"step {self.step} | sample: {prompt}{text}\n")
 
@@ -362,13 +397,3 @@ class Trainer:
             for name, value in values.items():
                 if isinstance(value, float):
                     self.tensorboard.add_scalar(f"{kind}/{name}", value, self.step)
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("cs_lm", "numpy", "regex"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # used from its folder, without being installed
-            pass
-    return found

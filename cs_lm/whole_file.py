@@ -1,6 +1,7 @@
 """Files that are there whole or not at all, and folders that one process uses at a time."""
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,6 +43,18 @@ def sync_folder(folder: Path) -> None:
             os.fsync(number)
         finally:
             os.close(number)
+
+
+def put_folder(new: Path, folder: Path) -> None:
+    """Renames a complete folder to its name; an older one there makes room first."""
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    sync_folder(new)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(new, folder)
+    sync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager

@@ -5,6 +5,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from cs_lm.stop_signals import Stopped, stopping_at_once
+
 Main = Callable[[Sequence[str] | None], int]
 
 
@@ -18,7 +20,8 @@ def readable_errors(main: Main) -> Main:
     @functools.wraps(main)
     def guarded(argv: Sequence[str] | None = None) -> int:
         try:
-            return main(argv)
+            with stopping_at_once():
+                return main(argv)
         except BrokenPipeError:  # the reader of our output has had enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
@@ -33,11 +36,19 @@ def readable_errors(main: Main) -> Main:
             )
             return 2
         except (ValueError, OSError) as error:
-            for line in str(error).splitlines():
-                print(f"error: {line}", file=sys.stderr)
+            print_error(error)
             return 2
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return 130
+        except Stopped as stopped:
+            print(f"stopped by {stopped}", file=sys.stderr)
+            return stopped.exit_status
 
     return guarded
+
+
+def print_error(error: Exception) -> None:
+    for line in str(error).splitlines():
+        print(f"error: {line}", file=sys.stderr)
+
+
+def say_on_stderr(text: str) -> None:
+    print(text, file=sys.stderr)

@@ -5,8 +5,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cs_lm.cli.errors import readable_errors
-from cs_lm.config import device_setting, encoding_errors_setting, setting
+from cs_lm.cli.errors import readable_errors, say_on_stderr
+from cs_lm.config import (
+    checkpoint_problems,
+    checkpoint_setting,
+    device_setting,
+    encoding_errors_setting,
+    setting,
+)
 from cs_lm.device import resolve_device
 from cs_lm.evaluation import evaluate, token_byte_lengths
 from cs_lm.flags import parse_config
@@ -19,7 +25,7 @@ from cs_lm.tokenizer.text_source import read_text
 class EvaluateConfig:
     out_dir: str = setting("", "folder of the run; required")
     text_path: str = setting("", "UTF-8 text to score; required")
-    checkpoint: str = setting("best", "which model of the run", choices=("best", "last"))
+    checkpoint: str = checkpoint_setting()
     seq_length: int | None = setting(None, "window; default: the run's --seq_length", "tokens")
     batch_size: int = setting(16, "windows in one forward pass; changes the speed alone")
     max_tokens: int | None = setting(None, "score about this many; default: all", "tokens")
@@ -32,15 +38,16 @@ class EvaluateConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 found.append(f"--{name}: got {value}, need 1 or more")
-        return found
+        return found + checkpoint_problems(self.checkpoint)
 
 
 @readable_errors
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(EvaluateConfig, "python -m cs_lm evaluate", __doc__, argv)
     trained = load_trained(
-        RunFolder(config.out_dir), config.checkpoint, resolve_device(config.device)
-    )
+        RunFolder(config.out_dir), config.checkpoint, resolve_device(config.device),
+        say=say_on_stderr,
+    )  # fmt: skip
     seq_length = config.seq_length or trained.config.seq_length
     if seq_length > trained.config.model.context_length:
         raise ValueError(

@@ -4,6 +4,7 @@ The prompt comes from --prompt, --prompt_file or standard input; on a terminal w
 prompts are asked for one after another.
 """
 
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,18 +12,19 @@ from pathlib import Path
 
 import torch
 
-from cs_lm.cli.errors import readable_errors
-from cs_lm.config import DTYPES, device_setting, setting
+from cs_lm.cli.errors import readable_errors, say_on_stderr
+from cs_lm.config import DTYPES, checkpoint_problems, checkpoint_setting, device_setting, setting
 from cs_lm.decoding import DecodingConfig, generate_text
 from cs_lm.device import resolve_device
 from cs_lm.flags import parse_config
 from cs_lm.run_folder import RunFolder, TrainedModel, load_trained
+from cs_lm.stop_signals import Stopped, stopping_at_once
 
 
 @dataclass(frozen=True)
 class GenerateConfig:
     out_dir: str = setting("", "folder of the run; required")
-    checkpoint: str = setting("best", "which model of the run", choices=("best", "last"))
+    checkpoint: str = checkpoint_setting()
     prompt: str | None = setting(None, "text to go on from")
     prompt_file: str | None = setting(None, "file with the text to go on from")
     device: str = device_setting()
@@ -39,7 +41,7 @@ class GenerateConfig:
             found.append("--prompt: got an empty text, need at least one character")
         if self.prompt_file is not None and not Path(self.prompt_file).is_file():
             found.append(f"--prompt_file: got {self.prompt_file!r}, which is not a file")
-        return found + self.decoding.problems()
+        return found + checkpoint_problems(self.checkpoint) + self.decoding.problems()
 
 
 @readable_errors
@@ -54,16 +56,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         prompt = _decoded("standard input", sys.stdin.buffer.read())
     if prompt == "":
         raise ValueError("prompt: got an empty text, need at least one character")
-    trained = load_trained(folder, config.checkpoint, device, getattr(torch, config.dtype))
+    trained = load_trained(
+        folder, config.checkpoint, device, getattr(torch, config.dtype), say_on_stderr
+    )
     if prompt is not None:
         _write(trained, prompt, config.decoding)
         return 0
     print("prompt, then Enter; Ctrl-C ends an answer, an empty line all", file=sys.stderr)
     while line := _ask():
         try:
-            _write(trained, line, config.decoding)
-        except KeyboardInterrupt:  # enough of this one
-            print()
+            with stopping_at_once():
+                _write(trained, line, config.decoding)
+        except Stopped as stopped:
+            if stopped.number != signal.SIGINT:
+                raise
+            print()  # enough of this one
     return 0
 
 

@@ -7,14 +7,14 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from cs_lm.cli.errors import readable_errors
+from cs_lm.cli.errors import print_error, readable_errors
 from cs_lm.cli.progress import ProgressLine
-from cs_lm.config import ModelConfig, RunConfig, flag_of, from_json, replace, settings_of
+from cs_lm.config import OF_ONE_CALL, ModelConfig, RunConfig, flag_of, replace, settings_of
 from cs_lm.device import resolve_device
 from cs_lm.flags import FlagParser, add_flags, config_from_flags, read_flags
 from cs_lm.metrics import SPARE_HELP
 from cs_lm.prepare import find_corpus, label_of, prepare
-from cs_lm.run_folder import RunFolder
+from cs_lm.run_folder import RunFolder, saved_config
 
 DESCRIPTION = """\
 Trains a Transformer language model on a text. A tokenizer and the encoded text are
@@ -23,8 +23,9 @@ Units stand in [brackets]."""
 _FIXED_DATA_SETTINGS = {
     "special_tokens", "vocab_path", "merges_path", "valid_path", "valid_fraction",
 }  # fmt: skip
+BAD_NUMBERS = 3  # exit status
 # Settings that say what to do now rather than what the run is.
-_OF_THIS_CALL = {"resume", "dry_run", "out_dir"}
+_OF_THIS_CALL = {*OF_ONE_CALL, "out_dir"}
 
 
 @readable_errors
@@ -63,8 +64,9 @@ def _resume(namespace, given: dict[str, Any], wrong_values: list[str]) -> int:
 
 
 def _go_on(folder: RunFolder, namespace, given: dict[str, Any]) -> int:
-    checkpoint = folder.read_last()
-    saved = from_json(RunConfig, checkpoint["extras"]["config"])
+    step = given.get("resume_step")
+    checkpoint = folder.read("last" if step is None else str(step))
+    saved = saved_config(checkpoint)
     _refuse_what_cannot_change(saved, given)
     config = config_from_flags(saved, namespace, _problems_of_this_machine)
     for name in sorted(set(given) - _OF_THIS_CALL):
@@ -152,10 +154,16 @@ def _train(config: RunConfig, folder: RunFolder, checkpoint: dict[str, Any] | No
 
 
 def _fit(trainer) -> int:
-    if trainer.step >= trainer.num_steps:
+    from cs_lm.bad_numbers import BadNumbers
+
+    if trainer.has_ended:
         print(
             f"resume: the run is at step {trainer.step} of {trainer.num_steps} already; raise "
             "--num_epochs or --max_steps to train on"
         )
         return 0
-    return trainer.fit()
+    try:
+        return trainer.fit()
+    except BadNumbers as error:
+        print_error(error)
+        return BAD_NUMBERS

@@ -1,9 +1,12 @@
 """Processes that take tasks from one queue and put results into another, and end when told to."""
 
+import os
 import queue
 import signal
+import threading
 from collections.abc import Callable
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from multiprocessing.queues import Queue
 from typing import Any
 
@@ -72,4 +75,11 @@ class WorkerGroup:
 
 def _run(work: Work, tasks: Queue, results: Queue, index: int, *args: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and ends this
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     work(tasks, results, index, *args)
+
+
+def _end_with_parent() -> None:
+    """Also where the parent is killed, and cannot end anything any more."""
+    wait([parent_process().sentinel])
+    os._exit(1)

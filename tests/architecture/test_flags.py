@@ -46,6 +46,7 @@ OUR_FLAGS = {
     "--activation_checkpointing", "--no-activation_checkpointing",
     "--eval_interval", "--eval_tokens",
     "--sample_interval", "--prompt", "--seed", "--max_steps", "--out_dir", "--resume",
+    "--resume_step", "--keep_last", "--on_nan",
     "--no-resume", "--dry_run", "--no-dry_run", "--tensorboard", "--no-tensorboard", "--ops",
     "--context_length", "--rope_theta",
 }  # fmt: skip

@@ -4,8 +4,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from cs_lm.checkpoint_manager import CheckpointManager
 
 ROOT = Path(__file__).parents[2]
 # fmt: off
@@ -25,6 +28,11 @@ def run_script(folder: Path, *argv: str, **options) -> subprocess.CompletedProce
         cwd=folder, capture_output=True, text=True, encoding="utf-8",
         env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"}, **options,
     )  # fmt: skip
+
+
+def last_checkpoint(run: Path) -> dict[str, Any]:
+    """The newest of a run's folder; all of them must verify."""
+    return CheckpointManager(run / "checkpoints").read_newest(pytest.fail)
 
 
 def write_corpus(folder: Path) -> Path:

@@ -86,7 +86,10 @@ COMMAND_CASES = [
     ("generate --out_dir none --prompt=", "--prompt: got an empty text"),
     ("generate --out_dir none --prompt a --prompt_file b", "--prompt, --prompt_file: got both"),
     ("generate --out_dir none --prompt a --top_p 2", "--top_p: got 2.0, need above 0, at most 1"),
-    ("generate --out_dir none --prompt a --checkpoint worst", "need one of best, last"),
+    (
+        "generate --out_dir none --prompt a --checkpoint worst",
+        "--checkpoint: got 'worst', need best, last, or",
+    ),
     ("generate --out_dir none --prompt_file no.txt", "--prompt_file: got 'no.txt', which is not"),
     ("generate --out_dir none --promt a", "--promt: unknown flag; did you mean --prompt?"),
     ("plot --out_dir none", "which is not a file; check the path"),

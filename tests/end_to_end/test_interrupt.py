@@ -26,8 +26,9 @@ def wait_for_the_end_of_group(group: int) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for one process")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
 @pytest.mark.parametrize("command", ["train-tokenizer", "encode"])
-def test_interrupt(command, finished_run, tmp_path):
+def test_interrupt(command, number, finished_run, tmp_path):
     run = finished_run / "runs" / "animals"
     argv = {
         "train-tokenizer": ["--vocab_path", "vocab.json", "--merges_path", "merges.txt"],
@@ -46,12 +47,12 @@ def test_interrupt(command, finished_run, tmp_path):
     for _ in range(20):  # far more than a pipe holds: it is read from, by now
         process.stdin.write(b"The cat sat on the mat, it was so.\n" * 8000)
     process.stdin.flush()
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     try:
         status = process.wait(PATIENCE_S)
     finally:
         wait_for_the_end_of_group(process.pid)
     errors = process.stderr.read().decode()
-    assert status == 128 + signal.SIGINT, errors
-    assert errors.splitlines()[-1] == "interrupted" and "Traceback" not in errors
+    assert status == 128 + number, errors
+    assert errors.splitlines()[-1] == f"stopped by {number.name}" and "Traceback" not in errors
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

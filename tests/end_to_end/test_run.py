@@ -11,10 +11,9 @@ import sys
 import pytest
 import torch
 
-from cs_lm.checkpoint import read_checkpoint
 from cs_lm.cli.train import main as train
 from cs_lm.metrics import read_metrics
-from tests.end_to_end.conftest import ROOT, TINY, run_script, write_corpus
+from tests.end_to_end.conftest import ROOT, TINY, last_checkpoint, run_script, write_corpus
 
 
 def test_a_run_says_what_it_does(finished_run):
@@ -38,8 +37,10 @@ def test_a_run_leaves_these_files(finished_run):
     run = finished_run / "runs" / "animals"
     left = {p.relative_to(run).as_posix() for p in run.rglob("*") if p.is_file()}
     assert left - {"loss.png"} == {
-        "metrics.jsonl", "checkpoints/last.pt", "checkpoints/best.pt",
-        "lock", "tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/special_tokens.json",
+        "metrics.jsonl", "lock",
+        *(f"checkpoints/{name}/{file}" for name in ("step-00000020", "step-00000040",
+          "best-00000040") for file in ("state.pt", "manifest.json")),
+        "tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/special_tokens.json",
     }  # fmt: skip
 
 
@@ -61,11 +62,12 @@ def test_metrics(finished_run):
 
 
 def test_an_existing_run_is_never_overwritten(finished_run):
-    before = (finished_run / "runs" / "animals" / "checkpoints" / "last.pt").read_bytes()
+    state = finished_run / "runs" / "animals" / "checkpoints" / "step-00000040" / "state.pt"
+    before = state.read_bytes()
     result = run_script(finished_run, *TINY, "--corpus_path", "animals.txt")
     assert result.returncode == 2
     assert "holds a run already; add --resume to continue it" in result.stderr
-    assert (finished_run / "runs" / "animals" / "checkpoints" / "last.pt").read_bytes() == before
+    assert state.read_bytes() == before
 
 
 def test_resume_of_a_finished_run_says_so(finished_run):
@@ -111,14 +113,12 @@ def test_interrupted_and_resumed_is_the_uninterrupted_run(tmp_path, sampling):
     rest, errors = process.communicate()
     assert process.returncode == 128 + signal.SIGINT, errors
     assert "saved; the same command with --resume goes on" in rest
-    stopped = read_checkpoint(tmp_path / "cut" / "checkpoints" / "last.pt")["iteration"]
+    stopped = last_checkpoint(tmp_path / "cut")["iteration"]
     assert 30 <= stopped < 400
     resumed = run_script(tmp_path, *argv, "--out_dir", "cut", "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert f"steps {stopped} to 400" in resumed.stdout
-    one, two = (
-        read_checkpoint(tmp_path / name / "checkpoints" / "last.pt") for name in ("whole", "cut")
-    )
+    one, two = (last_checkpoint(tmp_path / name) for name in ("whole", "cut"))
     for name, weight in one["model"].items():
         assert torch.equal(weight, two["model"][name]), name
     for index, state in one["optimizer"]["state"].items():
@@ -172,10 +172,6 @@ def test_dry_run_knows_the_store_that_a_run_made(finished_run):
     assert f"{config['train_tokens']:,} tokens" in result.stdout
 
 
-def last_checkpoint(folder):
-    return read_checkpoint(folder / "runs" / "animals" / "checkpoints" / "last.pt")
-
-
 def test_resume_takes_new_settings_of_the_optimizer(tmp_path):
     write_corpus(tmp_path)
     run_script(tmp_path, *TINY, "--corpus_path", "animals.txt", "--max_steps", "4")
@@ -184,7 +180,7 @@ def test_resume_takes_new_settings_of_the_optimizer(tmp_path):
     result = run_script(tmp_path, *argv)
     assert result.returncode == 0, result.stderr
     assert "--weight_decay is 0.7 from here on, it was 0.01" in result.stdout
-    groups = last_checkpoint(tmp_path)["optimizer"]["param_groups"]
+    groups = last_checkpoint(tmp_path / "runs" / "animals")["optimizer"]["param_groups"]
     assert [g["weight_decay"] for g in groups] == [0.7, 0.0]
     assert {(*g["betas"], g["eps"]) for g in groups} == {(0.5, 0.6, 1e-3)}
 
@@ -203,9 +199,10 @@ def test_a_run_that_diverges_stops(tmp_path):
     argv = [*TINY, "--corpus_path", "animals.txt", "--max_steps", "30", "--warmup_ratio", "0"]
     argv += ["--save_interval", "1", "--lr", "1000", "--max_norm", "inf", "--weight_decay", "1000"]
     result = run_script(tmp_path, *argv)
-    assert result.returncode == 2, result.stdout
-    assert re.search(r"error: training: .* at step \d+; .* lower --lr or --max_norm", result.stderr)
-    state = last_checkpoint(tmp_path)["model"]
+    assert result.returncode == 3, result.stdout + result.stderr
+    assert re.search(r"error: training: .* is not finite", result.stderr), result.stderr
+    assert "lower --lr or --max_norm" in result.stderr
+    state = last_checkpoint(tmp_path / "runs" / "animals")["model"]
     assert all(weight.isfinite().all() for weight in state.values())
 
 
@@ -223,7 +220,7 @@ def test_a_run_with_only_a_best_checkpoint_goes_on_from_it(tmp_path):
     write_corpus(tmp_path)
     argv = ["--corpus_path", "animals.txt"]
     run_script(tmp_path, *TINY, *argv, "--max_steps", "4", "--eval_interval", "4")
-    (tmp_path / "runs" / "animals" / "checkpoints" / "last.pt").unlink()
+    shutil.rmtree(tmp_path / "runs" / "animals" / "checkpoints" / "step-00000004")
     result = run_script(tmp_path, *argv, "--resume", "--max_steps", "6")
     assert result.returncode == 0 and "steps 4 to 6" in result.stdout, result.stderr
 
@@ -262,7 +259,7 @@ def test_training_outlives_its_terminal(tmp_path):
     process.stdout.close()
     errors = process.stderr.read().decode()
     assert process.wait() == 0 and errors == ""
-    assert last_checkpoint(tmp_path)["iteration"] == 60
+    assert last_checkpoint(tmp_path / "runs" / "animals")["iteration"] == 60
 
 
 def test_a_damaged_store_is_noticed(tmp_path):
@@ -285,8 +282,7 @@ def test_checkpoints_do_not_tell_whether_a_run_was_compiled(tmp_path, monkeypatc
     states = []
     for flags in (["--compile", "--out_dir", "with"], ["--out_dir", "without"]):
         assert train([*argv, "--max_steps", "3", *flags]) == 0
-        checkpoint = read_checkpoint(tmp_path / flags[-1] / "checkpoints" / "last.pt")
-        states.append(checkpoint["model"])
+        states.append(last_checkpoint(tmp_path / flags[-1])["model"])
     assert "--compile: torch.compile failed" not in capsys.readouterr().out
     torch.testing.assert_close(*states, rtol=1e-3, atol=1e-4)
     assert train(["--out_dir", "with", "--resume", "--no-compile", "--max_steps", "5"]) == 0

@@ -7,7 +7,8 @@ from cs_lm.config import ModelConfig, OptimConfig
 from cs_lm.model import TransformerLM
 from cs_lm.optim import AdamW, parameter_groups
 from cs_lm.schedule import learning_rate
-from cs_lm.train import OPS, train_step
+from cs_lm.train import OPS
+from cs_lm.training_step import train_step
 from tests.tolerances import PINNED
 
 B, T, V, STEPS = 4, 11, 17, 100

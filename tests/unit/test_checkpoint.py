@@ -1,11 +1,18 @@
 import io
 import os
+import threading
 
 import pytest
 import torch
 
 from cs_lm import checkpoint as module
-from cs_lm.checkpoint import CheckpointManager, load_checkpoint, read_checkpoint, save_checkpoint
+from cs_lm.checkpoint import (
+    checkpoint_content,
+    load_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
+from cs_lm.checkpoint_manager import BackgroundSaver, CheckpointManager
 from cs_lm.config import ModelConfig
 from cs_lm.model import TransformerLM, next_token_loss
 from cs_lm.optim import AdamW
@@ -90,13 +97,67 @@ def test_unreadable_files(tmp_path):
 def test_best_is_never_overwritten_by_a_worse_one(tmp_path):
     manager = CheckpointManager(tmp_path)
     model, optimizer = trained(0, 1)
-    assert not manager.save_if_best(float("nan"), model, optimizer, 0)
-    assert manager.save_if_best(2.0, model, optimizer, 1)
-    assert not manager.save_if_best(2.5, model, optimizer, 2)
-    assert not manager.save_if_best(float("nan"), model, optimizer, 2)
-    resumed = CheckpointManager(tmp_path)
-    assert not resumed.save_if_best(2.1, model, optimizer, 3)
-    assert read_checkpoint(resumed.best_path)["iteration"] == 1
-    assert resumed.save_if_best(1.9, model, optimizer, 4)
-    assert read_checkpoint(resumed.best_path)["iteration"] == 4
-    assert not resumed.last_path.exists()
+
+    def validate(step, loss):
+        manager.save(checkpoint_content(model, optimizer, step))
+        return manager.save_best(step, loss)
+
+    assert validate(1, 2.0)
+    assert not validate(2, 2.5) and not validate(3, float("nan")) and not validate(4, 2.0)
+    manager = CheckpointManager(tmp_path)
+    assert not validate(5, 2.1)
+    assert manager.steps("best") == [1] and manager.best_loss() == 2.0
+    assert validate(6, 1.9)
+    assert manager.steps("best") == [6] and manager.read(6, "best")["iteration"] == 6
+    assert manager.steps() == [6, 5]
+
+
+def test_background_saver_saves_the_state_of_its_moment(tmp_path):
+    """The weights change while they are being written; what is written does not."""
+    model, optimizer = trained(0, 2)
+    before = [p.detach().clone() for p in model.parameters()]
+    moment = next(iter(optimizer.state.values()))["exp_avg"].clone()
+    manager = CheckpointManager(tmp_path)
+    saver = BackgroundSaver(manager, pytest.fail)
+    may_write = threading.Event()
+    save = manager.save
+    manager.save = lambda content: (may_write.wait(), save(content))
+    saver.save(checkpoint_content(model, optimizer, 2))
+    update(model, optimizer, 3)
+    may_write.set()
+    saver.wait()
+    assert saver.saved_step == 2
+    content = manager.read(2)
+    for a, b in zip(before, content["model"].values()):
+        assert torch.equal(a, b)
+    assert torch.equal(moment, content["optimizer"]["state"][0]["exp_avg"])
+    assert content["optimizer"]["state"][0]["step"] == 2
+
+
+def test_a_step_that_is_named_must_verify(tmp_path):
+    manager = CheckpointManager(tmp_path)
+    for step in (1, 2):
+        manager.save(checkpoint_content(*trained(0, 1), step))
+    (tmp_path / "step-00000002" / "state.pt").write_bytes(b"short")
+    with pytest.raises(ValueError, match=r"step-00000002' does not verify: .*5 bytes, not"):
+        manager.read(2)
+    with pytest.raises(FileNotFoundError, match=r"not there; there are those of steps: 2, 1"):
+        manager.read(3)
+    said = []
+    assert manager.read_newest(said.append)["iteration"] == 1
+    assert len(said) == 1 and said[0].startswith("SKIPPED checkpoint: ")
+    (tmp_path / "step-00000001" / "state.pt").unlink()
+    with pytest.raises(ValueError, match="none of the 2 .* verifies; restore one from a copy"):
+        manager.read_newest(said.append)
+
+
+def test_what_is_newer_is_set_aside_and_what_a_crash_left_goes(tmp_path):
+    manager = CheckpointManager(tmp_path)
+    for step in (1, 2):
+        manager.save(checkpoint_content(*trained(0, 1), step))
+    (tmp_path / "step-00000003.writing").mkdir()
+    (tmp_path / "best-00000003").mkdir()  # half removed: without a manifest
+    (tmp_path / "my_notes").mkdir()
+    manager.go_on_from(1)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"step-00000001", "step-00000002.aside", "my_notes"}

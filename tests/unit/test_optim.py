@@ -152,3 +152,50 @@ def test_short_runs_reach_the_highest_rate():
                 assert max(rates) == 1.0 and rates[0] > 0, (num_steps, warmup, rates)
     one = OptimConfig(lr=1.0, lr_min=0.0)
     assert learning_rate(0, 1, one) == 1.0
+
+
+def test_an_update_that_shall_not_apply_changes_nothing_but_the_count():
+    """However bad the gradients are, whether the flag may be read or not."""
+    for apply in (torch.tensor(False), gate(False)):
+        params = parameters()
+        optimizer = AdamW(params, lr=1e-2, weight_decay=0.5)
+        run(optimizer, params, 3)
+        before = [p.detach().clone() for p in params]
+        moments = copy.deepcopy(list(optimizer.state.values()))
+        for p in params:
+            p.grad = torch.full_like(p, math.nan)
+        optimizer.step(apply=apply)
+        for old, new, moment, p in zip(before, params, moments, params):
+            state = optimizer.state[p]
+            assert torch.equal(old, new) and state["step"] == 4
+            assert torch.equal(moment["exp_avg"], state["exp_avg"])
+            assert torch.equal(moment["exp_avg_sq"], state["exp_avg_sq"])
+
+
+def test_an_update_behind_a_flag_is_the_update():
+    plain, flagged = parameters(), parameters()
+    for params, apply in ((plain, None), (flagged, gate(True))):
+        optimizer = AdamW(params, lr=1e-2, weight_decay=0.5)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(20):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator)
+            optimizer.step(apply=apply)
+    for a, b in zip(plain, flagged):
+        torch.testing.assert_close(a, b, **MANY_UPDATES)
+
+
+class Gate(torch.Tensor):
+    """A flag on the CPU that says it is elsewhere: the optimizer may not read it."""
+
+    device = torch.device("meta")
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        assert function not in (torch.Tensor.item, torch.Tensor.__bool__), "it was read"
+        result = super().__torch_function__(function, types, args, kwargs or {})
+        return result.as_subclass(torch.Tensor) if isinstance(result, Gate) else result
+
+
+def gate(value):
+    return torch.tensor(value).as_subclass(Gate)

@@ -13,8 +13,10 @@ from cs_lm.config import ModelConfig, RunConfig
 from cs_lm.model import TransformerLM, next_token_loss
 from cs_lm.ops import IGNORE_INDEX
 from cs_lm.optim import AdamW, parameter_groups
-from cs_lm.stop_signals import StopSignals
-from cs_lm.train import OPS, autocast, num_training_steps, train_step
+from cs_lm.schedule import num_training_steps
+from cs_lm.stop_signals import Stopped, StopSignals
+from cs_lm.train import OPS
+from cs_lm.training_step import autocast, train_step
 from tests.tolerances import DEEP, close
 
 CONFIG = ModelConfig(12, 3, 20, 17, 2, 11)
@@ -169,15 +171,47 @@ def test_no_counted_target_changes_nothing_to_nan():
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-def test_first_signal_is_noted_and_the_second_ends():
+def test_first_signal_is_noted():
     before = signal.getsignal(signal.SIGINT)
     with StopSignals() as signals:
-        assert signals.received is None
+        signals.check()
         os.kill(os.getpid(), signal.SIGTERM)
-        assert signals.received is signal.SIGTERM
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(Stopped, match="SIGTERM") as stopped:
+            signals.check()
+    assert stopped.value.exit_status == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGINT) is before
+
+
+SIGNALS_PROGRAM = """
+import signal, sys
+from cs_lm.stop_signals import Stopped, StopSignals, Stopped, stopping_at_once
+signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as `nohup` does
+signal.raise_signal(signal.SIGHUP)
+if sys.argv[1] == "noted":
+    with StopSignals() as signals:
+        signal.raise_signal(signal.SIGHUP)
+        signals.check()
+        signal.raise_signal(signal.SIGTERM)
+        print("noted", flush=True)
+        signal.raise_signal(signal.SIGINT)
+else:
+    with stopping_at_once():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Stopped:
+            print("noted", flush=True)
+            signal.raise_signal(signal.SIGINT)
+print("never")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has neither signal")
+@pytest.mark.parametrize("how", ["noted", "at once"])
+def test_second_signal_ends_the_process_at_once(how):
+    result = subprocess.run(
+        [sys.executable, "-c", SIGNALS_PROGRAM, how], capture_output=True, text=True
+    )
+    assert (result.returncode, result.stdout) == (128 + signal.SIGINT, "noted\n")
 
 
 FAULTS_PROGRAM = """

@@ -1,0 +1,291 @@
+"""The checkpoints of a run: several that verify, so that no fault of one of them ends it."""
+
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cs_lm.checkpoint import copied, read_checkpoint
+from cs_lm.manifest import MANIFEST, HashingFile, check_file, read_manifest, write_manifest
+from cs_lm.whole_file import put_folder
+
+STATE = "state.pt"
+FORMAT_VERSION = 1
+# Before each attempt to save what would otherwise be lost.
+SAVE_AGAIN_S = (0, 1, 5)
+KINDS = ("step", "best")
+_NAME = re.compile(r"(step|best)-(\d{8,15})")
+_WRITING, _ASIDE = ".writing", ".aside"
+
+Say = Callable[[str], None]
+
+
+class CheckpointManager:
+    """Folders `step-00000080`, of which the newest stay, and `best-00000040`, the lowest loss.
+
+    Each has `state.pt` and, written last, a manifest with its length and checksum. A folder gets
+    its name when all of it is on the disk. The best one is a hard link where the disk has them.
+
+    keep_last  how many of the newest stay, 2 or more
+    """
+
+    def __init__(self, folder: str | Path, keep_last: int = 2):
+        self.folder = Path(folder)
+        self.keep_last = keep_last
+
+    # ---- what there is ----
+
+    def steps(self, kind: str = "step") -> list[int]:
+        """The steps of which there is a complete checkpoint of the kind, newest first."""
+        if not self.folder.is_dir():
+            return []
+        found = [_NAME.fullmatch(path.name) for path in self.folder.iterdir()]
+        steps = [int(match[2]) for match in found if match and match[1] == kind]
+        return sorted((s for s in steps if (self.path(s, kind) / MANIFEST).exists()), reverse=True)
+
+    def path(self, step: int, kind: str = "step") -> Path:
+        return self.folder / f"{kind}-{step:08d}"
+
+    def read(self, step: int, kind: str = "step") -> dict[str, Any]:
+        """The content of one checkpoint, if every byte of it is as it was written.
+
+        Raises: FileNotFoundError, or ValueError naming the file that is not.
+        """
+        path = self.path(step, kind)
+        if not path.is_dir():
+            have = ", ".join(map(str, self.steps(kind))) or "none"
+            raise FileNotFoundError(
+                f"checkpoint: {str(path)!r} is not there; there are those of steps: {have}"
+            )
+        try:
+            self._verify(path, step)
+            content = read_checkpoint(path / STATE)
+            if content["iteration"] != step:
+                raise ValueError(f"it is of step {content['iteration']}")
+        except (ValueError, OSError) as error:
+            raise ValueError(f"checkpoint: {str(path)!r} does not verify: {error}") from None
+        return content
+
+    def read_newest(self, say: Say, kinds: Sequence[str] = KINDS) -> dict[str, Any]:
+        """The newest that verifies; `say` is told of those that do not.
+
+        Raises: FileNotFoundError where there is none, ValueError where none verifies.
+        """
+        found = sorted(((step, kind) for kind in kinds for step in self.steps(kind)), reverse=True)
+        if not found:
+            raise FileNotFoundError(
+                f"checkpoint: {str(self.folder)!r} holds none of kind {' or '.join(kinds)}"
+            )
+        for step, kind in found:
+            try:
+                return self.read(step, kind)
+            except ValueError as error:
+                say(f"SKIPPED {error}")
+        raise ValueError(
+            f"checkpoint: none of the {len(found)} in {str(self.folder)!r} verifies; restore one "
+            "from a copy, or start a new run in another --out_dir"
+        )
+
+    def verify(self) -> list[str]:
+        """A line for each checkpoint that is not as it was written; their contents are read."""
+        wrong = []
+        for kind in KINDS:
+            for step in self.steps(kind):
+                try:
+                    self.read(step, kind)
+                except ValueError as error:
+                    wrong.append(str(error))
+        return wrong
+
+    # ---- what changes it ----
+
+    def save(self, content: dict[str, Any]) -> None:
+        """Writes the checkpoint of its iteration, then removes those that are too many.
+
+        Raises: OSError when the disk does not take it; those that there are stay as they are.
+        """
+        step = content["iteration"]
+        with _writing_folder(self.path(step)) as writing:
+            with open(writing / STATE, "wb") as file:
+                hashing = HashingFile(file)
+                try:
+                    torch.save(content, hashing)
+                except RuntimeError as error:  # what torch makes of an error of the disk
+                    raise hashing.error or error from None
+                file.flush()
+                os.fsync(file.fileno())
+            facts = {"format_version": FORMAT_VERSION, "iteration": step}
+            write_manifest(writing, [hashing.entry(STATE)], facts)
+        for old in self.steps()[self.keep_last :]:
+            _remove(self.path(old))
+
+    def save_best(self, step: int, valid_loss: float) -> bool:
+        """Keeps the checkpoint of that step as the best, unless an earlier one is as good.
+
+        Raises: OSError or ValueError when the step has no checkpoint that could be kept.
+        """
+        best = self.best_loss()
+        if best is not None and not valid_loss < best:
+            return False
+        source = self.path(step)
+        files, facts = self._verify(source, step, completely=False)
+        with _writing_folder(self.path(step, "best")) as writing:
+            _link(source / STATE, writing / STATE)
+            write_manifest(writing, files, {**facts, "valid_loss": valid_loss})
+        for old in self.steps("best"):
+            if old != step:
+                _remove(self.path(old, "best"))
+        return True
+
+    def best_loss(self) -> float | None:
+        """The validation loss of the best checkpoint [nats per token]; None without one."""
+        for step in self.steps("best"):
+            try:
+                _, facts = self._verify(self.path(step, "best"), step, completely=False)
+                return float(facts["valid_loss"])
+            except (ValueError, OSError):
+                continue
+        return None
+
+    def go_on_from(self, step: int) -> None:
+        """Sets aside what is newer than that step: damaged, or of a course that is left.
+
+        What a crash left half written or half removed goes.
+        """
+        for newer in self.steps():
+            if newer > step:
+                path = self.path(newer)
+                aside = path.with_name(path.name + _ASIDE)
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(path, aside)
+        for path in list(self.folder.iterdir()) if self.folder.is_dir() else []:
+            name = path.name.removesuffix(_WRITING)
+            if _NAME.fullmatch(name) and not (name == path.name and (path / MANIFEST).exists()):
+                _remove(path)
+
+    def _verify(self, path: Path, step: int, completely: bool = True):
+        files, facts = read_manifest(path)
+        if facts.get("format_version") != FORMAT_VERSION or facts.get("iteration") != step:
+            raise ValueError(f"{str(path / MANIFEST)!r} is of another checkpoint or version")
+        if [entry.name for entry in files] != [STATE]:
+            raise ValueError(f"{str(path / MANIFEST)!r} names other files than {STATE}")
+        check_file(path, files[0], completely)
+        return files, facts
+
+
+@contextmanager
+def _writing_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into, which gets its name when the block ends without an exception."""
+    writing = path.with_name(path.name + _WRITING)
+    shutil.rmtree(writing, ignore_errors=True)
+    writing.mkdir(parents=True)
+    try:
+        yield writing
+        put_folder(writing, path)
+    except BaseException:
+        shutil.rmtree(writing, ignore_errors=True)
+        raise
+
+
+def _remove(path: Path) -> None:
+    """The manifest first: what is left when this is cut short is no checkpoint."""
+    (path / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)
+        with open(target, "rb+") as file:
+            os.fsync(file.fileno())
+
+
+class BackgroundSaver:
+    """Saves while training goes on, which waits for no more than the copy of its state in memory.
+
+    One save at a time: the next one waits for it. A save that fails is told to `say`, and leaves
+    `saved_step` as it was.
+    """
+
+    def __init__(
+        self,
+        manager: CheckpointManager,
+        say: Say,
+        saved_step: int = -1,
+        before: Callable[[], None] = lambda: None,
+    ):
+        """before  called before each save: what must be on the disk earlier"""
+        self._manager, self._say, self._before = manager, say, before
+        self._thread: threading.Thread | None = None
+        self.saved_step = self.asked_step = saved_step
+        self.has_failed = False
+
+    def save(self, content: dict[str, Any]) -> None:
+        self.wait()
+        self.asked_step = content["iteration"]
+        self._start(self._save, copied(content))
+
+    def save_best(self, step: int, valid_loss: float) -> None:
+        """After the save of that step, if it succeeds."""
+        self.wait()
+        if self.saved_step == step:
+            self._start(self._save_best, step, valid_loss)
+
+    def save_surely(self, save: Callable[[], None]) -> bool:
+        """Calls `save` and waits for it, several times if need be; says so where all fail."""
+        for pause_s in SAVE_AGAIN_S:
+            time.sleep(pause_s)
+            save()
+            self.wait()
+            if self.saved_step == self.asked_step and not self.has_failed:
+                return True
+        self._say(
+            f"error: the last step could not be saved; {self.kept}; make room on the disk, then "
+            "the same command with --resume goes on from there"
+        )
+        return False
+
+    @property
+    def kept(self) -> str:
+        """What a message can say of the work that is safe."""
+        if self.saved_step < 0:
+            return "there is no checkpoint yet"
+        return f"the checkpoint of step {self.saved_step} is kept"
+
+    def wait(self) -> None:
+        """Until nothing is being written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _start(self, function: Callable[..., None], *arguments: Any) -> None:
+        self._thread = threading.Thread(target=function, args=arguments, name="save", daemon=True)
+        self._thread.start()
+
+    def _save(self, content: dict[str, Any]) -> None:
+        step = content["iteration"]
+        try:
+            self._before()
+            self._manager.save(content)
+            self.saved_step, self.has_failed = step, False
+        except Exception as error:  # whatever it is, it must not end the run
+            self.has_failed, self.asked_step = True, self.saved_step
+            self._say(
+                f"WARNING: step {step} could not be saved ({error}); {self.kept}; training goes on "
+                "and tries again"
+            )
+
+    def _save_best(self, step: int, valid_loss: float) -> None:
+        try:
+            self._manager.save_best(step, valid_loss)
+        except Exception as error:
+            self._say(f"WARNING: step {step} could not be kept as the best ({error})")
