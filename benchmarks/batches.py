@@ -8,7 +8,6 @@ them maps as many pages as reading any other).
 
 import argparse
 import functools
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -23,22 +22,23 @@ SMALL = "0.82 M, B 12, T 64"
 
 def sparse_store(folder: Path, num_tokens: int):
     """A store of zeros that takes no room: what `MemmapManager.save_as_memmap` would write."""
-    from cs_lm.token_store import FORMAT_VERSION, MANIFEST, MemmapManager, id_dtype
+    from cs_lm.manifest import FileEntry, write_manifest
+    from cs_lm.token_store import FORMAT_VERSION, MemmapManager, id_dtype
 
     vocab_size = 32_000
     width = id_dtype(vocab_size).itemsize
-    chunks = []
+    files = []
     for first in range(0, num_tokens, CHUNK):
-        name = f"chunk_{first // CHUNK:05d}.bin"
+        name, num_bytes = f"chunk_{first // CHUNK:05d}.bin", width * min(CHUNK, num_tokens - first)
         with open(folder / name, "wb") as file:
-            file.truncate(width * min(CHUNK, num_tokens - first))
-        chunks.append({"file": name, "sha256": ""})
-    manifest = {
+            file.truncate(num_bytes)
+        files.append(FileEntry(name, num_bytes, "0" * 64))
+    facts = {
         "format_version": FORMAT_VERSION, "dtype": id_dtype(vocab_size).str,
         "num_tokens": num_tokens, "chunk_size": CHUNK, "vocab_size": vocab_size,
-        "tokenizer_fingerprint": "none", "chunks": chunks, "source": {},
+        "tokenizer_fingerprint": "none", "source": {},
     }  # fmt: skip
-    (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    write_manifest(folder, files, facts)
     return MemmapManager(folder)
 
 

@@ -93,17 +93,6 @@ class CheckpointManager:
             "from a copy, or start a new run in another --out_dir"
         )
 
-    def verify(self) -> list[str]:
-        """A line for each checkpoint that is not as it was written; their contents are read."""
-        wrong = []
-        for kind in KINDS:
-            for step in self.steps(kind):
-                try:
-                    self.read(step, kind)
-                except ValueError as error:
-                    wrong.append(str(error))
-        return wrong
-
     # ---- what changes it ----
 
     def save(self, content: dict[str, Any]) -> None:

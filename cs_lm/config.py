@@ -295,9 +295,11 @@ def to_json(config: Any) -> dict[str, Any]:
 def from_json(config_class: type, stored: dict[str, Any]) -> Any:
     """The config that `to_json` wrote.
 
-    Raises: ValueError for a setting that this version does not know.
+    Raises: ValueError for a setting that this version does not know, or of another type.
     """
     hints = typing.get_type_hints(config_class)
+    if not isinstance(stored, dict):
+        raise ValueError(f"config: got {stored!r}, need settings by name")
     unknown = set(stored) - set(hints)
     if unknown:
         raise ValueError(
@@ -307,10 +309,23 @@ def from_json(config_class: type, stored: dict[str, Any]) -> Any:
     for name, value in stored.items():
         if dataclasses.is_dataclass(hints[name]):
             value = from_json(hints[name], value)
-        elif typing.get_origin(hints[name]) is tuple:
+        elif typing.get_origin(hints[name]) is tuple and isinstance(value, (list, tuple)):
             value = tuple(value)
+        if not _is_of_type(value, hints[name]):
+            raise ValueError(f"config: got {value!r} for {name}, need {hints[name]}")
         values[name] = value
     return config_class(**values)
+
+
+def _is_of_type(value: Any, hint: Any) -> bool:
+    if isinstance(hint, types.UnionType):
+        return any(_is_of_type(value, one) for one in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        kind = typing.get_args(hint)[0]
+        return isinstance(value, tuple) and all(_is_of_type(one, kind) for one in value)
+    if hint is float:
+        return type(value) in (int, float) and value == value
+    return type(value) is hint
 
 
 def is_unicode(text: str) -> bool:

@@ -230,3 +230,4 @@ FAST = CLEAR._replace(
     attention=attention,
     linear_cross_entropy=linear_cross_entropy,
 )
+OPS = {"clear": CLEAR, "fast": FAST}

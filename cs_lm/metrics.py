@@ -55,12 +55,15 @@ class MetricsLog:
         with contextlib.suppress(OSError), open(self.path, "ab") as file:
             os.fsync(file.fileno())
 
-    def has(self, kind: str, step: int) -> bool:
-        records = filter(None, map(_as_record, self._lines()))
-        return any(r["kind"] == kind and r["step"] == step for r in records)
-
-    def _lines(self) -> list[bytes]:
-        return self.path.read_bytes().split(b"\n")[:-1] if self.path.is_file() else []
+    def records(self) -> Iterator[dict[str, Any]]:
+        """What a crash did not cut short; `say` is told of lines that are no record any more."""
+        lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.is_file() else []
+        for number, line in enumerate(lines, start=1):
+            record = _as_record(line)
+            if record is None:
+                self._say(f"SKIPPED line {number} of {str(self.path)!r}: it is damaged")
+            else:
+                yield record
 
     def clear(self) -> None:
         self.path.unlink(missing_ok=True)
@@ -68,15 +71,9 @@ class MetricsLog:
     def drop_after(self, step: int) -> list[dict[str, Any]]:
         """Removes what was logged beyond the checkpoint that a run goes on from; returns the rest.
 
-        Lines that are no record of ours any more go too, and `say` is told.
+        Damaged lines go too.
         """
-        kept = []
-        for number, line in enumerate(self._lines(), start=1):
-            record = _as_record(line)
-            if record is None:
-                self._say(f"SKIPPED line {number} of {str(self.path)!r}: it is damaged")
-            elif record["step"] <= step and record["kind"] != "end":
-                kept.append(record)
+        kept = [r for r in self.records() if r["step"] <= step and r["kind"] != "end"]
         write_whole(self.path, b"".join(map(_as_line, kept)))
         return kept
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cs_lm.config import DataConfig, RunConfig
-from cs_lm.token_store import MANIFEST, MemmapManager, TokenRange, Tokens
+from cs_lm.manifest import MANIFEST
+from cs_lm.token_store import MemmapManager, TokenRange, Tokens
 from cs_lm.tokenizer import BPETokenizer, train_bpe
 from cs_lm.tokenizer.parallel import ParallelEncoder
 from cs_lm.tokenizer.text_source import Progress, TextSource, describe_file
@@ -276,6 +277,7 @@ def encode_to_store(
         lambda num_tokens: report(
             "encoding, bytes read", text.bytes_read, text.total_bytes, f"{num_tokens:,} tokens"
         ),
+        text.key(),
     )  # fmt: skip
 
 

@@ -12,9 +12,10 @@ from cs_lm.checkpoint import restore
 from cs_lm.checkpoint_manager import KINDS, CheckpointManager
 from cs_lm.config import RunConfig, all_problems, from_json
 from cs_lm.fast_ops import FAST
+from cs_lm.metrics import MetricsLog
 from cs_lm.model import TransformerLM, num_parameters
 from cs_lm.tokenizer import BPETokenizer
-from cs_lm.whole_file import locked
+from cs_lm.whole_file import locked, write_whole
 
 
 class RunFolder:
@@ -58,7 +59,7 @@ class RunFolder:
         """A copy, so that the folder alone is enough to generate text."""
         tokenizer.save(self._tokenizer / "vocab.json", self._tokenizer / "merges.txt")
         specials = json.dumps(tokenizer.special_tokens, ensure_ascii=False)
-        (self._tokenizer / "special_tokens.json").write_text(specials, encoding="utf-8")
+        write_whole(self._tokenizer / "special_tokens.json", specials.encode("utf-8"))
 
     def load_tokenizer(self) -> BPETokenizer:
         specials_path = self._tokenizer / "special_tokens.json"
@@ -68,8 +69,12 @@ class RunFolder:
             )
         try:
             specials = json.loads(specials_path.read_text(encoding="utf-8"))
-        except ValueError:
-            raise ValueError(f"run: {str(specials_path)!r} is damaged; need a JSON list") from None
+            if not isinstance(specials, list) or not all(type(one) is str for one in specials):
+                raise ValueError
+        except (ValueError, RecursionError):
+            raise ValueError(
+                f"run: {str(specials_path)!r} is damaged; need a JSON list of texts"
+            ) from None
         return BPETokenizer.from_files(
             self._tokenizer / "vocab.json", self._tokenizer / "merges.txt", specials
         )
@@ -82,10 +87,47 @@ class RunFolder:
         """
         self.require()
         if which == "last":
-            return self.checkpoints.read_newest(say)
-        if which == "best":
-            return self.checkpoints.read_newest(say, ["best"])
-        return self.checkpoints.read(int(which))
+            content = self.checkpoints.read_newest(say)
+        elif which == "best":
+            content = self.checkpoints.read_newest(say, ["best"])
+        else:
+            content = self.checkpoints.read(int(which))
+        _check_extras(content["extras"])
+        return content
+
+    def verify(self) -> list[str]:
+        """A line for everything that is not as it was written; all of it is read.
+
+        Raises: FileNotFoundError where there is nothing to verify.
+        """
+        self.require()
+        wrong: list[str] = []
+        for kind in KINDS:
+            for step in self.checkpoints.steps(kind):
+                try:
+                    content = self.checkpoints.read(step, kind)
+                    _check_extras(content["extras"])
+                    self.check_tokenizer(content, self.load_tokenizer())
+                except (ValueError, OSError) as error:
+                    wrong.append(str(error))
+        for _ in MetricsLog(self.metrics, wrong.append).records():
+            pass
+        return wrong
+
+    def check_tokenizer(self, content: dict[str, Any], tokenizer: BPETokenizer) -> None:
+        """Raises: ValueError when a checkpoint was trained with another one."""
+        if content["extras"]["tokenizer_fingerprint"] != tokenizer.fingerprint:
+            raise ValueError(
+                f"run: the tokenizer in {str(self.path)!r} is not the one that the checkpoint of "
+                f"step {content['iteration']} was trained with; restore the folder's tokenizer/"
+            )
+
+
+def _check_extras(extras: dict[str, Any]) -> None:
+    for name, kind in (("config", dict), ("tokenizer_fingerprint", str), ("elapsed_s", float),
+                       ("trained_tokens", int)):  # fmt: skip
+        if not isinstance(extras.get(name), kind):
+            raise ValueError(f"checkpoint: its {name} is {extras.get(name)!r}; is it of a run?")
 
 
 def saved_config(content: dict[str, Any]) -> RunConfig:
@@ -123,11 +165,7 @@ def load_trained(
     """
     tokenizer = folder.load_tokenizer()
     content = folder.read(which, say)
-    if content["extras"]["tokenizer_fingerprint"] != tokenizer.fingerprint:
-        raise ValueError(
-            f"run: the tokenizer in {str(folder.path)!r} is not the one that its {which} "
-            "checkpoint was trained with; restore the folder's tokenizer/"
-        )
+    folder.check_tokenizer(content, tokenizer)
     config = saved_config(content)
     # every weight is overwritten: an explicit generator keeps the global one untouched
     model = TransformerLM(config.model, FAST, torch.Generator(), device=device)

@@ -1,29 +1,19 @@
 """Token ids on disk: written while encoding, read by range, never held in memory as a whole."""
 
-import hashlib
-import json
 import mmap
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from cs_lm.manifest import MANIFEST, check_file, read_manifest, write_manifest
+from cs_lm.store_writer import Encoder, Journal, write_chunks
 from cs_lm.whole_file import put_folder
 
-MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
-
-
-class Encoder(Protocol):
-    """What a store needs of a tokenizer."""
-
-    vocab_size: int
-    fingerprint: str
-
-    def encode_blocks(self, parts: Iterable[str]) -> Iterator[np.ndarray]: ...
+FORMAT_VERSION = 2
 
 
 class Tokens(Protocol):
@@ -43,14 +33,17 @@ class MemmapManager:
     """The token store in one folder: files of `chunk_size` ids each, and a manifest.
 
     The manifest names dtype, number of tokens, chunk size, vocabulary size, the tokenizer's
-    fingerprint, the text's length in bytes, its source, and a SHA-256 for each chunk.
+    fingerprint, the text's length in bytes, its source, and for each chunk its length and SHA-256.
 
     Each read maps its file for as long as it copies: a pass over a store larger than memory
     leaves no pages behind in the process.
     """
 
     def __init__(self, folder: str | Path):
-        """Raises: FileNotFoundError where there is no store, ValueError for a damaged one."""
+        """Looks at the length of every chunk; `verify` reads them.
+
+        Raises: FileNotFoundError where there is no store, ValueError for a damaged one.
+        """
         self.folder = Path(folder)
         path = self.folder / MANIFEST
         if not path.is_file():
@@ -59,20 +52,33 @@ class MemmapManager:
             )
         self._identity = _identity(path)
         try:
-            self.manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            self.dtype = np.dtype(self.manifest["dtype"])
-            self._num_tokens = int(self.manifest["num_tokens"])
-            self.chunk_size = int(self.manifest["chunk_size"])
-            self.fingerprint = self.manifest["tokenizer_fingerprint"]
-            self._chunks = [(c["file"], c["sha256"]) for c in self.manifest["chunks"]]
-            self.source: dict[str, Any] = self.manifest["source"]
-            if self.manifest["format_version"] != FORMAT_VERSION:
-                raise ValueError(f"format {self.manifest['format_version']}")
+            self.files, self.manifest = read_manifest(self.folder)
+            if self.manifest.get("format_version") != FORMAT_VERSION:
+                raise ValueError(f"{str(path)!r} has format {self.manifest.get('format_version')}")
+            self._check_facts()
+            for entry in self.files:
+                check_file(self.folder, entry, completely=False)
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"token store: cannot read {str(path)!r} ({error!r}); delete the folder and encode "
-                "the text again"
-            ) from None
+            raise self._damaged(error) from None
+
+    def _check_facts(self) -> None:
+        facts = self.manifest
+        self.dtype = {"<u2": np.dtype("<u2"), "<u4": np.dtype("<u4")}[facts["dtype"]]
+        self._num_tokens, self.chunk_size = facts["num_tokens"], facts["chunk_size"]
+        self.fingerprint: str = facts["tokenizer_fingerprint"]
+        self.source: dict[str, Any] = facts["source"]
+        full, rest = divmod(self._num_tokens, self.chunk_size)
+        expected = [self.chunk_size] * full + ([rest] if rest else [])
+        if [entry.num_bytes for entry in self.files] != [
+            count * self.dtype.itemsize for count in expected
+        ]:
+            raise ValueError("its chunks have other lengths than its number of tokens asks for")
+
+    def _damaged(self, error: Exception | str) -> ValueError:
+        return ValueError(
+            f"token store: {str(self.folder)!r} is damaged: {error}; delete the folder and encode "
+            "the text again"
+        )
 
     @classmethod
     def save_as_memmap(
@@ -83,6 +89,7 @@ class MemmapManager:
         chunk_size: int = 500_000,
         describe: Callable[[], dict[str, Any]] = dict,
         progress: Callable[[int], None] | None = None,
+        text_key: Any = None,
     ) -> "MemmapManager":
         """Encodes the joined texts into a store; memory holds one chunk, however long they are.
 
@@ -90,22 +97,36 @@ class MemmapManager:
 
         describe  asked at the end what the text was, for the manifest
         progress  called with the number of tokens so far
+        text_key  what tells this text from others, as JSON: an attempt that was ended, even by
+                  SIGKILL, is then gone on with by the next one that is the same in all; None: it
+                  leaves nothing behind
         Raises: ValueError when the texts are empty.
         """
         folder = Path(folder)
         writing = folder.with_name(folder.name + ".writing")
-        shutil.rmtree(writing, ignore_errors=True)
-        writing.mkdir(parents=True)
+        dtype = id_dtype(tokenizer.vocab_size)
+        key = text_key and [FORMAT_VERSION, text_key, tokenizer.fingerprint, chunk_size]
+        journal = Journal(writing, key)
+        if not journal.entries:
+            shutil.rmtree(writing, ignore_errors=True)
+            writing.mkdir(parents=True)
         try:
-            manifest = _write_chunks(texts, tokenizer, writing, chunk_size, progress)
-            manifest["source"] = describe()
-            with open(writing / MANIFEST, "w", encoding="utf-8") as file:
-                json.dump(manifest, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
+            end = write_chunks(texts, tokenizer, writing, chunk_size, dtype, journal, progress)
+            if not end.num_tokens:
+                raise ValueError("token store: got an empty text, need at least one token")
+            journal.forget()
+            facts = {
+                "format_version": FORMAT_VERSION, "dtype": dtype.str,
+                "num_tokens": end.num_tokens, "chunk_size": chunk_size,
+                "vocab_size": tokenizer.vocab_size,
+                "tokenizer_fingerprint": tokenizer.fingerprint, "text_bytes": end.num_bytes,
+                "source": describe(),
+            }  # fmt: skip
+            write_manifest(writing, journal.entries, facts)
             put_folder(writing, folder)
         except BaseException:
-            shutil.rmtree(writing, ignore_errors=True)
+            if key is None or not journal.entries:
+                shutil.rmtree(writing, ignore_errors=True)
             raise
         return cls(folder)
 
@@ -131,17 +152,25 @@ class MemmapManager:
         return ids
 
     def verify(self) -> None:
-        """Raises: ValueError naming the first chunk file that is not what was written."""
-        for name, expected in self._chunks:
-            with open(self.folder / name, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+        """Reads all of it.
+
+        Raises: ValueError naming the first chunk file that is not what was written, or that holds
+        an id beyond the vocabulary.
+        """
+        for number, entry in enumerate(self.files):
+            try:
+                check_file(self.folder, entry, completely=True)
+                highest = int(self._read(number, 0, entry.num_bytes // self.dtype.itemsize).max())
+                if highest >= self.manifest["vocab_size"]:
                     raise ValueError(
-                        f"token store: {str(self.folder / name)!r} has changed since it was "
-                        "written; delete the folder and encode the text again"
+                        f"{str(self.folder / entry.name)!r} holds the id {highest}, and the "
+                        f"vocabulary has {self.manifest['vocab_size']}"
                     )
+            except (ValueError, OSError) as error:
+                raise self._damaged(error) from None
 
     def _read(self, chunk: int, offset: int, count: int) -> np.ndarray:
-        path = self.folder / self._chunks[chunk][0]
+        path = self.folder / self.files[chunk].name
         if _identity(self.folder / MANIFEST) != self._identity:
             raise ValueError(
                 f"token store: {str(self.folder)!r} was written anew while in use (a second run on "
@@ -151,10 +180,7 @@ class MemmapManager:
             mapped = np.memmap(path, self.dtype, mode="r", offset=offset * self.dtype.itemsize,
                                shape=(count,))  # fmt: skip
         except (OSError, ValueError) as error:
-            raise ValueError(
-                f"token store: cannot read {str(path)!r} ({error}); delete the folder and encode "
-                "the text again"
-            ) from None
+            raise self._damaged(f"cannot read {str(path)!r} ({error})") from None
         if hasattr(mmap, "MADV_RANDOM"):
             # a hundred times quicker than reading what lies around, which the system does otherwise
             mapped._mmap.madvise(mmap.MADV_RANDOM)
@@ -195,64 +221,3 @@ class ArrayTokens:
 
     def load_by_range(self, start: int, end: int) -> np.ndarray:
         return self._ids[start:end]
-
-
-def _write_chunks(texts, tokenizer, folder: Path, chunk_size: int, progress) -> dict[str, Any]:
-    dtype = id_dtype(tokenizer.vocab_size)
-    text_bytes = 0
-
-    def counted() -> Iterator[str]:
-        nonlocal text_bytes
-        for text in texts:
-            text_bytes += len(text.encode("utf-8"))
-            yield text
-
-    chunks: list[dict[str, Any]] = []
-    num_tokens = 0
-
-    def reported(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        so_far = 0
-        for block in blocks:
-            yield block
-            so_far += len(block)
-            if progress:
-                progress(so_far)
-
-    for ids in _regroup(reported(tokenizer.encode_blocks(counted())), chunk_size, dtype):
-        data = ids.tobytes()
-        name = f"chunk_{len(chunks):05d}.bin"
-        with open(folder / name, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        chunks.append({"file": name, "sha256": hashlib.sha256(data).hexdigest()})
-        num_tokens += len(ids)
-    if not num_tokens:
-        raise ValueError("token store: got an empty text, need at least one token")
-    return {
-        "format_version": FORMAT_VERSION,
-        "dtype": dtype.str,
-        "num_tokens": num_tokens,
-        "chunk_size": chunk_size,
-        "vocab_size": tokenizer.vocab_size,
-        "tokenizer_fingerprint": tokenizer.fingerprint,
-        "text_bytes": text_bytes,
-        "chunks": chunks,
-    }
-
-
-def _regroup(blocks: Iterable[np.ndarray], size: int, dtype: np.dtype) -> Iterator[np.ndarray]:
-    """The same ids in arrays of exactly `size`, the last one shorter."""
-    held = np.empty(size, dtype)
-    filled = 0
-    for block in blocks:
-        ids = np.asarray(block, dtype)
-        while filled + len(ids) >= size:
-            missing = size - filled
-            held[filled:] = ids[:missing]
-            yield held
-            ids, filled = ids[missing:], 0
-        held[filled : filled + len(ids)] = ids
-        filled += len(ids)
-    if filled:
-        yield held[:filled]

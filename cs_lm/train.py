@@ -22,7 +22,7 @@ from cs_lm.device import (
     versions,
 )
 from cs_lm.evaluation import evaluate, gzip_bits_per_byte, token_byte_lengths
-from cs_lm.fast_ops import FAST
+from cs_lm.fast_ops import OPS
 from cs_lm.metrics import (
     Display,
     MetricsLog,
@@ -33,7 +33,6 @@ from cs_lm.metrics import (
     plot_losses,
 )
 from cs_lm.model import TransformerLM, flops_per_token, next_token_loss, num_parameters
-from cs_lm.ops import CLEAR
 from cs_lm.optim import AdamW, parameter_groups
 from cs_lm.prepare import PreparedData
 from cs_lm.run_folder import RunFolder
@@ -41,7 +40,6 @@ from cs_lm.schedule import learning_rate, num_training_steps
 from cs_lm.stop_signals import Stopped, StopSignals
 from cs_lm.training_step import Batch, LossFunction, autocast, train_step
 
-OPS = {"clear": CLEAR, "fast": FAST}
 SAMPLE_TOKENS = 80
 NOT_SAVED = 4  # exit status
 
@@ -87,6 +85,7 @@ class Trainer:
         self.sound = None
         if config.on_nan == "stop":
             self.sound = torch.ones((), dtype=torch.bool, device=self.device)
+        self.say = print  # until there is a display
         self.log = MetricsLog(folder.metrics, lambda text: self.say(text))
         folder.checkpoints.keep_last = config.keep_last
         self.tensorboard = open_tensorboard(folder.tensorboard) if config.tensorboard else None
@@ -126,7 +125,8 @@ class Trainer:
     @property
     def has_ended(self) -> bool:
         """Whether there is nothing left to do, not even what follows the last step."""
-        return self.step > self.num_steps or self.log.has("end", self.num_steps)
+        ends = [record["step"] for record in self.log.records() if record["kind"] == "end"]
+        return self.step > self.num_steps or self.num_steps in ends
 
     # ---- begin and end ----
 

@@ -14,6 +14,7 @@ COMMANDS = {
     "evaluate": "loss, perplexity and bits per byte of a trained model on a text",
     "generate": "let a trained model write",
     "plot": "draw the losses of a run",
+    "verify": "read token stores and runs completely: is all of it as it was written?",
     "selfcheck": "compare every hand-written operation with torch's on this machine",
 }
 

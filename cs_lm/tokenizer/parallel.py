@@ -10,7 +10,7 @@ from cs_lm.tokenizer.tokenizer import BPETokenizer
 
 
 class ParallelEncoder:
-    """A tokenizer whose `encode_blocks` works in several processes, with the same result.
+    """A tokenizer whose `encode_each` works in several processes, with the same result.
 
     Cost: a few blocks for each process are under way; memory does not follow the length of the
     text.
@@ -20,12 +20,14 @@ class ParallelEncoder:
         self._tokenizer, self._num_workers = tokenizer, num_workers
         self.vocab_size, self.fingerprint = tokenizer.vocab_size, tokenizer.fingerprint
 
-    def encode_blocks(self, parts: Iterable[str]) -> Iterator[np.ndarray]:
-        blocks = self._tokenizer.safe_blocks(parts)
+    def safe_blocks(self, parts: Iterable[str]) -> Iterator[str]:
+        return self._tokenizer.safe_blocks(parts)
+
+    def encode_each(self, blocks: Iterable[str]) -> Iterator[np.ndarray]:
         if self._num_workers == 1:
-            yield from map(self._tokenizer.encode_block, blocks)
+            yield from self._tokenizer.encode_each(blocks)
         else:
-            yield from self._encode_in_processes(blocks)
+            yield from self._encode_in_processes(iter(blocks))
 
     def _encode_in_processes(self, blocks: Iterator[str]) -> Iterator[np.ndarray]:
         under_way = 4 * self._num_workers

@@ -51,6 +51,14 @@ class TextSource:
             raise ValueError(f"corpus: {str(path)!r} is empty; need a UTF-8 text file")
         return Path(path).stat().st_size
 
+    def key(self) -> list | None:
+        """What tells the text from others without reading it; None for a pipe."""
+        if self.total_bytes is None:
+            return None
+        found = [os.stat(path) for path in self.paths]
+        files = [[one.st_size, one.st_mtime_ns] for one in found]
+        return [files, self._encoding_errors]
+
     def num_workers(self, asked: int | None) -> int:
         """As many as asked; else all cores for a large text or a pipe."""
         if asked is not None:

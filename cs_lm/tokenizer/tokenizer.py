@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -83,6 +84,10 @@ def train_bpe(
     return dict(enumerate(dict.fromkeys(tokens))), merges
 
 
+# Ids are places in a list: one id that is out of all proportion would take all memory.
+MAX_VOCAB_SIZE = 1 << 24
+
+
 class BPETokenizer:
     """Byte-level byte-pair encoding with GPT-2's split pattern.
 
@@ -90,8 +95,8 @@ class BPETokenizer:
     merges          pairs of tokens, earliest learnt first
     special_tokens  never split, never merged with text; one that is missing from the vocabulary
                     is appended to it; where several fit at one place, the longest wins
-    Raises: ValueError for two ids with the same bytes, a negative id, a merge outside the
-    vocabulary.
+    Raises: ValueError for two ids with the same bytes, a token without any, an id outside
+    [0, MAX_VOCAB_SIZE), a merge outside the vocabulary or there twice.
     """
 
     def __init__(
@@ -103,8 +108,11 @@ class BPETokenizer:
         self.vocab: dict[int, bytes] = dict(vocab)
         self.merges: list[Pair] = [(bytes(a), bytes(b)) for a, b in merges]
         self.special_tokens: list[str] = list(dict.fromkeys(special_tokens or ()))
-        if any(token_id < 0 for token_id in self.vocab):
-            raise ValueError("vocabulary: got a negative id; need ids from 0 on")
+        wrong = [i for i in self.vocab if not 0 <= i < MAX_VOCAB_SIZE]
+        if wrong:
+            raise ValueError(f"vocabulary: got the id {wrong[0]}, need 0 to {MAX_VOCAB_SIZE - 1}")
+        if b"" in self.vocab.values():
+            raise ValueError("vocabulary: got a token without bytes; need at least one each")
         self._ids: dict[bytes, int] = {token: i for i, token in self.vocab.items()}
         if len(self._ids) != len(self.vocab):
             twice = next(t for i, t in self.vocab.items() if self._ids[t] != i)
@@ -120,7 +128,8 @@ class BPETokenizer:
                         f"merges: {token!r} of merge {rank} is not in the vocabulary; "
                         "vocabulary and merges must come from the same training"
                     )
-            self._ranks.setdefault(pair, rank)
+            if self._ranks.setdefault(pair, rank) != rank:
+                raise ValueError(f"merges: merge {rank} of {pair} stands there twice; need it once")
         self._splitter = SpecialTokenSplitter(self.special_tokens)
         # None behind the tokens, where negative ids would count from the end
         self._tokens = [*map(self.vocab.get, range(self.vocab_size)), *[None] * (1 << 17)]
@@ -156,13 +165,14 @@ class BPETokenizer:
                     "or train a tokenizer first"
                 )
         try:
-            names = json.loads(Path(vocab_path).read_text(encoding="utf-8"))
-            if not all(isinstance(token_id, int) for token_id in names.values()):
+            text = Path(vocab_path).read_text(encoding="utf-8")
+            names = json.loads(text, object_pairs_hook=_without_repetition)
+            if not all(type(token_id) is int for token_id in names.values()):
                 raise TypeError("an id is not an integer")
             vocab = {token_id: token_of_name(name) for name, token_id in names.items()}
             if len(vocab) != len(names):
                 raise TypeError("two tokens have the same id")
-        except (json.JSONDecodeError, AttributeError, TypeError, UnicodeDecodeError) as error:
+        except (ValueError, AttributeError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"--vocab_path: {str(vocab_path)!r} is not a vocab.json ({error}); "
                 "need a JSON object of token names and ids"
@@ -225,7 +235,11 @@ class BPETokenizer:
         self, parts: Iterable[str], block_chars: int = BLOCK_CHARS
     ) -> Iterator[np.ndarray]:
         """The ids (int32) of the joined parts, block by block, from a stream of any cutting."""
-        yield from map(self.encode_block, self.safe_blocks(parts, block_chars))
+        yield from self.encode_each(self.safe_blocks(parts, block_chars))
+
+    def encode_each(self, blocks: Iterable[str]) -> Iterator[np.ndarray]:
+        """The ids of blocks that `safe_blocks` gave, one array each."""
+        return map(self.encode_block, blocks)
 
     def safe_blocks(self, parts: Iterable[str], block_chars: int = BLOCK_CHARS) -> Iterator[str]:
         """The joined parts in blocks that `encode_block` may encode one by one."""
@@ -326,3 +340,10 @@ def _groups(texts: Iterable[str], size_bytes: int) -> Iterator[list[str]]:
             group, held_bytes = [], 0
     if group:
         yield group
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands there twice")
+    return found

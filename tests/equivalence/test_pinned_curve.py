@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from cs_lm.config import ModelConfig, OptimConfig
+from cs_lm.fast_ops import OPS
 from cs_lm.model import TransformerLM
 from cs_lm.optim import AdamW, parameter_groups
 from cs_lm.schedule import learning_rate
-from cs_lm.train import OPS
 from cs_lm.training_step import train_step
 from tests.tolerances import PINNED
 

@@ -5,8 +5,8 @@ import torch
 
 from cs_lm.config import ModelConfig, RunConfig
 from cs_lm.dry_run import memory_bytes
+from cs_lm.fast_ops import OPS
 from cs_lm.model import TransformerLM, next_token_loss, num_parameters
-from cs_lm.train import OPS
 from cs_lm.training_step import autocast
 
 B, T = 3, 64

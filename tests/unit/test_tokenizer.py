@@ -180,10 +180,30 @@ def test_fingerprint_follows_every_part(small):
     assert len({small.fingerprint, *(t.fingerprint for t in others)}) == 4
 
 
+def test_hostile_vocabularies(tmp_path):
+    """Each would take all memory, loop, or leave a choice."""
+    for vocab, merges, message in [
+        ({10**12: b"a"}, [], "got the id 1000000000000, need 0 to"),
+        ({0: b"a", 1: b""}, [], "a token without bytes"),
+        ({0: b"a", 1: b"b", 2: b"ab"}, [(b"a", b"b")] * 2, "merge 1 of .* stands there twice"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            BPETokenizer(vocab, merges)
+    (tmp_path / "merges.txt").write_text("", encoding="utf-8")
+    for text, message in [
+        ('{"a": 0, "a": 1}', "a name stands there twice"),
+        ('{"a": true}', "an id is not an integer"),
+        ("[" * 100_000, "is not a vocab.json"),
+    ]:
+        (tmp_path / "vocab.json").write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=message):
+            BPETokenizer.from_files(tmp_path / "vocab.json", tmp_path / "merges.txt")
+
+
 def test_bad_vocabularies(small, tmp_path):
     with pytest.raises(ValueError, match="has two ids"):
         BPETokenizer({0: b"a", 1: b"a"}, [])
-    with pytest.raises(ValueError, match="negative id"):
+    with pytest.raises(ValueError, match="got the id -1, need 0 to"):
         BPETokenizer({-1: b"a"}, [])
     with pytest.raises(ValueError, match="is not in the vocabulary"):
         BPETokenizer({0: b"a"}, [(b"a", b"b")])
@@ -308,7 +328,9 @@ def test_processes_encode_the_same_ids(small):
     for num_workers in (1, 2):
         encoder = ParallelEncoder(small, num_workers)
         assert (encoder.fingerprint, encoder.vocab_size) == (small.fingerprint, small.vocab_size)
-        assert np.array_equal(np.concatenate(list(encoder.encode_blocks(parts))), expected)
+        assert np.array_equal(
+            np.concatenate(list(encoder.encode_each(encoder.safe_blocks(parts)))), expected
+        )
 
 
 def test_progress_names_phases_and_totals(tmp_path):

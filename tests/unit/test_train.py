@@ -10,12 +10,12 @@ import torch
 
 from cs_lm.compiling import Compiled
 from cs_lm.config import ModelConfig, RunConfig
+from cs_lm.fast_ops import OPS
 from cs_lm.model import TransformerLM, next_token_loss
 from cs_lm.ops import IGNORE_INDEX
 from cs_lm.optim import AdamW, parameter_groups
 from cs_lm.schedule import num_training_steps
 from cs_lm.stop_signals import Stopped, StopSignals
-from cs_lm.train import OPS
 from cs_lm.training_step import autocast, train_step
 from tests.tolerances import DEEP, close
 

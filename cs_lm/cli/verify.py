@@ -1,0 +1,45 @@
+"""`python -m cs_lm verify`: reads token stores and runs completely, and names what has changed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cs_lm.cli.errors import readable_errors
+from cs_lm.config import setting
+from cs_lm.flags import parse_config
+from cs_lm.run_folder import RunFolder
+from cs_lm.token_store import MemmapManager
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    store: tuple[str, ...] = setting((), "folders of token stores; one of the two is required")
+    out_dir: tuple[str, ...] = setting((), "folders of runs")
+
+    def problems(self) -> list[str]:
+        if self.store or self.out_dir:
+            return []
+        return ["--store, --out_dir: got none; name what to verify"]
+
+
+@readable_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    config = parse_config(VerifyConfig, "python -m cs_lm verify", __doc__, argv)
+    wrong = []
+    for folder in config.store:
+        try:
+            store = MemmapManager(folder)
+            store.verify()
+            print(f"{folder}: {len(store):,} tokens in {len(store.files)} files, as written")
+        except (ValueError, OSError) as error:
+            wrong.append(str(error))
+    for folder in config.out_dir:
+        try:
+            found = RunFolder(folder).verify()
+            wrong += found
+            if not found:
+                print(f"{folder}: all checkpoints, the tokenizer and the log are as written")
+        except (ValueError, OSError) as error:
+            wrong.append(str(error))
+    if wrong:
+        raise ValueError("\n".join(wrong))
+    return 0

@@ -1,0 +1,89 @@
+"""A run of a few milliseconds a step, in this process, for tests that end it in many ways."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cs_lm.bad_numbers import BadNumbers
+from cs_lm.cli.train import BAD_NUMBERS
+from cs_lm.config import DataConfig, ModelConfig, OptimConfig, RunConfig
+from cs_lm.config import replace as replaced
+from cs_lm.metrics import MetricsLog
+from cs_lm.prepare import PreparedData, prepare
+from cs_lm.run_folder import RunFolder, saved_config
+from cs_lm.train import Trainer
+from tests.end_to_end.conftest import write_corpus
+
+CONFIG = RunConfig(
+    ModelConfig(16, 2, 40, 300, 1, 32),
+    DataConfig("animals.txt"),
+    OptimConfig(lr=1e-2),
+    seq_length=16, batch_size=2, max_steps=60, num_epochs=1e6, device="cpu", log_interval=1,
+    save_interval=3, eval_interval=9, eval_tokens=64, sample_interval=18,
+)  # fmt: skip
+
+
+def prepared(folder: Path, config: RunConfig = CONFIG) -> PreparedData:
+    """The corpus in the folder, which becomes the current one, as data to train on."""
+    os.chdir(folder)
+    write_corpus(folder)
+    return prepare(config, lambda _: None)
+
+
+def trainer_of(folder: Path, data: PreparedData, config: RunConfig = CONFIG) -> Trainer:
+    """For a new run in the folder, or for the one that is there."""
+    run = RunFolder(folder)
+    if not run.exists():
+        return Trainer(config, data, run)
+    checkpoint = run.read("last", lambda _: None)
+    saved = saved_config(checkpoint)
+    assert replaced(saved, {}) == config, "settings come back as they were"
+    return Trainer(config, data, run, checkpoint)
+
+
+def train(folder: Path, data: PreparedData, config: RunConfig = CONFIG) -> int:
+    """Begins or goes on, as run_clm.py would; returns the exit status."""
+    with RunFolder(folder).only_here():
+        trainer = trainer_of(folder, data, config)
+        if trainer.has_ended:
+            return 0
+        try:
+            return trainer.fit()
+        except BadNumbers as error:
+            print(error)
+            return BAD_NUMBERS
+
+
+def assert_same_run(expected: Path, actual: Path) -> None:
+    """The last and best checkpoints and the logs agree to the last bit, times aside."""
+    one, two = RunFolder(expected), RunFolder(actual)
+    for which in ("last", "best"):
+        _assert_equal(one.read(which), two.read(which), which)
+    assert _log(one) == _log(two)
+
+
+def _assert_equal(a: Any, b: Any, name: str) -> None:
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), name
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), name
+        for key in a.keys() - {"elapsed_s", "out_dir"}:
+            _assert_equal(a[key], b[key], f"{name}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), name
+        for i, (x, y) in enumerate(zip(a, b)):
+            _assert_equal(x, y, f"{name}.{i}")
+    else:
+        assert a == b, name
+
+
+def _log(run: RunFolder) -> list[dict[str, Any]]:
+    """Every record of the training, in order, without what a clock or a machine has a part in."""
+    timed = {"tokens_per_s", "model_flops_per_s", "utilisation", "elapsed_s"}
+    return [
+        {key: value for key, value in record.items() if key not in timed}
+        for record in MetricsLog(run.metrics).records()
+        if record["kind"] not in ("config", "resume", "bad_step")
+    ]
