@@ -1,4 +1,4 @@
-"""Training batches as a pure function of the seed and the batch's number."""
+"""What a step draws, as a pure function of the seed and the step's or batch's number."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -97,6 +97,11 @@ def load_windows(
     else:
         rows = rows.to(device)
     return rows[:, :-1], rows[:, 1:]
+
+
+def seed_of_step(seed: int, step: int) -> int:
+    """For what a step draws besides its batches."""
+    return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0])
 
 
 class BatchSource:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cs_lm.bad_numbers import BadNumbers, StepFlags, advice, are_finite, write_bad_step
-from cs_lm.batches import BatchSource, Prefetcher
+from cs_lm.batches import BatchSource, Prefetcher, seed_of_step
 from cs_lm.checkpoint import checkpoint_content, restore
 from cs_lm.checkpoint_manager import BackgroundSaver
 from cs_lm.compiling import Compiled
@@ -256,6 +256,7 @@ class Trainer:
         self.lr = learning_rate(self.step, self.num_steps, config.optim)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
+        torch.manual_seed(seed_of_step(config.seed, self.step))
         self.loss, self.norm = train_step(
             self.model, self.optimizer, self.batches_of_step(self.step), config.optim.max_norm,
             self._loss_unless_stopped, self.precision, self.sound,

@@ -4,15 +4,14 @@
     python -m tests.faults.kill_runs --kills 0 --least_s 5 --most_s 40 --max_steps 600000 \\
         --save_interval 100 --log_interval 50        # the soak: one run, killed to its end
 
-Each start is a fork of this process, which has loaded torch and computed nothing yet: the kill comes
-while a step, a save, a validation or the reading of a checkpoint is under way. After each kill
-all that has a checkpoint's name must verify. A run that comes to its end must be the quiet run,
-bit for bit. Prints the counts as one JSON line, with memory and open files of the processes that
-lived longest: at a tenth of their life, at half of it, and at its end.
+Each start is a fork of this process, which has loaded torch and computed nothing yet: the kill
+comes while a step, a save, a validation or the reading of a checkpoint is under way. After each
+kill all that has a checkpoint's name must verify. A run that comes to its end must be the quiet
+run, bit for bit. Prints the counts as one JSON line, with memory and open files of the process
+that lived longest: at a tenth of its life, at half of it, and at its end.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import random
@@ -24,6 +23,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch._dynamo  # each start would import it anew, with its first optimizer
@@ -42,8 +42,8 @@ def start(folder: Path, data, config) -> int:
     status = 70
     try:
         with open(folder.with_suffix(".out"), "a", encoding="utf-8") as out:
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-                status = train(folder, data, config)
+            sys.stdout = sys.stderr = out
+            status = train(folder, data, config)
     finally:
         os._exit(status)
 
@@ -51,7 +51,7 @@ def start(folder: Path, data, config) -> int:
 class Watched:
     """Memory and open files of a process, looked at ten times a second."""
 
-    longest: list[tuple[int, int]] = []
+    longest: ClassVar[list[tuple[int, int]]] = []
 
     def __init__(self, child: int):
         self._child, self._seen, self._next_s = child, [], 0.0
@@ -139,8 +139,13 @@ def kill_many(work: Path, kills: int, least_s: float, most_s: float, seed: int, 
         finish(start(folder, data, config), folder)
         assert_same_run(quiet, folder)
         counts["runs_ended_equal"] += 1
-    return {**counts, "save_interval": config.save_interval,
-            "most_steps_lost": max(lost, default=0), "steps_lost": dict(sorted(lost.items())), **Watched.report()}  # fmt: skip
+    return {
+        **counts,
+        "save_interval": config.save_interval,
+        "most_steps_lost": max(lost, default=0),
+        "steps_lost": dict(sorted(lost.items())),
+        **Watched.report(),
+    }
 
 
 def main() -> None:

@@ -1,0 +1,27 @@
+"""SIGKILL at random moments: every start succeeds, and what comes of it is the quiet run."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.end_to_end.conftest import ROOT
+
+KILLS = 200
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="each start is a fork of one process")
+def test_killed_200_times():
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.faults.kill_runs", "--kills", str(KILLS)],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = json.loads(result.stdout)
+    print(result.stdout)
+    assert found["kills"] == KILLS and found["left_half_written"] > 0
+    assert found["runs_ended_equal"] > 5
+    # one interval, and the steps of a second one while its save is being written
+    assert found["most_steps_lost"] < 2 * found["save_interval"]
