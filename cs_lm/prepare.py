@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -113,11 +113,9 @@ def reusable_store(config: RunConfig) -> MemmapManager | None:
         if not corpus.is_file():
             return None
         source = describe_file(corpus, config.data.encoding_errors)
-    if not (folder / MANIFEST).is_file() or not files.are_usable(
-        _tokenizer_settings(config, source)
-    ):
+    tokenizer = files.usable(_tokenizer_settings(config, source))
+    if tokenizer is None or not (folder / MANIFEST).is_file():
         return None
-    tokenizer = files.read(config.data.special_tokens)
     store = MemmapManager(folder)
     return store if _difference(store, tokenizer, source, config) is None else None
 
@@ -164,16 +162,36 @@ class _TokenizerFiles(NamedTuple):
     merges_path: Path
     settings_path: Path | None  # None: the user's own files, whatever they were trained with
 
-    def are_usable(self, settings: dict[str, Any]) -> bool:
-        if self.settings_path is None:
-            return self.vocab_path.exists() or self.merges_path.exists()
-        if not (self.vocab_path.exists() and self.merges_path.exists()):
-            return False
-        without_corpus = settings["source"] is None
-        return without_corpus or _read_json(self.settings_path) == settings
+    def usable(self, settings: dict[str, Any]) -> BPETokenizer | None:
+        """The tokenizer with these settings, as it was written; None where it is missing.
 
-    def read(self, special_tokens: Sequence[str]) -> BPETokenizer:
-        return BPETokenizer.from_files(self.vocab_path, self.merges_path, special_tokens)
+        Raises: ValueError or FileNotFoundError for the user's own files, which are never replaced.
+        """
+        if self.settings_path is None:
+            exists = self.vocab_path.exists() or self.merges_path.exists()
+            return self._read(settings) if exists else None
+        stored = _read_json(self.settings_path)
+        if not isinstance(stored, dict):
+            return None
+        fingerprint = stored.pop("fingerprint", None)
+        if settings["source"] is not None and stored != settings:
+            return None
+        try:
+            tokenizer = self._read(settings)
+        except (ValueError, OSError):
+            return None
+        return tokenizer if tokenizer.fingerprint == fingerprint else None
+
+    def write(self, tokenizer: BPETokenizer, settings: dict[str, Any]) -> None:
+        if self.settings_path is not None:  # from here on, the files may be other ones
+            self.settings_path.unlink(missing_ok=True)
+        tokenizer.save(self.vocab_path, self.merges_path)
+        if self.settings_path is not None:
+            _write_json(self.settings_path, {**settings, "fingerprint": tokenizer.fingerprint})
+
+    def _read(self, settings: dict[str, Any]) -> BPETokenizer:
+        specials = settings["special_tokens"]
+        return BPETokenizer.from_files(self.vocab_path, self.merges_path, specials)
 
 
 def _tokenizer_files(config: RunConfig) -> _TokenizerFiles:
@@ -192,16 +210,16 @@ def _tokenizer(
     config: RunConfig, corpus: Path | None, source, say: Say, progress: Progress | None
 ) -> BPETokenizer:
     files, settings = _tokenizer_files(config), _tokenizer_settings(config, source)
-    if not files.are_usable(settings):
+    tokenizer = files.usable(settings)
+    if tokenizer is None:
         if corpus is None:
             raise FileNotFoundError(
-                f"tokenizer: {str(files.vocab_path)!r} is missing; give --corpus_path to train it, "
-                "or --vocab_path and --merges_path of the store's tokenizer"
+                f"tokenizer: {str(files.vocab_path)!r} is missing or damaged; give --corpus_path "
+                "to train it, or --vocab_path and --merges_path of the store's tokenizer"
             )
         if files.settings_path is not None and files.vocab_path.exists():
-            say(f"tokenizer: {files.vocab_path.parent} belongs to other settings")
-        _train_tokenizer(config, corpus, files, settings, say, progress)
-    tokenizer = files.read(config.data.special_tokens)
+            say(f"tokenizer: {files.vocab_path.parent} belongs to other settings, or is damaged")
+        tokenizer = _train_tokenizer(config, corpus, files, settings, say, progress)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
             f"--vocab_size: got {config.model.vocab_size}, need at least {tokenizer.vocab_size}: "
@@ -222,19 +240,17 @@ def _train_tokenizer(
     settings: dict[str, Any],
     say: Say,
     progress: Progress | None,
-) -> None:
+) -> BPETokenizer:
     say(f"tokenizer: training {config.model.vocab_size:,} tokens on {corpus}")
     specials = config.data.special_tokens
     vocab, merges = train_bpe(
         corpus, config.model.vocab_size, specials,
         encoding_errors=config.data.encoding_errors, progress=progress,
     )  # fmt: skip
-    if files.settings_path is not None:  # from here on, the files may be other ones
-        files.settings_path.unlink(missing_ok=True)
-    BPETokenizer(vocab, merges, specials).save(files.vocab_path, files.merges_path)
-    if files.settings_path is not None:
-        _write_json(files.settings_path, settings)
+    tokenizer = BPETokenizer(vocab, merges, specials)
+    files.write(tokenizer, settings)
     say(f"tokenizer: wrote {files.vocab_path} and {files.merges_path}")
+    return tokenizer
 
 
 def _store(

@@ -194,7 +194,10 @@ class BPETokenizer:
                     "need two tokens with one space between"
                 )
             merges.append((token_of_name(pair[0]), token_of_name(pair[1])))
-        return cls(vocab, merges, special_tokens)
+        try:
+            return cls(vocab, merges, special_tokens)
+        except ValueError as error:
+            raise ValueError(f"{error}: in {str(vocab_path)!r} or {str(merges_path)!r}") from None
 
     def save(self, vocab_path: str | Path, merges_path: str | Path) -> None:
         """Writes GPT-2's two files, special tokens included in the vocabulary."""

@@ -47,8 +47,11 @@ def test_makes_what_is_missing_and_uses_it_again():
 @pytest.mark.parametrize(
     "changes, expected",
     [
-        ({"vocab_size": 280}, "belongs to other settings | tokenizer: training"),
-        ({"special_tokens": ("<|x|>",)}, "belongs to other settings | tokenizer: training"),
+        ({"vocab_size": 280}, "belongs to other settings, or is damaged | tokenizer: training"),
+        (
+            {"special_tokens": ("<|x|>",)},
+            "belongs to other settings, or is damaged | tokenizer: training",
+        ),
         ({"chunk_size": 100}, "has chunks of 500000 tokens, encoding cats.txt"),
         ({"encoding_errors": "replace"}, "was made from another text"),
     ],

@@ -1,0 +1,142 @@
+"""A loss or gradient that is not finite: the weights never hear of it, and it can be replayed."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+
+from cs_lm.config import replace
+from cs_lm.metrics import MetricsLog, SpikeMark
+from cs_lm.model import next_token_loss
+from cs_lm.run_folder import RunFolder
+from tests.faults.tiny_run import BAD_NUMBERS, CONFIG, assert_same_run, prepared, trainer_of
+
+CONFIG = replace(CONFIG, {"max_steps": 12, "grad_accum": 2, "eval_interval": 0})
+BAD = 8  # the step, counted from 1
+
+
+def bad_loss(is_bad, what):
+    """The loss, spoilt in the second micro-batch of a bad step."""
+
+    def loss(model, x, y):
+        total, count = next_token_loss(model, x, y)
+        if not is_bad(x):
+            return total, count
+        if what == "loss":
+            return total * math.nan, count
+        total.register_hook(lambda gradient: gradient * math.inf)  # under a loss that is finite
+        return total, count
+
+    return loss
+
+
+class Spoilt:
+    """Which micro-batches are bad: told by their tokens, as bad data would be."""
+
+    def __init__(self, trainer, steps):
+        self._bad = [trainer.batch(2 * step - 1)[0] for step in steps]
+
+    def __call__(self, x):
+        return any(torch.equal(x, bad) for bad in self._bad)
+
+
+def spoilt_trainer(folder, data, config, steps, what="loss"):
+    trainer = trainer_of(folder, data, config)
+    trainer.loss_function = bad_loss(Spoilt(trainer, steps), what)
+    return trainer
+
+
+def run(trainer):
+    from cs_lm.bad_numbers import BadNumbers
+
+    try:
+        return trainer.fit(), ""
+    except BadNumbers as error:
+        return BAD_NUMBERS, str(error)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_stops_with_the_weights_from_before(work, what):
+    data = prepared(work, CONFIG)
+    short = trainer_of(work / "short", data, CONFIG)
+    while short.step < BAD - 1:
+        if short.step == 0:
+            short._begin()
+        short._one_step()
+    status, message = run(spoilt_trainer(work / "run", data, CONFIG, [BAD], what))
+    assert status == BAD_NUMBERS
+    assert f"gradient of step {BAD} is not finite; the weights are those after step 7" in message
+    assert "the checkpoint of step 7 is kept" in message
+    content = RunFolder(work / "run").read("last", pytest.fail)
+    assert content["iteration"] == BAD - 1
+    for name, weight in short.model.state_dict().items():
+        assert torch.equal(weight, content["model"][name]), name
+    states = zip(short.optimizer.state.values(), content["optimizer"]["state"].values())
+    for expected, actual in states:
+        assert expected["step"] == actual["step"]
+        assert torch.equal(expected["exp_avg_sq"], actual["exp_avg_sq"])
+
+
+def test_what_is_written_out_and_the_replay(work):
+    data = prepared(work, CONFIG)
+    trainer = spoilt_trainer(work / "run", data, CONFIG, [BAD])
+    _, message = run(trainer)
+    found = json.loads((work / "run" / "bad_step_00000008.json").read_text(encoding="utf-8"))
+    assert found["step"] == BAD and [batch["number"] for batch in found["batches"]] == [14, 15]
+    assert found["batches"][1]["window_starts"] == trainer.batch.starts(15).tolist()
+    good, bad = found["batches"]
+    assert math.isfinite(good["loss_nats"]) and bad["loss_nats"] == "nan"
+    names = set(dict(trainer.model.named_parameters()))
+    assert set(good["grad_norms"]) == set(bad["grad_norms"]) == set(found["weight_norms"]) == names
+    assert all(norm > 0 for norm in good["grad_norms"].values())
+    assert set(bad["grad_norms"].values()) == {"nan"}
+    records = list(MetricsLog(work / "run" / "metrics.jsonl").records())
+    assert records[-1]["kind"] == "bad_step" and records[-1]["step"] == BAD
+    assert re.search(r"python run_clm.py --out_dir .*run --resume\n", message)
+    replayed = spoilt_trainer(work / "run", data, CONFIG, [BAD])
+    assert replayed.step == BAD - 1
+    assert run(replayed)[0] == BAD_NUMBERS and replayed.step == BAD - 1
+    # the data mended, it goes on to the end that it would have had
+    assert run(trainer_of(work / "run", data, CONFIG))[0] == 0
+    assert run(trainer_of(work / "quiet", data, CONFIG))[0] == 0
+    assert_same_run(work / "quiet", work / "run")
+
+
+def test_skip_leaves_the_step_out_and_goes_on(work, capsys):
+    config = replace(CONFIG, {"on_nan": "skip"})
+    data = prepared(work, config)
+    trainer = spoilt_trainer(work / "run", data, config, [4, BAD])
+    assert run(trainer) == (0, "")
+    shown = capsys.readouterr().out
+    assert "step 4 | loss or gradient is not finite: left out" in shown
+    train = [r for r in MetricsLog(work / "run/metrics.jsonl").records() if r["kind"] == "train"]
+    assert [r["step"] for r in train] == list(range(1, 13))
+    assert [r["step"] for r in train if r["loss_nats"] is None] == [4, BAD]
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+
+
+def test_skip_has_an_end(work):
+    config = replace(CONFIG, {"on_nan": "skip", "max_steps": 30})
+    data = prepared(work, config)
+    status, message = run(spoilt_trainer(work / "run", data, config, range(5, 30)))
+    assert status == BAD_NUMBERS and "step 15 is not finite" in message  # the eleventh in a row
+    assert RunFolder(work / "run").verify() == []
+
+
+def test_a_bad_first_step(work):
+    data = prepared(work, CONFIG)
+    status, message = run(spoilt_trainer(work / "run", data, CONFIG, [1]))
+    assert status == BAD_NUMBERS and "there is no checkpoint yet" in message
+    assert not RunFolder(work / "run").exists()
+
+
+def test_spikes_are_marked():
+    is_spike = SpikeMark([None, 2.0, 2.2])
+    marked = [is_spike(loss) for loss in (2.3, 2.5, 2.6, 3.0)]
+    assert marked == [False, False, False, True]
+    for _ in range(20):
+        is_spike(1.0)
+    assert is_spike(1.2), "only the last 20 count"
+    assert not SpikeMark()(5.0)
