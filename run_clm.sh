@@ -35,6 +35,12 @@ set_up() {
     cat pyproject.toml constraints.txt >"$stamp"
 }
 
+# run ARGUMENTS: this shell becomes Python, so that signals reach it.
+run() {
+    echo "before other commands: source $venv/bin/activate"
+    exec "$venv/bin/python" "$@"
+}
+
 case "${1:-}" in
 "" | --*) mode=default ;;
 *) mode="$1" && shift ;;
@@ -43,7 +49,7 @@ esac
 case "$mode" in
 default)
     set_up ui
-    "$venv/bin/python" run_clm.py \
+    run run_clm.py \
         --corpus_size python-manual --vocab_size 2048 --special_tokens '<|endoftext|>' \
         --valid_fraction 0.1 --chunk_size 500000 --sampling random \
         --d_model 192 --num_heads 6 --d_ff 512 --num_layers 4 \
@@ -58,7 +64,7 @@ default)
     ;;
 characters)
     set_up ui
-    "$venv/bin/python" run_clm.py \
+    run run_clm.py \
         --vocab_size 256 --special_tokens --valid_fraction 0.1 --sampling epoch \
         --d_model 128 --num_heads 4 --d_ff 320 --num_layers 4 \
         --max_seq_length 64 --seq_length 64 --theta 1000 \
@@ -72,7 +78,7 @@ characters)
     ;;
 lecture)
     set_up ui
-    "$venv/bin/python" run_clm.py \
+    run run_clm.py \
         --corpus_path data/lecture.txt --corpus_size lecture --vocab_size 32000 \
         --special_tokens '<|endoftext|>' --valid_fraction 0.1 --chunk_size 500000 \
         --d_model 512 --num_heads 8 --d_ff 1344 --num_layers 8 \
@@ -87,8 +93,7 @@ lecture)
     ;;
 test)
     set_up ui,test,parity
-    "$venv/bin/python" -m pytest "$@"
+    exec "$venv/bin/python" -m pytest "$@"
     ;;
 *) fail "got $mode; need default, characters, lecture or test" ;;
 esac
-[ "$mode" = test ] || echo "before other commands: source $venv/bin/activate"

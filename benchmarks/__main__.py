@@ -2,7 +2,7 @@
 
 import argparse
 
-from benchmarks import batches, decoding, parts, tokenizer, training
+from benchmarks import batches, decoding, parts, saving, tokenizer, training
 
 
 def main() -> None:
@@ -14,6 +14,7 @@ def main() -> None:
     training.main(rounds)
     parts.main(rounds)
     batches.main(rounds)
+    saving.main(rounds)
     decoding.main(rounds)
     if chosen.text:
         tokenizer.main([chosen.text, *rounds])

@@ -36,7 +36,7 @@ def sparse_store(folder: Path, num_tokens: int):
     facts = {
         "format_version": FORMAT_VERSION, "dtype": id_dtype(vocab_size).str,
         "num_tokens": num_tokens, "chunk_size": CHUNK, "vocab_size": vocab_size,
-        "tokenizer_fingerprint": "none", "source": {},
+        "tokenizer_fingerprint": "none", "text_bytes": 4 * num_tokens, "source": {},
     }  # fmt: skip
     write_manifest(folder, files, facts)
     return MemmapManager(folder)

@@ -304,7 +304,10 @@ def _difference(store: MemmapManager, tokenizer, source, config: RunConfig) -> s
     if source is not None and store.source != source:
         return "was made from another text"
     data = config.data
-    if source is None and data.encoding_errors not in ("strict", store.source["encoding_errors"]):
+    if source is None and data.encoding_errors not in (
+        "strict",
+        store.source.get("encoding_errors"),
+    ):
         return "was made with --encoding_errors strict"
     is_asked = source is not None or data.chunk_size != DataConfig.chunk_size
     if is_asked and store.chunk_size != data.chunk_size:

@@ -63,15 +63,19 @@ class MemmapManager:
 
     def _check_facts(self) -> None:
         facts = self.manifest
+        for name, kind in (("num_tokens", int), ("chunk_size", int), ("vocab_size", int),
+                           ("text_bytes", int), ("tokenizer_fingerprint", str),
+                           ("source", dict)):  # fmt: skip
+            if type(facts[name]) is not kind or (kind is int and facts[name] < 1):
+                raise ValueError(f"its {name} is {facts[name]!r}")
         self.dtype = {"<u2": np.dtype("<u2"), "<u4": np.dtype("<u4")}[facts["dtype"]]
         self._num_tokens, self.chunk_size = facts["num_tokens"], facts["chunk_size"]
         self.fingerprint: str = facts["tokenizer_fingerprint"]
         self.source: dict[str, Any] = facts["source"]
-        full, rest = divmod(self._num_tokens, self.chunk_size)
-        expected = [self.chunk_size] * full + ([rest] if rest else [])
-        if [entry.num_bytes for entry in self.files] != [
-            count * self.dtype.itemsize for count in expected
-        ]:
+        lengths = [entry.num_bytes for entry in self.files]
+        full, last = self.chunk_size * self.dtype.itemsize, lengths[-1:]
+        num_bytes = self._num_tokens * self.dtype.itemsize
+        if sum(lengths) != num_bytes or set(lengths[:-1]) - {full} or not 0 < last[0] <= full:
             raise ValueError("its chunks have other lengths than its number of tokens asks for")
 
     def _damaged(self, error: Exception | str) -> ValueError:

@@ -1,6 +1,7 @@
 """Ctrl-C while text comes from a pipe that is silent: everything ends at once, nothing is left."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import time
 
 import pytest
 
-from tests.end_to_end.conftest import ROOT
+from tests.end_to_end.conftest import ROOT, TINY, last_checkpoint, write_corpus
 
 PATIENCE_S = 60
 
@@ -56,3 +57,33 @@ def test_interrupt(command, number, finished_run, tmp_path):
     assert status == 128 + number, errors
     assert errors.splitlines()[-1] == f"stopped by {number.name}" and "Traceback" not in errors
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="it is a script for bash")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+def test_the_script_passes_signals_on(number, tmp_path):
+    """To the shell's process alone, as a job scheduler sends them."""
+    venv = tmp_path / "venv"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n', "utf-8")
+    (venv / "bin" / "python").chmod(0o755)
+    for name in ("run_clm.sh", "run_clm.py", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    wanted = [(ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt")]
+    (venv / "installed-ui").write_bytes(b"".join(wanted))
+    write_corpus(tmp_path)
+    flags = [*TINY, "--corpus_path", "animals.txt", "--corpus_size", "animals"]
+    flags += ["--max_steps", "100000", "--num_epochs", "1e6", "--out_dir", "run"]
+    process = subprocess.Popen(
+        ["bash", tmp_path / "run_clm.sh", *flags], stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, start_new_session=True, encoding="utf-8",
+        env={**os.environ, "CS_LM_VENV": str(venv), "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("step 5/"):
+            break
+    os.kill(process.pid, number)
+    rest, errors = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 128 + number, errors
+    assert f"stopped by {number.name}" in rest and last_checkpoint(tmp_path / "run")

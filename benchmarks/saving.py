@@ -1,0 +1,107 @@
+"""What a checkpoint costs a run: how long training stops, and how a save beside it slows a step.
+
+    python -m benchmarks.saving [--rounds 5]
+
+The course's model: 57.7 M parameters, with both moments 0.69 GB. A save in place, as most
+trainers do it, stops the run for all of `torch.save`.
+"""
+
+import argparse
+import functools
+import tempfile
+from pathlib import Path
+
+from benchmarks.measure import Found, in_turns
+from benchmarks.training import MODELS, SETTINGS, _batch
+
+COURSE = next(iter(MODELS))
+REPEATS = 3
+
+
+def _trained_one_step():
+    import torch
+
+    from cs_lm.config import ModelConfig
+    from cs_lm.device import keep_freed_memory
+    from cs_lm.model import TransformerLM
+    from cs_lm.optim import AdamW, parameter_groups
+    from cs_lm.training_step import train_step
+
+    keep_freed_memory()
+    sizes, batch_size, _ = MODELS[COURSE]
+    model = TransformerLM(ModelConfig(**sizes))
+    groups = parameter_groups(model, SETTINGS["weight_decay"])
+    optimizer = AdamW(groups, lr=SETTINGS["lr"], betas=SETTINGS["betas"])
+    x, y = _batch(sizes, batch_size)
+
+    def step():
+        train_step(model, optimizer, [(x, y)], 1.0)
+
+    step()
+    torch.manual_seed(0)
+    return model, optimizer, step
+
+
+def standing_still(how: str):
+    """What the caller waits for: the copy in memory, a save in place, or all that a save does."""
+    import torch
+
+    from cs_lm.checkpoint import checkpoint_content, copied
+    from cs_lm.checkpoint_manager import CheckpointManager
+
+    model, optimizer, _ = _trained_one_step()
+    folder = tempfile.TemporaryDirectory()
+
+    def timed() -> Found:
+        for number in range(1, REPEATS + 1):
+            content = checkpoint_content(model, optimizer, number)
+            if how == "copy":
+                copied(content)
+            elif how == "in place":
+                torch.save(content, Path(folder.name) / "state.pt")
+            else:
+                CheckpointManager(folder.name).save(content)
+        return Found()
+
+    return timed
+
+
+def stepping(saves: bool):
+    """Steps, of which the first one has a save beside it."""
+    from cs_lm.checkpoint import checkpoint_content
+    from cs_lm.checkpoint_manager import BackgroundSaver, CheckpointManager
+
+    model, optimizer, step = _trained_one_step()
+    folder = tempfile.TemporaryDirectory()
+    saver = BackgroundSaver(CheckpointManager(folder.name), print)
+
+    def timed() -> Found:
+        for number in range(1, REPEATS + 1):
+            if saves:
+                saver.save(checkpoint_content(model, optimizer, number))
+            step()
+        return Found()
+
+    return timed
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args(argv).rounds
+    ways = {
+        "copy in memory (cs_lm)": "copy",
+        "torch.save in place": "in place",
+        "checksum, fsync, rename": "all",
+    }
+    contestants = {name: functools.partial(standing_still, how) for name, how in ways.items()}
+    in_turns(f"a run stands still for a save, {COURSE}", contestants, rounds, repeats=REPEATS)
+    contestants = {
+        "with a save beside each": functools.partial(stepping, True),
+        "without": functools.partial(stepping, False),
+    }
+    in_turns(f"a step, {COURSE}", contestants, rounds, repeats=REPEATS)
+
+
+if __name__ == "__main__":
+    main()
