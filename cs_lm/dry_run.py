@@ -90,10 +90,15 @@ def report(config: RunConfig, out_dir: Path) -> str:
         ("steps", f"{about}{steps:,} of {config.tokens_per_step:,} tokens"),
         ("trained tokens", f"{about}{trained:,} = {trained / tokens:.2f} epochs"),
         ("FLOPs of the run", f"{about}{flops * trained:.3g}"),
-        ("memory", f"about {_size(memory_bytes(config))} on the device"),
+        (
+            "memory",
+            f"about {_size(memory_bytes(config))} on the device; while a save is written, "
+            f"{_size(checkpoint_bytes)} for the copy on the CPU",
+        ),
         (
             "disk",
-            f"{_size(2 * checkpoint_bytes)} for two checkpoints in {out_dir}, "
+            # the newest, the best one, and one that is being written
+            f"{_size((config.keep_last + 2) * checkpoint_bytes)} for checkpoints in {out_dir}, "
             f"{about}{_size(id_bytes * all_tokens)} for the token store",
         ),
     ]

@@ -15,6 +15,7 @@ from cs_lm.token_store import MemmapManager
 from cs_lm.tokenizer import BPETokenizer
 from cs_lm.tokenizer.parallel import ParallelEncoder
 from tests.end_to_end.conftest import ROOT
+from tests.end_to_end.test_interrupt import wait_for_the_end_of_group
 
 WORDS = ["the", "cat", "sat", "née", "🙂", "on", "1000", "mats", "\n\n", "  "]
 TOKENIZER = BPETokenizer(
@@ -132,13 +133,16 @@ def test_the_command_is_killed_and_given_again(work, number):
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([*argv, "whole"], check=True, env=environment, capture_output=True)
-    process = subprocess.Popen([*argv, "store"], env=environment, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [*argv, "store"], env=environment, stderr=subprocess.PIPE, start_new_session=True
+    )
     deadline = time.monotonic() + 60
     while not (work / "store.writing" / "chunk_00002.bin").exists():
         assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
         time.sleep(0.005)
     process.send_signal(number)
     status = process.wait()
+    wait_for_the_end_of_group(process.pid)  # its workers too
     assert status == (-number if number == signal.SIGKILL else 128 + number)
     assert not (work / "store").exists()
     started = len(list((work / "store.writing").glob("*.bin")))

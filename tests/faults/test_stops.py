@@ -109,3 +109,19 @@ def test_a_signal_is_seen_in_every_kind_of_work(work, capsys, monkeypatch):
             assert RunFolder(folder).read("last", pytest.fail)["iteration"] == trainer.step
         assert "saved; the same command with --resume goes on" in capsys.readouterr().out
     assert min(interrupted[name] for name in ("_one_step", "_validate", "_sample")) > 0
+
+
+@pytest.mark.parametrize("name", ["_validate", "_sample"])
+def test_saved_before_what_may_fail(name, work, monkeypatch):
+    """A mistake of ours in the evaluation, out of memory in the sample: the work is safe."""
+    config = replace(SHORT, {"save_interval": 0})
+    data = prepared(work, config)
+    trainer = trainer_of(work / "run", data, config)
+
+    def fails():
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(trainer, name, fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.fit()
+    assert RunFolder(work / "run").read("last", pytest.fail)["iteration"] == 6
