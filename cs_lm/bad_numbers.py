@@ -70,11 +70,14 @@ def are_finite(model: nn.Module) -> bool:
     return bool(torch.stack([p.isfinite().all() for p in model.parameters()]).all())
 
 
-def advice(folder: Path) -> str:
-    """What a user can do about a bad step."""
+def advice(folder: Path, on_nan: str) -> str:
+    """What a user can do about the step at which the run stopped."""
+    again = f"python run_clm.py --out_dir {folder} --resume --on_nan"
+    leave_out = f"to leave it out: {again} skip"
+    if on_nan == "skip":
+        leave_out = f"it was the {MAX_SKIPPED + 1}th in a row: the weights may be past help"
     return (
-        f"to do the step again: python run_clm.py --out_dir {folder} --resume\n"
-        f"to leave it out: python run_clm.py --out_dir {folder} --resume --on_nan skip\n"
+        f"to do the step again: {again} stop\n{leave_out}\n"
         "or start again with a lower --lr or --max_norm in another --out_dir"
     )
 

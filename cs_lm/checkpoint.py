@@ -2,6 +2,7 @@
 
 import copy
 import os
+import pickletools
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,11 @@ from cs_lm.whole_file import writing_whole
 
 PathOrFile = str | os.PathLike | BinaryIO
 FORMAT_VERSION = 1
+# What a checkpoint calls to be read, besides torch's own types.
+_CALLED = {
+    "collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter",
+    "_codecs encode",
+}  # fmt: skip
 # What is not a tensor's numbers: names, shapes and settings.
 _MAX_STRUCTURE_BYTES = 64 << 20
 
@@ -126,9 +132,22 @@ def _check_lengths(path_or_file: PathOrFile) -> None:
         raise ValueError("compressed")
     if sum(member.file_size for member in members) > os.path.getsize(path_or_file):
         raise ValueError("members longer than the file")
-    structure = [m.file_size for m in members if m.filename.endswith("data.pkl")]
-    if sum(structure) > _MAX_STRUCTURE_BYTES:
+    structure = [member for member in members if member.filename.endswith("data.pkl")]
+    if sum(member.file_size for member in structure) > _MAX_STRUCTURE_BYTES:
         raise ValueError("too much besides tensors")
+    with zipfile.ZipFile(path_or_file) as archive:
+        for member in structure:
+            _check_names(archive.read(member))
+
+
+def _check_names(pickled: bytes) -> None:
+    """What the pickle may call: not `bytearray`, of any size, which `weights_only` lets pass."""
+    for operation, argument, _ in pickletools.genops(pickled):
+        if operation.name == "STACK_GLOBAL":
+            raise ValueError("a pickle of another protocol")
+        is_ours = argument in _CALLED or str(argument).startswith("torch ")
+        if operation.name == "GLOBAL" and not is_ours:
+            raise ValueError(f"it calls {argument}")
 
 
 def _check_content(content: Any) -> None:
@@ -140,6 +159,11 @@ def _check_content(content: Any) -> None:
             raise ValueError(f"{key} is no {kind.__name__}")
     if content["iteration"] < 0:
         raise ValueError("negative iteration")
+    random_state = content["rng"]["cpu"]
+    if not isinstance(random_state, Tensor) or random_state.dtype != torch.uint8:
+        raise ValueError("no random state")
+    if any(tensor.is_meta for tensor in _tensors(content)):
+        raise ValueError("a tensor without numbers")
     for tensor in _tensors(content):
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise ValueError("a tensor with more elements than numbers")
@@ -178,8 +202,15 @@ def _check_moments(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> N
         numbers = [i for group in state["param_groups"] for i in group["params"]]
         parameters = [p for group in own for p in group["params"]]
         for number, parameter in zip(numbers, parameters):
-            for name, value in state["state"].get(number, {}).items():
-                if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+            found = state["state"].get(number, {})
+            names = getattr(optimizer, "state_names", found.keys())
+            if found and found.keys() != set(names):
+                raise ValueError(f"it has {sorted(found)}")
+            for name, value in found.items():
+                is_number = not isinstance(value, Tensor) or not value.dim()
+                if is_number and not isinstance(value, (int, float, Tensor)):
+                    raise ValueError(f"{name} is {value!r}")
+                if not is_number and value.shape != parameter.shape:
                     raise ValueError(f"{name} of another shape")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(

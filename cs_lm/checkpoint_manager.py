@@ -1,5 +1,6 @@
 """The checkpoints of a run: several that verify, so that no fault of one of them ends it."""
 
+import math
 import os
 import re
 import shutil
@@ -43,12 +44,14 @@ class CheckpointManager:
     # ---- what there is ----
 
     def steps(self, kind: str = "step") -> list[int]:
-        """The steps of which there is a complete checkpoint of the kind, newest first."""
+        """The steps of which there is a checkpoint of the kind, newest first."""
         if not self.folder.is_dir():
             return []
-        found = [_NAME.fullmatch(path.name) for path in self.folder.iterdir()]
-        steps = [int(match[2]) for match in found if match and match[1] == kind]
-        return sorted((s for s in steps if (self.path(s, kind) / MANIFEST).exists()), reverse=True)
+        own = [path for path in self.folder.iterdir() if not path.is_symlink()]
+        found = [_NAME.fullmatch(path.name) for path in own]
+        return sorted(
+            (int(match[2]) for match in found if match and match[1] == kind), reverse=True
+        )
 
     def path(self, step: int, kind: str = "step") -> Path:
         return self.folder / f"{kind}-{step:08d}"
@@ -60,9 +63,10 @@ class CheckpointManager:
         """
         path = self.path(step, kind)
         if not path.is_dir():
-            have = ", ".join(map(str, self.steps(kind))) or "none"
+            have = sorted({step for kind in KINDS for step in self.steps(kind)}, reverse=True)
             raise FileNotFoundError(
-                f"checkpoint: {str(path)!r} is not there; there are those of steps: {have}"
+                f"checkpoint: {str(path)!r} is not there; there are those of steps: "
+                f"{', '.join(map(str, have)) or 'none'}"
             )
         try:
             self._verify(path, step)
@@ -138,8 +142,9 @@ class CheckpointManager:
         for step in self.steps("best"):
             try:
                 _, facts = self._verify(self.path(step, "best"), step, completely=False)
-                return float(facts["valid_loss"])
-            except (ValueError, OSError):
+                if math.isfinite(facts["valid_loss"]):
+                    return float(facts["valid_loss"])
+            except (ValueError, OSError, KeyError, TypeError):
                 continue
         return None
 
@@ -148,16 +153,23 @@ class CheckpointManager:
 
         What a crash left half written or half removed goes.
         """
-        for newer in self.steps():
-            if newer > step:
-                path = self.path(newer)
-                aside = path.with_name(path.name + _ASIDE)
-                shutil.rmtree(aside, ignore_errors=True)
-                os.replace(path, aside)
+        for kind in KINDS:
+            for other in self.steps(kind):
+                if other > step or (kind == "best" and not self._verifies(other, kind)):
+                    path = self.path(other, kind)
+                    aside = path.with_name(path.name + _ASIDE)
+                    shutil.rmtree(aside, ignore_errors=True)
+                    os.replace(path, aside)
         for path in list(self.folder.iterdir()) if self.folder.is_dir() else []:
-            name = path.name.removesuffix(_WRITING)
-            if _NAME.fullmatch(name) and not (name == path.name and (path / MANIFEST).exists()):
-                _remove(path)
+            if path.name.endswith(_WRITING) and _NAME.fullmatch(path.name.removesuffix(_WRITING)):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _verifies(self, step: int, kind: str) -> bool:
+        try:
+            self._verify(self.path(step, kind), step)
+        except (ValueError, OSError):
+            return False
+        return True
 
     def _verify(self, path: Path, step: int, completely: bool = True):
         files, facts = read_manifest(path)
@@ -184,9 +196,11 @@ def _writing_folder(path: Path) -> Iterator[Path]:
 
 
 def _remove(path: Path) -> None:
-    """The manifest first: what is left when this is cut short is no checkpoint."""
-    (path / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(path, ignore_errors=True)
+    """The name first: what is left when this is cut short is no checkpoint."""
+    nameless = path.with_name(path.name + _WRITING)
+    shutil.rmtree(nameless, ignore_errors=True)
+    os.replace(path, nameless)
+    shutil.rmtree(nameless, ignore_errors=True)
 
 
 def _link(source: Path, target: Path) -> None:
@@ -223,11 +237,14 @@ class BackgroundSaver:
         self.asked_step = content["iteration"]
         self._start(self._save, copied(content))
 
-    def save_best(self, step: int, valid_loss: float) -> None:
-        """After the save of that step, if it succeeds."""
+    def save_best(self, step: int, valid_loss: float) -> bool:
+        """After the save of that step; whether it succeeded."""
         self.wait()
         if self.saved_step == step:
             self._start(self._save_best, step, valid_loss)
+        else:
+            self._say(f"WARNING: step {step} is not kept as the best: it could not be saved")
+        return self.saved_step == step
 
     def save_surely(self, save: Callable[[], None]) -> bool:
         """Calls `save` and waits for it, several times if need be; says so where all fail."""
@@ -237,9 +254,10 @@ class BackgroundSaver:
             self.wait()
             if self.saved_step == self.asked_step and not self.has_failed:
                 return True
+        again = "starts it again" if self.saved_step < 0 else "with --resume goes on from there"
         self._say(
             f"error: the last step could not be saved; {self.kept}; make room on the disk, then "
-            "the same command with --resume goes on from there"
+            f"the same command {again}"
         )
         return False
 
@@ -269,8 +287,7 @@ class BackgroundSaver:
         except Exception as error:  # whatever it is, it must not end the run
             self.has_failed, self.asked_step = True, self.saved_step
             self._say(
-                f"WARNING: step {step} could not be saved ({error}); {self.kept}; training goes on "
-                "and tries again"
+                f"WARNING: step {step} could not be saved ({error}); {self.kept}; it is tried again"
             )
 
     def _save_best(self, step: int, valid_loss: float) -> None:

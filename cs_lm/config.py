@@ -226,7 +226,7 @@ class RunConfig:
 
     def problems(self) -> list[str]:
         """Everything wrong with the settings, one readable line each."""
-        may_be_zero = ("save_interval", "eval_interval", "sample_interval", "seed")
+        may_be_zero = ("save_interval", "eval_interval", "sample_interval", "seed", "resume_step")
         found = [*self.model.problems(), *self.data.problems(), *self.optim.problems()]
         found += _not_positive(self, may_be_zero)
         if self.seq_length > self.model.context_length:
@@ -240,8 +240,6 @@ class RunConfig:
                 f"--vocab_size: got {self.model.vocab_size}, need at least {least} "
                 f"({NUM_BYTE_TOKENS} bytes + {least - NUM_BYTE_TOKENS} special tokens); raise it"
             )
-        if self.keep_last == 1:
-            found.append("--keep_last: got 1, need 2 or more: one alone may be damaged")
         if self.resume_step is not None and not self.resume:
             found.append("--resume_step: has no effect without --resume; add it, or leave it out")
         if self.compile and self.activation_checkpointing:
@@ -303,7 +301,7 @@ def from_json(config_class: type, stored: dict[str, Any]) -> Any:
     unknown = set(stored) - set(hints)
     if unknown:
         raise ValueError(
-            f"config: got unknown settings {sorted(unknown)}; written by a newer version?"
+            f"config: got unknown settings {sorted(map(str, unknown))}; written by a newer version?"
         )
     values = {}
     for name, value in stored.items():
@@ -345,6 +343,9 @@ def flag_of(each: dataclasses.Field) -> str:
     return each.metadata["flag"] or f"--{each.name}"
 
 
+_LEAST = {"keep_last": 2}  # one alone may be damaged
+
+
 def _not_positive(config: Any, may_be_zero: tuple[str, ...] = ()) -> list[str]:
     """Problems of the integers and rates that must be above (or may be at) zero."""
     found = []
@@ -353,6 +354,7 @@ def _not_positive(config: Any, may_be_zero: tuple[str, ...] = ()) -> list[str]:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not each.metadata:
             continue
         least = 0 if each.name in may_be_zero else 1 if isinstance(value, int) else math.ulp(0.0)
+        least = _LEAST.get(each.name, least)
         if value >= least and value < MOST:
             continue
         need = "a number above 0" if isinstance(value, float) else f"{least} or more"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import stat
 import string
 from collections.abc import Iterable
 from pathlib import Path
@@ -60,10 +61,14 @@ def read_manifest(folder: Path) -> tuple[list[FileEntry], dict[str, Any]]:
     Raises: FileNotFoundError where there is none, ValueError for one that is not as it was written.
     """
     path = folder / MANIFEST
-    if path.stat().st_size > MAX_MANIFEST_BYTES:
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise ValueError(f"{str(path)!r} is no plain file")
+    with open(path, "rb") as file:
+        data = file.read(MAX_MANIFEST_BYTES + 1)
+    if len(data) > MAX_MANIFEST_BYTES:
         raise ValueError(f"{str(path)!r} has more than {MAX_MANIFEST_BYTES >> 20} MB")
     try:
-        content = json.loads(path.read_bytes().decode("utf-8"))
+        content = json.loads(data.decode("utf-8"))
         expected = content.pop("checksum")
         if _checksum(content) != expected:
             raise ValueError("its checksum is another one")

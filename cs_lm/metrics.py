@@ -194,17 +194,20 @@ class Display:
             self.say(f"step {step}/{self._num_steps} | {shown} | ETA {format_duration(eta_s)}")
 
     def say(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.write(text, file=self._file)
-            return
         try:
-            print(text, file=self._file, flush=True)
+            if self._bar is not None:
+                self._bar.write(text, file=self._file)
+            else:
+                print(text, file=self._file, flush=True)
         except BrokenPipeError:  # nobody reads any more: that is no reason to stop training
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._file.fileno())
+        except OSError:  # a terminal that is gone, a full disk
+            pass
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        with contextlib.suppress(OSError):
+            if self._bar is not None:
+                self._bar.close()
 
 
 def format_duration(seconds: float) -> str:
@@ -214,11 +217,46 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
-def open_tensorboard(folder: Path):
-    """A writer of TensorBoard event files; needs the package tensorboard."""
-    from torch.utils.tensorboard import SummaryWriter
+class TensorBoardLog:
+    """TensorBoard event files, until the disk takes no more; needs the package tensorboard.
 
-    return SummaryWriter(str(folder))
+    folder  None: nothing is written
+    """
+
+    def __init__(self, folder: Path | None, say: Callable[[str], None]):
+        self._writer: Any = None
+        self._say = say
+        if folder is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder))
+
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """The numbers among the values."""
+        for name, value in values.items():
+            if isinstance(value, float):
+                self._attempt(lambda name=name, value=value: self._writer.add_scalar(
+                    f"{kind}/{name}", value, step))  # fmt: skip
+
+    def close(self) -> None:
+        self._attempt(lambda: self._writer.close())
+
+    def _attempt(self, action: Callable[[], None]) -> None:
+        if self._writer is None:
+            return
+        try:
+            action()
+        except OSError as error:
+            self._writer = None
+            self._say(f"WARNING: no more TensorBoard events ({error}); training goes on")
+
+
+def plotted(metrics_path: Path, png_path: Path) -> str:
+    """Draws the losses and says where, or why not: matplotlib is an extra, a run does without."""
+    try:
+        return f"plot: {plot_losses(metrics_path, png_path)}"
+    except (ValueError, OSError) as error:
+        return str(error)
 
 
 def plot_losses(metrics_path: str | Path, png_path: str | Path) -> Path:

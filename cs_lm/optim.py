@@ -25,6 +25,8 @@ class AdamW(torch.optim.Optimizer):
     Raises: ValueError for a setting outside its range.
     """
 
+    state_names = ("step", "exp_avg", "exp_avg_sq")
+
     def __init__(
         self,
         params,

@@ -1,6 +1,7 @@
 """What lies where in a run's folder, and the model in it."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,11 +63,22 @@ class RunFolder:
         write_whole(self._tokenizer / "special_tokens.json", specials.encode("utf-8"))
 
     def load_tokenizer(self) -> BPETokenizer:
-        specials_path = self._tokenizer / "special_tokens.json"
-        if not specials_path.is_file():
+        """The run's own. Raises: FileNotFoundError or ValueError saying what to do."""
+        if not self.exists() and not self._tokenizer.is_dir():
             raise FileNotFoundError(
                 f"run: {str(self.path)!r} holds no tokenizer; name the folder of a run (--out_dir)"
             )
+        try:
+            return self._read_tokenizer()
+        except (ValueError, OSError) as error:
+            found = re.sub(r"^--\w+: (got )?", "", str(error))  # flags that ask for other files
+            raise ValueError(
+                f"run: its tokenizer is damaged ({found}); restore {str(self._tokenizer)!r} from a "
+                "copy"
+            ) from None
+
+    def _read_tokenizer(self) -> BPETokenizer:
+        specials_path = self._tokenizer / "special_tokens.json"
         try:
             specials = json.loads(specials_path.read_text(encoding="utf-8"))
             if not isinstance(specials, list) or not all(type(one) is str for one in specials):
@@ -89,9 +101,14 @@ class RunFolder:
         if which == "last":
             content = self.checkpoints.read_newest(say)
         elif which == "best":
-            content = self.checkpoints.read_newest(say, ["best"])
+            try:
+                content = self.checkpoints.read_newest(say, ["best"])
+            except (ValueError, FileNotFoundError) as error:
+                raise type(error)(f"{error}; or try --checkpoint last") from None
         else:
-            content = self.checkpoints.read(int(which))
+            step = int(which)
+            is_only_best = step in set(self.checkpoints.steps("best")) - {*self.checkpoints.steps()}
+            content = self.checkpoints.read(step, "best" if is_only_best else "step")
         _check_extras(content["extras"])
         return content
 
@@ -102,16 +119,23 @@ class RunFolder:
         """
         self.require()
         wrong: list[str] = []
+        tokenizer = None
+        try:
+            tokenizer = self.load_tokenizer()
+        except (ValueError, OSError) as error:
+            wrong.append(str(error))
         for kind in KINDS:
             for step in self.checkpoints.steps(kind):
                 try:
                     content = self.checkpoints.read(step, kind)
                     _check_extras(content["extras"])
-                    self.check_tokenizer(content, self.load_tokenizer())
+                    if tokenizer is not None:
+                        self.check_tokenizer(content, tokenizer)
                 except (ValueError, OSError) as error:
                     wrong.append(str(error))
-        for _ in MetricsLog(self.metrics, wrong.append).records():
-            pass
+        log = MetricsLog(self.metrics, lambda text: wrong.append(text.removeprefix("SKIPPED ")))
+        if not list(log.records()):
+            wrong.append(f"run: {str(self.metrics)!r} is missing or empty")
         return wrong
 
     def check_tokenizer(self, content: dict[str, Any], tokenizer: BPETokenizer) -> None:
@@ -130,14 +154,20 @@ def _check_extras(extras: dict[str, Any]) -> None:
             raise ValueError(f"checkpoint: its {name} is {extras.get(name)!r}; is it of a run?")
 
 
+_MOST_CONTEXT = 1 << 22  # tokens; tables of angles are as long, whatever the weights
+
+
 def saved_config(content: dict[str, Any]) -> RunConfig:
     """The settings in a checkpoint, for a model that is no larger than its weights there.
 
     Raises: ValueError for others: they would take memory before anything is read.
     """
     config = from_json(RunConfig, content["extras"]["config"])
-    num_weights = sum(weight.numel() for weight in content["model"].values())
+    weights = content["model"].values()
+    num_weights = sum(weight.numel() for weight in weights if isinstance(weight, torch.Tensor))
     problems = all_problems(config)
+    if config.model.context_length > _MOST_CONTEXT:
+        problems.append(f"--max_seq_length: got {config.model.context_length}")
     if not problems and num_parameters(config.model) != num_weights:
         problems = [f"{num_weights} weights, but settings for {num_parameters(config.model)}"]
     if problems:

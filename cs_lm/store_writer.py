@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from cs_lm.manifest import FileEntry, HashingFile, check_file
+from cs_lm.whole_file import write_whole
 
 JOURNAL = "written.jsonl"
 
@@ -61,10 +62,6 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
 
-    def forget(self) -> None:
-        """Nothing goes on from here any more: the store is complete."""
-        self._path.unlink(missing_ok=True)
-
     def _read(self, folder: Path) -> None:
         """Lines up to the first that a crash cut short, or whose chunk is not as it was."""
         lines = self._path.read_bytes().splitlines() if self._path.is_file() else []
@@ -85,11 +82,10 @@ class Journal:
         except (ValueError, TypeError):
             pass
         finally:
-            kept_lines = b"".join(line + b"\n" for line in lines[:kept])
-            if lines:
-                self._path.write_bytes(kept_lines)
             if not kept:
-                self.forget()
+                self._path.unlink(missing_ok=True)
+            elif kept < len(lines):
+                write_whole(self._path, b"".join(line + b"\n" for line in lines[:kept]))
 
 
 def chunk_name(number: int) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from cs_lm.manifest import MANIFEST, check_file, read_manifest, write_manifest
-from cs_lm.store_writer import Encoder, Journal, write_chunks
+from cs_lm.store_writer import JOURNAL, Encoder, Journal, write_chunks
 from cs_lm.whole_file import put_folder
 
 FORMAT_VERSION = 2
@@ -118,7 +118,6 @@ class MemmapManager:
             end = write_chunks(texts, tokenizer, writing, chunk_size, dtype, journal, progress)
             if not end.num_tokens:
                 raise ValueError("token store: got an empty text, need at least one token")
-            journal.forget()
             facts = {
                 "format_version": FORMAT_VERSION, "dtype": dtype.str,
                 "num_tokens": end.num_tokens, "chunk_size": chunk_size,
@@ -128,7 +127,10 @@ class MemmapManager:
             }  # fmt: skip
             write_manifest(writing, journal.entries, facts)
             put_folder(writing, folder)
-        except BaseException:
+            (folder / JOURNAL).unlink(missing_ok=True)
+        except BaseException as error:
+            if isinstance(error, OSError) and error.filename is None:
+                error.filename = str(writing)
             if key is None or not journal.entries:
                 shutil.rmtree(writing, ignore_errors=True)
             raise

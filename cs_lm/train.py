@@ -1,6 +1,7 @@
 """Training: the loop around the step, that logs, validates, samples and saves."""
 
 import math
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -28,9 +29,9 @@ from cs_lm.metrics import (
     MetricsLog,
     SpikeMark,
     Stopwatch,
+    TensorBoardLog,
     format_duration,
-    open_tensorboard,
-    plot_losses,
+    plotted,
 )
 from cs_lm.model import TransformerLM, flops_per_token, next_token_loss, num_parameters
 from cs_lm.optim import AdamW, parameter_groups
@@ -88,9 +89,10 @@ class Trainer:
         self.say = print  # until there is a display
         self.log = MetricsLog(folder.metrics, lambda text: self.say(text))
         folder.checkpoints.keep_last = config.keep_last
-        self.tensorboard = open_tensorboard(folder.tensorboard) if config.tensorboard else None
-        self.step = 0
-        self.trained_tokens = 0
+        events = folder.tensorboard if config.tensorboard else None
+        self.tensorboard = TensorBoardLog(events, lambda text: self.say(text))
+        self.is_resumed = checkpoint is not None
+        self.step = self.trained_tokens = 0
         self.trained_before_s = 0.0
         self.valid: dict[str, Any] | None = None  # what the last validation found
         if checkpoint is not None:
@@ -108,8 +110,7 @@ class Trainer:
             finally:
                 self.saver.wait()
                 self.display.close()
-                if self.tensorboard is not None:
-                    self.tensorboard.close()
+                self.tensorboard.close()
 
     def _train(self) -> int:
         try:
@@ -125,8 +126,9 @@ class Trainer:
     @property
     def has_ended(self) -> bool:
         """Whether there is nothing left to do, not even what follows the last step."""
-        ends = [record["step"] for record in self.log.records() if record["kind"] == "end"]
-        return self.step > self.num_steps or self.num_steps in ends
+        records = MetricsLog(self.log.path, lambda _: None).records()
+        ends = [record["step"] for record in records if record["kind"] == "end"]
+        return self.step > self.num_steps or self.step == self.num_steps in ends
 
     # ---- begin and end ----
 
@@ -150,7 +152,7 @@ class Trainer:
 
     def _begin(self) -> None:
         config = self.config
-        resumed = self.step > 0
+        resumed = self.is_resumed
         self.display = Display(self.num_steps, self.step)
         self.say = self.display.say
         self.folder.checkpoints.go_on_from(self.step)
@@ -200,13 +202,14 @@ class Trainer:
                 self._sample()
 
     def _stop(self, stopped: Stopped) -> int:
+        self._look_for_bad_steps(wait=True)
         if not self.saver.save_surely(self._save):
             return NOT_SAVED
         self.say(
             f"stopped by {stopped} after step {self.step} of {self.num_steps}: saved; the same "
             "command with --resume goes on"
         )
-        self.say(self._plot())
+        self.say(plotted(self.folder.metrics, self.folder.plot))
         return stopped.exit_status
 
     def _finish(self) -> int:
@@ -217,8 +220,7 @@ class Trainer:
         if self.valid is not None:
             summary["bits_per_byte"] = self.valid["bits_per_byte"]
         self.log.write("end", step=self.step, **summary)
-        self.display.close()
-        print(
+        self.say(
             f"done: {self.step} steps, {self.trained_tokens:,} tokens, "
             f"{format_duration(elapsed_s)} of training"
         )
@@ -227,23 +229,19 @@ class Trainer:
                 self.data.valid, self.data.tokenizer.vocab, self.config.seq_length,
                 self.config.eval_tokens,
             )  # fmt: skip
-            print(
+            self.say(
                 f"validation: loss {self.valid['loss_nats']:.4f} nats/token, perplexity "
                 f"{self.valid['perplexity']:.2f}, {self.valid['bits_per_byte']:.4f} bits/byte "
                 f"(gzip -9 on the same text: {gzip:.4f})"
             )
         checkpoints = self.folder.checkpoints
         best = "".join(f", the best is step {step}" for step in checkpoints.steps("best"))
-        print(f"checkpoints: {checkpoints.path(self.step)}{best}")
-        print(self._plot())
-        print(f'more text: python -m cs_lm generate --out_dir {self.folder.path} --prompt "The "')
+        self.say(f"checkpoints: {checkpoints.path(self.step)}{best}")
+        self.say(plotted(self.folder.metrics, self.folder.plot))
+        self.say(
+            f'more text: python -m cs_lm generate --out_dir {self.folder.path} --prompt "The "'
+        )
         return 0
-
-    def _plot(self) -> str:
-        try:
-            return f"plot: {plot_losses(self.folder.metrics, self.folder.plot)}"
-        except (ValueError, OSError) as error:  # matplotlib is an extra; a run can do without
-            return str(error)
 
     # ---- one step and what follows it ----
 
@@ -317,30 +315,36 @@ class Trainer:
         for step in self.flags.bad_steps(wait):
             path = self.folder.path / f"bad_step_{step + 1:08d}.json"
             numbers = range(step * self.config.grad_accum, (step + 1) * self.config.grad_accum)
-            write_bad_step(
-                path, step + 1, self.lr, self.batch, numbers, self.model, self.loss_function,
-                self.precision,
-            )  # fmt: skip
+            with suppress(OSError):  # what a full disk does not take is no reason to lose the run
+                write_bad_step(
+                    path, step + 1, self.lr, self.batch, numbers, self.model, self.loss_function,
+                    self.precision,
+                )  # fmt: skip
             self.say(f"step {step + 1} | loss or gradient is not finite: left out; see {path}")
             self.log.write("bad_step", step=step + 1, file=path.name)
             if self.config.on_nan == "stop" or self.flags.are_too_many:
                 self._stop_before(step)
 
     def _stop_before(self, step: int) -> None:
-        """Saves the weights that the bad step found, and raises BadNumbers."""
-        made = self.step - step  # on CUDA, a few more may have been launched, with no effect
-        self.step, self.trained_tokens = step, step * self.config.tokens_per_step
-        for state in self.optimizer.state.values():
-            state["step"] -= made
+        """Saves the weights that the bad step found; it is yet to be made, unless it was skipped.
+
+        Raises: BadNumbers.
+        """
+        if self.sound is not None:  # on CUDA, a few more were launched, with no effect
+            made, self.step = self.step - step, step
+            self.trained_tokens -= made * self.config.tokens_per_step
+            for state in self.optimizer.state.values():
+                state["step"] -= made
         self.saver.save_surely(self._save)
         raise BadNumbers(
             f"training: the loss or gradient of step {step + 1} is not finite; the weights are "
-            f"those after step {step}; {self.saver.kept}\n{advice(self.folder.path)}"
+            f"those that it found; {self.saver.kept}\n"
+            f"{advice(self.folder.path, self.config.on_nan)}"
         )
 
     def _save(self) -> None:
         """Raises: BadNumbers when the weights are not finite: they are not worth keeping."""
-        if self.step in (0, self.saver.asked_step):
+        if self.step == self.saver.asked_step:
             return
         if not are_finite(self.model):
             self.saver.wait()
@@ -379,9 +383,7 @@ class Trainer:
     def _keep_if_best(self) -> bool:
         loss, best = self.valid["loss_nats"], self.folder.checkpoints.best_loss()
         is_best = loss is not None and math.isfinite(loss) and (best is None or loss < best)
-        if is_best:
-            self.saver.save_best(self.step, loss)
-        return is_best
+        return is_best and self.saver.save_best(self.step, loss)
 
     def _sample(self) -> None:
         choice = DecodingConfig(max_new_tokens=SAMPLE_TOKENS, seed=self.config.seed)
@@ -394,7 +396,4 @@ class Trainer:
 
     def _record(self, kind: str, **values: Any) -> None:
         self.log.write(kind, step=self.step, tokens=self.trained_tokens, **values)
-        if self.tensorboard is not None:
-            for name, value in values.items():
-                if isinstance(value, float):
-                    self.tensorboard.add_scalar(f"{kind}/{name}", value, self.step)
+        self.tensorboard.write(kind, self.step, values)

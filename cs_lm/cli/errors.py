@@ -1,5 +1,6 @@
 """What a user can cause becomes readable lines and exit status 2; a traceback is for bugs."""
 
+import contextlib
 import functools
 import os
 import sys
@@ -47,7 +48,8 @@ def readable_errors(main: Main) -> Main:
 
 def print_error(error: Exception) -> None:
     for line in str(error).splitlines():
-        print(f"error: {line}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # a terminal that is gone changes no exit status
+            print(f"error: {line}", file=sys.stderr, flush=True)
 
 
 def say_on_stderr(text: str) -> None:

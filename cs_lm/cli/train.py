@@ -57,6 +57,9 @@ def _resume(namespace, given: dict[str, Any], wrong_values: list[str]) -> int:
     if wrong_values:
         raise ValueError("\n".join(wrong_values))
     asked = replace(RunConfig(), given)
+    wrong_step = [line for line in asked.problems() if line.startswith("--resume_step")]
+    if wrong_step:
+        raise ValueError(wrong_step[0])
     folder = RunFolder(asked.out_dir or Path("runs") / label_of(asked))
     folder.require()
     with nullcontext() if asked.dry_run else folder.only_here():

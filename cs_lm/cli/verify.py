@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             found = RunFolder(folder).verify()
             wrong += found
             if not found:
-                print(f"{folder}: all checkpoints, the tokenizer and the log are as written")
+                print(f"{folder}: checkpoints and tokenizer are as written, the log can be read")
         except (ValueError, OSError) as error:
             wrong.append(str(error))
     if wrong:

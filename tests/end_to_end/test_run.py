@@ -75,6 +75,18 @@ def test_resume_of_a_finished_run_says_so(finished_run):
     assert result.returncode == 0 and "is at step 40 of 40 already; raise --num" in result.stdout
 
 
+def test_a_finished_run_goes_on_from_an_earlier_step(finished_run, tmp_path):
+    shutil.copytree(finished_run / "runs", tmp_path / "runs")
+    shutil.copytree(finished_run / "data", tmp_path / "data")
+    write_corpus(tmp_path)
+    argv = ["--corpus_path", "animals.txt", "--resume", "--resume_step", "20"]
+    result = run_script(tmp_path, *argv)
+    assert result.returncode == 0 and "steps 20 to 40" in result.stdout, result.stderr
+    one, two = (last_checkpoint(f / "runs" / "animals") for f in (finished_run, tmp_path))
+    for name, weight in one["model"].items():
+        assert torch.equal(weight, two["model"][name])
+
+
 def test_resume_refuses_another_model(finished_run):
     argv = ["--corpus_path", "animals.txt", "--resume", "--d_model", "32", "--theta", "5"]
     result = run_script(finished_run, *argv)

@@ -1,8 +1,6 @@
 import pytest
 import torch
 
-from cs_lm.train import Trainer
-
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -23,4 +21,4 @@ def work(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def no_plot(monkeypatch):
     """It takes longer than a tiny run."""
-    monkeypatch.setattr(Trainer, "_plot", lambda self: "no plot")
+    monkeypatch.setattr("cs_lm.train.plotted", lambda *_: "no plot")

@@ -67,7 +67,7 @@ def test_stops_with_the_weights_from_before(work, what):
         short._one_step()
     status, message = run(spoilt_trainer(work / "run", data, CONFIG, [BAD], what))
     assert status == BAD_NUMBERS
-    assert f"gradient of step {BAD} is not finite; the weights are those after step 7" in message
+    assert f"gradient of step {BAD} is not finite; the weights are those that it found" in message
     assert "the checkpoint of step 7 is kept" in message
     content = RunFolder(work / "run").read("last", pytest.fail)
     assert content["iteration"] == BAD - 1
@@ -94,7 +94,7 @@ def test_what_is_written_out_and_the_replay(work):
     assert set(bad["grad_norms"].values()) == {"nan"}
     records = list(MetricsLog(work / "run" / "metrics.jsonl").records())
     assert records[-1]["kind"] == "bad_step" and records[-1]["step"] == BAD
-    assert re.search(r"python run_clm.py --out_dir .*run --resume\n", message)
+    assert re.search(r"python run_clm.py --out_dir .*run --resume --on_nan stop\n", message)
     replayed = spoilt_trainer(work / "run", data, CONFIG, [BAD])
     assert replayed.step == BAD - 1
     assert run(replayed)[0] == BAD_NUMBERS and replayed.step == BAD - 1
@@ -117,19 +117,35 @@ def test_skip_leaves_the_step_out_and_goes_on(work, capsys):
     assert all(p.isfinite().all() for p in trainer.model.parameters())
 
 
+def test_a_full_disk_does_not_hide_a_bad_step(work, monkeypatch):
+    data = prepared(work, CONFIG)
+    trainer = spoilt_trainer(work / "run", data, CONFIG, [BAD])
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("cs_lm.bad_numbers.write_whole", full)
+    assert run(trainer)[0] == BAD_NUMBERS
+    assert RunFolder(work / "run").read("last", pytest.fail)["iteration"] == BAD - 1
+
+
 def test_skip_has_an_end(work):
     config = replace(CONFIG, {"on_nan": "skip", "max_steps": 30})
     data = prepared(work, config)
     status, message = run(spoilt_trainer(work / "run", data, config, range(5, 30)))
-    assert status == BAD_NUMBERS and "step 15 is not finite" in message  # the eleventh in a row
+    assert status == BAD_NUMBERS and "step 15 is not finite" in message
+    assert "it was the 11th in a row" in message
     assert RunFolder(work / "run").verify() == []
 
 
 def test_a_bad_first_step(work):
     data = prepared(work, CONFIG)
     status, message = run(spoilt_trainer(work / "run", data, CONFIG, [1]))
-    assert status == BAD_NUMBERS and "there is no checkpoint yet" in message
-    assert not RunFolder(work / "run").exists()
+    assert status == BAD_NUMBERS and "the checkpoint of step 0 is kept" in message
+    assert run(spoilt_trainer(work / "run", data, CONFIG, [1]))[0] == BAD_NUMBERS  # again
+    assert run(trainer_of(work / "run", data, CONFIG))[0] == 0
+    assert run(trainer_of(work / "quiet", data, CONFIG))[0] == 0
+    assert_same_run(work / "quiet", work / "run")
 
 
 def test_spikes_are_marked():

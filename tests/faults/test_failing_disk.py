@@ -103,7 +103,7 @@ def test_a_run_outlives_a_disk_that_fails_for_a_while(work, number, capsys):
     with FailingDisk(fails).entered():
         assert trainer.fit() == 0
     shown = capsys.readouterr().out
-    assert "WARNING: step 12 could not be saved" in shown and "tries again" in shown
+    assert "WARNING: step 12 could not be saved" in shown and "it is tried again" in shown
     assert "the checkpoint of step 9 is kept" in shown
     assert "metrics.jsonl' cannot be written" in shown
     assert_same_run(work / "quiet", work / "run")

@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import pickle
+import shutil
 import zipfile
 
 import pytest
@@ -13,8 +15,9 @@ from hypothesis import strategies as st
 from cs_lm import manifest
 from cs_lm.checkpoint import checkpoint_content, load_checkpoint, read_checkpoint, save_checkpoint
 from cs_lm.checkpoint_manager import CheckpointManager
-from cs_lm.config import RunConfig, all_problems, from_json, to_json
+from cs_lm.config import ModelConfig, RunConfig, all_problems, from_json, to_json
 from cs_lm.manifest import FileEntry, read_manifest, write_manifest
+from cs_lm.model import num_parameters
 from cs_lm.optim import AdamW
 from cs_lm.run_folder import saved_config
 from cs_lm.token_store import MemmapManager
@@ -39,6 +42,13 @@ def model_and_optimizer(size=3):
 class Harm:
     def __reduce__(self):
         return (open, ("harm.txt", "w"))
+
+
+class Memory:
+    """`weights_only` lets it pass."""
+
+    def __reduce__(self):
+        return (bytearray, (1 << 33,))
 
 
 def crafted(content):
@@ -69,6 +79,9 @@ def checkpoint_files():
         "another iteration": crafted({**content, "iteration": -1}),
         "no model": crafted({**content, "model": [1]}),
         "a list": crafted([1, 2]),
+        "memory for nothing": crafted({**content, "extras": {"x": Memory()}}),
+        "no random state": crafted({**content, "rng": {}}),
+        "weights without numbers": crafted({**content, "model": {"w": torch.ones(3).to("meta")}}),
         "nothing": b"",
     }
 
@@ -88,11 +101,31 @@ def test_states_of_another_shape_change_nothing(work):
     with pytest.raises(ValueError, match="'weight' and 0 other weights do not fit the model"):
         load_checkpoint("other.pt", model, optimizer)
     content = checkpoint_content(model, optimizer, 1)
-    content["optimizer"]["state"] = {0: {"step": 1, "exp_avg": torch.zeros(9, 9)}}
+    for state, message in [
+        ({"exp_avg": torch.zeros(9, 9)}, "exp_avg of another shape"),
+        ({"step": "1"}, "step is '1'"),
+        ({"exp_avg_sq": None}, "exp_avg_sq is None"),
+    ]:
+        moments = {"step": 1, "exp_avg": torch.zeros(2, 3), "exp_avg_sq": torch.zeros(2, 3)}
+        content["optimizer"]["state"] = {0: moments | state}
+        torch.save(content, "moments.pt")
+        with pytest.raises(ValueError, match=f"optimizer's state does not fit .{message}"):
+            load_checkpoint("moments.pt", model, optimizer)
+    content["optimizer"]["state"] = {0: {"step": 1}}
     torch.save(content, "moments.pt")
-    with pytest.raises(ValueError, match="optimizer's state does not fit .exp_avg of another"):
+    with pytest.raises(ValueError, match="optimizer's state does not fit .it has .'step'"):
         load_checkpoint("moments.pt", model, optimizer)
     assert torch.equal(model.weight, before) and not optimizer.state
+
+
+def saved_config_error(model):
+    """Of settings whose number of weights is right."""
+    config = {**to_json(RunConfig()), "model": model, "seq_length": 16}
+    num_weights = num_parameters(from_json(ModelConfig, model))
+    content = {"model": {"weight": torch.empty(num_weights)}, "extras": {"config": config}}
+    with pytest.raises(ValueError) as error:
+        saved_config(content)
+    return str(error.value)
 
 
 def test_settings_of_a_huge_model_are_refused_before_it_is_made():
@@ -100,6 +133,7 @@ def test_settings_of_a_huge_model_are_refused_before_it_is_made():
     content = {"model": {"weight": torch.zeros(3)}, "extras": {"config": config}}
     with pytest.raises(ValueError, match="3 weights, but settings for"):
         saved_config(content)
+    assert saved_config_error({**config["model"], "context_length": 10**9}).endswith("10" + "0" * 8)
     config["model"]["d_model"] = 10**15
     with pytest.raises(ValueError, match="its settings cannot be those of a run: --d_model"):
         saved_config(content)
@@ -154,6 +188,27 @@ def test_links_that_lead_elsewhere(work):
     state.symlink_to(work / "elsewhere.pt")
     with pytest.raises(ValueError, match="is missing, or no plain file"):
         manager.read(1)
+
+
+def test_manifests_that_are_no_plain_files(work):
+    """A device that never ends, a pipe that never begins."""
+    for make in (lambda path: path.symlink_to("/dev/zero"), os.mkfifo):
+        (work / "x").mkdir()
+        make(work / "x" / manifest.MANIFEST)
+        with pytest.raises(ValueError, match="is no plain file"):
+            read_manifest(work / "x")
+        shutil.rmtree(work / "x")
+
+
+def test_checkpoints_of_another_run_by_a_link(work):
+    manager = CheckpointManager(work / "other")
+    manager.save(checkpoint_content(*model_and_optimizer(), 1))
+    ours = CheckpointManager(work / "ours")
+    ours.folder.mkdir()
+    ours.path(1).symlink_to(manager.path(1))
+    for step in (2, 3, 4):
+        ours.save(checkpoint_content(*model_and_optimizer(), step))
+    assert ours.steps() == [4, 3] and manager.read(1)["iteration"] == 1
 
 
 @pytest.mark.parametrize(

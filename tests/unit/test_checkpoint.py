@@ -14,6 +14,7 @@ from cs_lm.checkpoint import (
 )
 from cs_lm.checkpoint_manager import BackgroundSaver, CheckpointManager
 from cs_lm.config import ModelConfig
+from cs_lm.manifest import read_manifest, write_manifest
 from cs_lm.model import TransformerLM, next_token_loss
 from cs_lm.optim import AdamW
 
@@ -134,6 +135,28 @@ def test_background_saver_saves_the_state_of_its_moment(tmp_path):
     assert content["optimizer"]["state"][0]["step"] == 2
 
 
+def test_a_best_one_that_is_damaged_or_of_a_course_that_was_left(tmp_path):
+    """Neither may stand in the way of a best one to come."""
+    manager = CheckpointManager(tmp_path)
+    for step, loss in ((1, 3.0), (2, 2.0), (3, 1.0)):
+        manager.save(checkpoint_content(*trained(0, 1), step))
+        manager.save_best(step, loss)
+    manager.go_on_from(2)
+    assert manager.steps("best") == [] and manager.steps() == [2]
+    assert manager.save_best(2, 2.0)
+    content = bytearray((tmp_path / "best-00000002" / "state.pt").read_bytes())
+    content[50] ^= 1
+    (tmp_path / "best-00000002" / "state.pt").unlink()
+    (tmp_path / "best-00000002" / "state.pt").write_bytes(content)
+    manager.go_on_from(2)
+    assert manager.best_loss() is None and manager.read_newest(pytest.fail)["iteration"] == 2
+    manager.save_best(2, 2.0)
+    files, facts = read_manifest(tmp_path / "best-00000002")
+    del facts["valid_loss"]
+    write_manifest(tmp_path / "best-00000002", files, facts)
+    assert manager.best_loss() is None
+
+
 def test_a_step_that_is_named_must_verify(tmp_path):
     manager = CheckpointManager(tmp_path)
     for step in (1, 2):
@@ -156,7 +179,7 @@ def test_what_is_newer_is_set_aside_and_what_a_crash_left_goes(tmp_path):
     for step in (1, 2):
         manager.save(checkpoint_content(*trained(0, 1), step))
     (tmp_path / "step-00000003.writing").mkdir()
-    (tmp_path / "best-00000003").mkdir()  # half removed: without a manifest
+    (tmp_path / "best-00000003.writing").mkdir()
     (tmp_path / "my_notes").mkdir()
     manager.go_on_from(1)
     left = {path.name for path in tmp_path.iterdir()}
