@@ -1,14 +1,16 @@
 """The flags of run_clm.py are frozen: courses and scripts name them."""
 
 import argparse
+import importlib
 import typing
+from pathlib import Path
 
 import pytest
 
 from cs_lm.cli.commands import COMMANDS
 from cs_lm.cli.commands import main as command
 from cs_lm.cli.train import main as train
-from cs_lm.config import RunConfig, settings_of
+from cs_lm.config import RunConfig, flag_of, plain_type, settings_of
 from cs_lm.flags import FlagParser, add_flags, read_flags
 
 # spelling: (field, default), the course's own
@@ -100,3 +102,55 @@ def test_each_command_has_help_with_defaults(name, capsys):
     assert end.value.code == 0
     shown = capsys.readouterr().out
     assert "default: " in shown or "required" in shown
+
+
+CONFIGS = {
+    "run_clm.py": "cs_lm.config.RunConfig",
+    "train-tokenizer": "cs_lm.cli.train_tokenizer.TrainTokenizerConfig",
+    "encode": "cs_lm.cli.encode.EncodeConfig",
+    "evaluate": "cs_lm.cli.evaluate.EvaluateConfig",
+    "generate": "cs_lm.cli.generate.GenerateConfig",
+    "verify": "cs_lm.cli.verify.VerifyConfig",
+}
+FROZEN = Path(__file__).with_name("flags.txt")
+
+
+def config_of(name: str) -> type:
+    module, _, attribute = CONFIGS[name].rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def all_flags() -> str:
+    """One line a flag: command, spelling, default, unit, choices, help."""
+    lines = []
+    for name in CONFIGS:
+        for _, each in settings_of(config_of(name)).values():
+            facts = each.metadata
+            parts = [name, flag_of(each), repr(each.default), facts["unit"], facts["choices"]]
+            lines.append(" | ".join([*map(str, parts), facts["help"]]))
+    return "\n".join(lines) + "\n"
+
+
+def test_flags_defaults_and_help_are_frozen():
+    """A change is meant and said: write what `all_flags` gives to flags.txt with it."""
+    assert all_flags() == FROZEN.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("value", ["many", "nan", "-1", "1e999"])
+@pytest.mark.parametrize("command_name", CONFIGS)
+def test_each_number_refuses_what_is_none(command_name, value, capsys, tmp_path, monkeypatch):
+    """One line that names the flag, and nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    for name, (owner, each) in settings_of(config_of(command_name)).items():
+        kind = plain_type(typing.get_type_hints(owner)[name])
+        if kind not in (int, float) or (name, value) == ("max_norm", "1e999"):  # inf: never
+            continue
+        argv = [flag_of(each), value]
+        if command_name == "run_clm.py":
+            status = train([*argv, "--dry_run"])
+        else:
+            status = command([command_name, *argv])
+        errors = capsys.readouterr().err.splitlines()
+        assert status == 2 and any(flag_of(each) in line for line in errors), (argv, errors)
+        assert all(line.startswith("error: ") for line in errors), errors
+    assert list(tmp_path.iterdir()) == []
