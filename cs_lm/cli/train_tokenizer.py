@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cs_lm.cli.errors import readable_errors
 from cs_lm.cli.progress import ProgressLine
-from cs_lm.config import NUM_BYTE_TOKENS, encoding_errors_setting, setting, special_tokens_setting
+from cs_lm.config import encoding_errors_setting, setting, special_tokens_setting
 from cs_lm.flags import parse_config
 from cs_lm.tokenizer import BPETokenizer, train_bpe
 
@@ -30,8 +30,8 @@ class TrainTokenizerConfig:
         found = []
         if not self.corpus_path:
             found.append("--corpus_path: is missing; name a UTF-8 text file, or -")
-        if self.vocab_size < NUM_BYTE_TOKENS:
-            found.append(f"--vocab_size: got {self.vocab_size}, need {NUM_BYTE_TOKENS} or more")
+        if self.vocab_size < 1:  # how many are too few depends on the special tokens
+            found.append(f"--vocab_size: got {self.vocab_size}, need 1 or more")
         if self.num_workers is not None and self.num_workers < 1:
             found.append(f"--num_workers: got {self.num_workers}, need 1 or more")
         if Path(self.vocab_path).absolute() == Path(self.merges_path).absolute():
