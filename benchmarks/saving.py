@@ -19,8 +19,6 @@ REPEATS = 3
 
 
 def _trained_one_step():
-    import torch
-
     from cs_lm.config import ModelConfig
     from cs_lm.device import keep_freed_memory
     from cs_lm.model import TransformerLM
@@ -37,8 +35,7 @@ def _trained_one_step():
     def step():
         train_step(model, optimizer, [(x, y)], 1.0)
 
-    step()
-    torch.manual_seed(0)
+    step()  # creates the moments
     return model, optimizer, step
 
 
@@ -67,7 +64,7 @@ def standing_still(how: str):
 
 
 def stepping(saves: bool):
-    """Steps, of which the first one has a save beside it."""
+    """Steps, with a save beside each of them or without."""
     from cs_lm.checkpoint import checkpoint_content
     from cs_lm.checkpoint_manager import BackgroundSaver, CheckpointManager
 

@@ -128,14 +128,13 @@ def _check_lengths(path_or_file: PathOrFile) -> None:
         return  # a file object is the caller's own
     with zipfile.ZipFile(path_or_file) as archive:
         members = archive.infolist()
-    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-        raise ValueError("compressed")
-    if sum(member.file_size for member in members) > os.path.getsize(path_or_file):
-        raise ValueError("members longer than the file")
-    structure = [member for member in members if member.filename.endswith("data.pkl")]
-    if sum(member.file_size for member in structure) > _MAX_STRUCTURE_BYTES:
-        raise ValueError("too much besides tensors")
-    with zipfile.ZipFile(path_or_file) as archive:
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise ValueError("compressed")
+        if sum(member.file_size for member in members) > os.path.getsize(path_or_file):
+            raise ValueError("members longer than the file")
+        structure = [member for member in members if member.filename.endswith("data.pkl")]
+        if sum(member.file_size for member in structure) > _MAX_STRUCTURE_BYTES:
+            raise ValueError("too much besides tensors")
         for member in structure:
             _check_names(archive.read(member))
 
@@ -162,9 +161,9 @@ def _check_content(content: Any) -> None:
     random_state = content["rng"]["cpu"]
     if not isinstance(random_state, Tensor) or random_state.dtype != torch.uint8:
         raise ValueError("no random state")
-    if any(tensor.is_meta for tensor in _tensors(content)):
-        raise ValueError("a tensor without numbers")
     for tensor in _tensors(content):
+        if tensor.is_meta:
+            raise ValueError("a tensor without numbers")
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise ValueError("a tensor with more elements than numbers")
 
