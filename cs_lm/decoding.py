@@ -9,9 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cs_lm.config import setting
 from cs_lm.model import TransformerLM, new_cache
 from cs_lm.ops import softmax
+from cs_lm.settings import setting
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cs_lm.config import all_problems, flag_of, plain_type, replace, settings_of
+from cs_lm.settings import all_problems, flag_of, plain_type, replace, settings_of
 
 
 class FlagParser(argparse.ArgumentParser):

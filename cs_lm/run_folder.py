@@ -11,10 +11,11 @@ import torch
 
 from cs_lm.checkpoint import restore
 from cs_lm.checkpoint_manager import KINDS, CheckpointManager
-from cs_lm.config import RunConfig, all_problems, from_json
+from cs_lm.config import RunConfig
 from cs_lm.fast_ops import FAST
 from cs_lm.metrics import MetricsLog
 from cs_lm.model import TransformerLM, num_parameters
+from cs_lm.settings import all_problems, from_json
 from cs_lm.tokenizer import BPETokenizer
 from cs_lm.whole_file import locked, write_whole
 

@@ -13,7 +13,7 @@ from cs_lm.batches import BatchSource, Prefetcher, seed_of_step
 from cs_lm.checkpoint import checkpoint_content, restore
 from cs_lm.checkpoint_manager import BackgroundSaver
 from cs_lm.compiling import Compiled
-from cs_lm.config import OF_ONE_CALL, RunConfig, to_json
+from cs_lm.config import OF_ONE_CALL, RunConfig
 from cs_lm.decoding import DecodingConfig, generate_text
 from cs_lm.device import (
     describe,
@@ -38,6 +38,7 @@ from cs_lm.optim import AdamW, parameter_groups
 from cs_lm.prepare import PreparedData
 from cs_lm.run_folder import RunFolder
 from cs_lm.schedule import learning_rate, num_training_steps
+from cs_lm.settings import to_json
 from cs_lm.stop_signals import Stopped, StopSignals
 from cs_lm.training_step import Batch, LossFunction, autocast, train_step
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from cs_lm.cli.errors import readable_errors
 from cs_lm.cli.progress import ProgressLine
-from cs_lm.config import MAX_CHUNK_SIZE, encoding_errors_setting, setting, special_tokens_setting
+from cs_lm.config import MAX_CHUNK_SIZE, encoding_errors_setting, special_tokens_setting
 from cs_lm.flags import parse_config
 from cs_lm.manifest import MANIFEST
 from cs_lm.prepare import encode_to_store
+from cs_lm.settings import setting
 from cs_lm.tokenizer import BPETokenizer
 from cs_lm.tokenizer.text_source import TextSource
 

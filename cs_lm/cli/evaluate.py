@@ -11,12 +11,12 @@ from cs_lm.config import (
     checkpoint_setting,
     device_setting,
     encoding_errors_setting,
-    setting,
 )
 from cs_lm.device import resolve_device
 from cs_lm.evaluation import evaluate, token_byte_lengths
 from cs_lm.flags import parse_config
 from cs_lm.run_folder import RunFolder, load_trained
+from cs_lm.settings import setting
 from cs_lm.token_store import ArrayTokens
 from cs_lm.tokenizer.text_source import read_text
 

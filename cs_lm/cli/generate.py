@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 
 from cs_lm.cli.errors import readable_errors, say_on_stderr
-from cs_lm.config import DTYPES, checkpoint_problems, checkpoint_setting, device_setting, setting
+from cs_lm.config import DTYPES, checkpoint_problems, checkpoint_setting, device_setting
 from cs_lm.decoding import DecodingConfig, generate_text
 from cs_lm.device import resolve_device
 from cs_lm.flags import parse_config
 from cs_lm.run_folder import RunFolder, TrainedModel, load_trained
+from cs_lm.settings import setting
 from cs_lm.stop_signals import Stopped, stopping_at_once
 
 

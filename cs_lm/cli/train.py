@@ -9,12 +9,13 @@ from typing import Any
 
 from cs_lm.cli.errors import print_error, readable_errors
 from cs_lm.cli.progress import ProgressLine
-from cs_lm.config import OF_ONE_CALL, ModelConfig, RunConfig, flag_of, replace, settings_of
+from cs_lm.config import OF_ONE_CALL, ModelConfig, RunConfig
 from cs_lm.device import resolve_device
 from cs_lm.flags import FlagParser, add_flags, config_from_flags, read_flags
 from cs_lm.metrics import SPARE_HELP
 from cs_lm.prepare import find_corpus, label_of, prepare
 from cs_lm.run_folder import RunFolder, saved_config
+from cs_lm.settings import flag_of, replace, settings_of
 
 DESCRIPTION = """\
 Trains a Transformer language model on a text. A tokenizer and the encoded text are

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from cs_lm.cli.errors import readable_errors
 from cs_lm.cli.progress import ProgressLine
-from cs_lm.config import encoding_errors_setting, setting, special_tokens_setting
+from cs_lm.config import encoding_errors_setting, special_tokens_setting
 from cs_lm.flags import parse_config
+from cs_lm.settings import setting
 from cs_lm.tokenizer import BPETokenizer, train_bpe
 
 _SHOWN_BYTES = 40

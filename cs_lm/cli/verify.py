@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cs_lm.cli.errors import readable_errors
-from cs_lm.config import setting
 from cs_lm.flags import parse_config
 from cs_lm.run_folder import RunFolder
+from cs_lm.settings import setting
 from cs_lm.token_store import MemmapManager
 
 

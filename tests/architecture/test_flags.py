@@ -10,8 +10,9 @@ import pytest
 from cs_lm.cli.commands import COMMANDS
 from cs_lm.cli.commands import main as command
 from cs_lm.cli.train import main as train
-from cs_lm.config import RunConfig, flag_of, plain_type, settings_of
+from cs_lm.config import RunConfig
 from cs_lm.flags import FlagParser, add_flags, read_flags
+from cs_lm.settings import flag_of, plain_type, settings_of
 
 # spelling: (field, default), the course's own
 COURSE_FLAGS = {

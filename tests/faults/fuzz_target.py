@@ -20,8 +20,9 @@ import torch
 with atheris.instrument_imports(include=["cs_lm"]):
     from cs_lm import manifest
     from cs_lm.checkpoint import checkpoint_content, read_checkpoint
-    from cs_lm.config import RunConfig, all_problems, from_json
+    from cs_lm.config import RunConfig
     from cs_lm.optim import AdamW
+    from cs_lm.settings import all_problems, from_json
     from cs_lm.token_store import MemmapManager
     from cs_lm.tokenizer import BPETokenizer
 

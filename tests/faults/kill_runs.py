@@ -28,9 +28,9 @@ from typing import ClassVar
 import torch
 import torch._dynamo  # each start would import it anew, with its first optimizer
 
-from cs_lm.config import replace
 from cs_lm.metrics import MetricsLog
 from cs_lm.run_folder import RunFolder
+from cs_lm.settings import replace
 from tests.faults.tiny_run import CONFIG, assert_same_run, prepared, train
 
 

@@ -7,10 +7,10 @@ import re
 import pytest
 import torch
 
-from cs_lm.config import replace
 from cs_lm.metrics import MetricsLog, SpikeMark
 from cs_lm.model import next_token_loss
 from cs_lm.run_folder import RunFolder
+from cs_lm.settings import replace
 from tests.faults.tiny_run import BAD_NUMBERS, CONFIG, assert_same_run, prepared, trainer_of
 
 CONFIG = replace(CONFIG, {"max_steps": 12, "grad_accum": 2, "eval_interval": 0})

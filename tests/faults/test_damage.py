@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 
-from cs_lm.config import replace
 from cs_lm.prepare import prepare
 from cs_lm.run_folder import RunFolder, load_trained
+from cs_lm.settings import replace
 from cs_lm.token_store import MemmapManager
 from tests.faults.tiny_run import CONFIG, assert_same_run, prepared, trainer_of
 

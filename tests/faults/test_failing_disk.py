@@ -9,10 +9,10 @@ import torch
 
 from cs_lm.checkpoint import checkpoint_content
 from cs_lm.checkpoint_manager import CheckpointManager
-from cs_lm.config import replace
 from cs_lm.metrics import read_metrics
 from cs_lm.optim import AdamW
 from cs_lm.run_folder import RunFolder
+from cs_lm.settings import replace
 from cs_lm.train import NOT_SAVED
 from cs_lm.whole_file import SettlingFile
 from tests.faults.failing_disk import IO_ERROR, NO_SPACE, FailingDisk

@@ -8,9 +8,9 @@ from collections import Counter
 import pytest
 import torch
 
-from cs_lm.config import replace
 from cs_lm.model import next_token_loss
 from cs_lm.run_folder import RunFolder
+from cs_lm.settings import replace
 from tests.faults.tiny_run import CONFIG, assert_same_run, prepared, trainer_of
 
 SHORT = replace(CONFIG, {"max_steps": 14, "eval_interval": 6, "sample_interval": 6})

@@ -9,10 +9,10 @@ import torch
 from cs_lm.bad_numbers import BadNumbers
 from cs_lm.cli.train import BAD_NUMBERS
 from cs_lm.config import DataConfig, ModelConfig, OptimConfig, RunConfig
-from cs_lm.config import replace as replaced
 from cs_lm.metrics import MetricsLog
 from cs_lm.prepare import PreparedData, prepare
 from cs_lm.run_folder import RunFolder, saved_config
+from cs_lm.settings import replace as replaced
 from cs_lm.train import Trainer
 from tests.end_to_end.conftest import write_corpus
 

@@ -4,8 +4,8 @@ import pytest
 
 from cs_lm import prepare as module
 from cs_lm.config import DataConfig, ModelConfig, RunConfig
-from cs_lm.config import replace as replaced
 from cs_lm.prepare import embedded_text, find_corpus, label_of, prepare
+from cs_lm.settings import replace as replaced
 from cs_lm.token_store import MemmapManager
 from cs_lm.tokenizer import BPETokenizer
 

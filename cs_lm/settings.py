@@ -1,0 +1,145 @@
+"""Settings: fields of frozen dataclasses that know their flag, unit, help and choices.
+
+Command-line flags are generated from them (flags.py), checkpoints store them as JSON.
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from dataclasses import field
+from typing import Any
+
+MOST = (
+    1_000_000_000_000  # more than any count here can mean; any count below it is exact as a float
+)
+
+
+def setting(
+    default: Any,
+    help: str,
+    unit: str | None = None,
+    flag: str | None = None,
+    choices: tuple[str, ...] | None = None,
+) -> Any:
+    """A dataclass field that becomes a command-line flag; `flag` is a second spelling."""
+    metadata = {"help": help, "unit": unit, "flag": flag, "choices": choices}
+    return field(default=default, metadata=metadata)
+
+
+def settings_of(config_class: type) -> dict[str, tuple[type, dataclasses.Field]]:
+    """The flags of a config and of the configs inside it: name -> (owning class, field)."""
+    found = {}
+    for each in dataclasses.fields(config_class):
+        inner = typing.get_type_hints(config_class)[each.name]
+        if dataclasses.is_dataclass(inner):
+            found.update(settings_of(inner))
+        elif each.metadata:
+            found[each.name] = (config_class, each)
+    return found
+
+
+def replace(config: Any, values: dict[str, Any]) -> Any:
+    """A copy of a config, and of the configs inside it, with the named settings changed."""
+    changes = {}
+    for each in dataclasses.fields(config):
+        current = getattr(config, each.name)
+        if dataclasses.is_dataclass(current):
+            changes[each.name] = replace(current, values)
+        elif each.name in values:
+            changes[each.name] = values[each.name]
+    return dataclasses.replace(config, **changes)
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def from_json(config_class: type, stored: dict[str, Any]) -> Any:
+    """The config that `to_json` wrote.
+
+    Raises: ValueError for a setting that this version does not know, or of another type.
+    """
+    hints = typing.get_type_hints(config_class)
+    if not isinstance(stored, dict):
+        raise ValueError(f"config: got {stored!r}, need settings by name")
+    unknown = set(stored) - set(hints)
+    if unknown:
+        raise ValueError(
+            f"config: got unknown settings {sorted(map(str, unknown))}; written by a newer version?"
+        )
+    values = {}
+    for name, value in stored.items():
+        if dataclasses.is_dataclass(hints[name]):
+            value = from_json(hints[name], value)
+        elif typing.get_origin(hints[name]) is tuple and isinstance(value, (list, tuple)):
+            value = tuple(value)
+        if not _is_of_type(value, hints[name]):
+            raise ValueError(f"config: got {value!r} for {name}, need {hints[name]}")
+        values[name] = value
+    return config_class(**values)
+
+
+def _is_of_type(value: Any, hint: Any) -> bool:
+    if isinstance(hint, types.UnionType):
+        return any(_is_of_type(value, one) for one in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        kind = typing.get_args(hint)[0]
+        return isinstance(value, tuple) and all(_is_of_type(one, kind) for one in value)
+    if hint is float:
+        return type(value) in (int, float) and value == value
+    return type(value) is hint
+
+
+def is_unicode(text: str) -> bool:
+    """False for the lone surrogates that a terminal makes of bytes that are not UTF-8."""
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def plain_type(hint: Any) -> Any:
+    """The type behind `X | None`."""
+    if isinstance(hint, types.UnionType):
+        return next(t for t in typing.get_args(hint) if t is not type(None))
+    return hint
+
+
+def flag_of(each: dataclasses.Field) -> str:
+    """The spelling used in messages: the course's where it has one."""
+    return each.metadata["flag"] or f"--{each.name}"
+
+
+_LEAST = {"keep_last": 2}  # one alone may be damaged
+
+
+def not_positive(config: Any, may_be_zero: tuple[str, ...] = ()) -> list[str]:
+    """Problems of the integers and rates that must be above (or may be at) zero."""
+    found = []
+    for each in dataclasses.fields(config):
+        value = getattr(config, each.name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not each.metadata:
+            continue
+        least = 0 if each.name in may_be_zero else 1 if isinstance(value, int) else math.ulp(0.0)
+        least = _LEAST.get(each.name, least)
+        if value >= least and value < MOST:
+            continue
+        need = "a number above 0" if isinstance(value, float) else f"{least} or more"
+        if value >= MOST:
+            need = f"less than {MOST:.0e}"
+        found.append(f"{flag_of(each)}: got {value}, need {need}")
+    return found
+
+
+def all_problems(config: Any) -> list[str]:
+    """What a config finds wrong with itself, and values outside their choices."""
+    return config.problems() + _not_among_choices(config)
+
+
+def _not_among_choices(config: Any) -> list[str]:
+    found = []
+    for each in dataclasses.fields(config):
+        choices, value = each.metadata.get("choices"), getattr(config, each.name)
+        if dataclasses.is_dataclass(value):
+            found += _not_among_choices(value)
+        elif choices and value not in choices:
+            found.append(f"{flag_of(each)}: got {value!r}, need one of {', '.join(choices)}")
+    return found
