@@ -22,11 +22,11 @@ def our_model(dtype: str, context_length: int):
     import torch
 
     from cs_lm.config import ModelConfig
-    from cs_lm.model import TransformerLM
+    from cs_lm.model import TransformerLM, cast_weights
 
     sizes = MODELS["57.7 M, B 8, T 256"][0] | {"context_length": context_length}
     model = TransformerLM(ModelConfig(**sizes)).eval()
-    return model.cast_weights(getattr(torch, dtype))
+    return cast_weights(model, getattr(torch, dtype))
 
 
 def ours(dtype: str):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cs_lm.batches import BatchSource
-from cs_lm.model import TransformerLM
+from cs_lm.model import LanguageModel
 from cs_lm.training_step import LossFunction, gradients_of
 from cs_lm.whole_file import write_whole
 
@@ -88,7 +88,7 @@ def write_bad_step(
     lr: float,
     source: BatchSource,
     batch_numbers: Sequence[int],
-    model: TransformerLM,
+    model: LanguageModel,
     loss_function: LossFunction,
     precision: AbstractContextManager,
 ) -> None:

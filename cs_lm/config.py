@@ -5,7 +5,7 @@ Command-line flags are generated from these fields (flags.py), checkpoints store
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from cs_lm.settings import is_unicode, not_positive, setting
 
@@ -43,6 +43,36 @@ def special_tokens_setting() -> Any:
     )
 
 
+class GPTSize(NamedTuple):
+    """A row of a paper's table."""
+
+    num_layers: int
+    d_model: int
+    num_heads: int
+    lr: float | None = None  # None: GPT-2's is not published
+    tokens_per_step: float | None = None
+
+
+DEFAULT_MODEL = "transformer"
+# Sources: Radford et al. 2019, table 2; Brown et al. 2020, table 2.1, dense attention throughout.
+# Of that table, two rows do not divide: 1.3B has 24 heads of 128 in a width of 2,048 (here 16 of
+# 128, which gives the 1.3 G), 13B has 40 heads in a width of 5,140 (here 5,120).
+GPT_SIZES = {
+    "gpt2-small": GPTSize(12, 768, 12),
+    "gpt2-medium": GPTSize(24, 1024, 16),
+    "gpt2-large": GPTSize(36, 1280, 20),
+    "gpt2-xl": GPTSize(48, 1600, 25),
+    "gpt3-125M": GPTSize(12, 768, 12, 6e-4, 0.5e6),
+    "gpt3-350M": GPTSize(24, 1024, 16, 3e-4, 0.5e6),
+    "gpt3-760M": GPTSize(24, 1536, 16, 2.5e-4, 0.5e6),
+    "gpt3-1.3B": GPTSize(24, 2048, 16, 2e-4, 1e6),
+    "gpt3-2.7B": GPTSize(32, 2560, 32, 1.6e-4, 1e6),
+    "gpt3-6.7B": GPTSize(32, 4096, 32, 1.2e-4, 2e6),
+    "gpt3-13B": GPTSize(40, 5120, 40, 1e-4, 2e6),
+    "gpt3-175B": GPTSize(96, 12288, 96, 0.6e-4, 3.2e6),
+}
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """What the shape of a model follows from."""
@@ -71,6 +101,39 @@ class ModelConfig:
                     f"--num_heads: got {self.num_heads}, which makes the head size "
                     f"{self.d_model // self.num_heads}; need an even one for rotary positions"
                 )
+        return found
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """What only the models of the GPT-2 family have."""
+
+    d_model: int = setting(768, "width of the residual stream")
+    num_heads: int = setting(12, "attention heads; must divide d_model")
+    d_ff: int = setting(3072, "width inside the feed-forward layers")
+    vocab_size: int = setting(50257, "token ids; a new tokenizer is trained to this size")
+    num_layers: int = setting(12, "Transformer blocks")
+    context_length: int = setting(
+        1024, "longest sequence the model can see", "tokens", flag="--max_seq_length"
+    )
+    drop_rate: float = setting(
+        0.1, "part of numbers that dropout sets to 0 in training", flag="--dropout"
+    )
+    qkv_bias: bool = setting(True, "biases of queries, keys and values")
+    tied_head: bool = setting(
+        True, "scores are made with the embedding, not with a head of its own"
+    )
+    norm_eps: float = field(default=1e-5)
+
+    def problems(self) -> list[str]:
+        found = [line for line in not_positive(self, ("drop_rate",)) if "--dropout" not in line]
+        if not 0 <= self.drop_rate < 1:
+            found.append(f"--dropout: got {self.drop_rate}, need 0 to below 1")
+        if self.d_model > 0 and self.num_heads > 0 and self.d_model % self.num_heads:
+            found.append(
+                f"--num_heads: got {self.num_heads}, need a divisor of --d_model "
+                f"({self.d_model}); change one of the two"
+            )
         return found
 
 
@@ -163,9 +226,16 @@ class OptimConfig:
 class RunConfig:
     """One training run."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelConfig | GPT2Config = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    model_name: str = setting(
+        DEFAULT_MODEL,
+        "transformer: RMS norms, rotary positions and SwiGLU; or a size of GPT-2 or GPT-3, whose "
+        "settings the flags beside it change",
+        flag="--model",
+        choices=(DEFAULT_MODEL, *GPT_SIZES),
+    )
     seq_length: int = setting(256, "length of a training window", "tokens")
     batch_size: int = setting(32, "windows in one forward pass")
     grad_accum: int = setting(1, "forward passes to one update")
@@ -196,6 +266,9 @@ class RunConfig:
     )
     eval_interval: int = setting(250, "validation; 0: only at the end", "steps")
     eval_tokens: int = setting(100_000, "validation text in each validation", "tokens")
+    eval_train: bool = setting(
+        False, "each validation scores as much of the training text, too: without dropout"
+    )
     sample_interval: int = setting(500, "a sample of the model's text; 0: only at the end", "steps")
     prompt: str = setting("The ", "how each sample begins")
     out_dir: str | None = setting(
@@ -211,7 +284,12 @@ class RunConfig:
     def problems(self) -> list[str]:
         """Everything wrong with the settings, one readable line each."""
         may_be_zero = ("save_interval", "eval_interval", "sample_interval", "seed", "resume_step")
-        found = [*self.model.problems(), *self.data.problems(), *self.optim.problems()]
+        found = [
+            *self.model.problems(),
+            *self._problems_of_name(),
+            *self.data.problems(),
+            *self.optim.problems(),
+        ]
         found += not_positive(self, may_be_zero)
         if self.seq_length > self.model.context_length:
             found.append(
@@ -237,9 +315,39 @@ class RunConfig:
             found.append(f"--prompt: got {self.prompt!r}, need text that UTF-8 can hold")
         return found
 
+    def _problems_of_name(self) -> list[str]:
+        is_gpt2 = isinstance(self.model, GPT2Config)
+        if self.model_name in (DEFAULT_MODEL, *GPT_SIZES) and is_gpt2 == (
+            self.model_name == DEFAULT_MODEL
+        ):
+            return [f"--model: got {self.model_name!r} with settings of another model"]
+        return []
+
     @property
     def tokens_per_step(self) -> int:
         return self.batch_size * self.seq_length * self.grad_accum
+
+
+def named_run(model_name: str) -> RunConfig:
+    """The defaults of a run with that model; for an unknown name, those of a run without one."""
+    if model_name not in GPT_SIZES:
+        return RunConfig()
+    size = GPT_SIZES[model_name]
+    is_gpt2 = size.lr is None
+    model = GPT2Config(
+        d_model=size.d_model, num_heads=size.num_heads, d_ff=4 * size.d_model,
+        num_layers=size.num_layers, context_length=GPT2Config.context_length if is_gpt2 else 2048,
+        drop_rate=GPT2Config.drop_rate if is_gpt2 else 0.0,
+    )  # fmt: skip
+    if is_gpt2:
+        return RunConfig(model_name=model_name, model=model)
+    seq_length = model.context_length
+    grad_accum = max(1, round(size.tokens_per_step / (RunConfig.batch_size * seq_length)))
+    optim = OptimConfig(lr=size.lr, lr_min=size.lr / 10, weight_decay=0.1)
+    return RunConfig(
+        model_name=model_name, model=model, optim=optim, seq_length=seq_length,
+        grad_accum=grad_accum,
+    )  # fmt: skip
 
 
 # Settings of one call of run_clm.py, which are not the run's, and what they are in its checkpoints.

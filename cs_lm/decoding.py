@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cs_lm.model import TransformerLM, new_cache
-from cs_lm.ops import softmax
+from cs_lm.model import LanguageModel, evaluating, new_cache
+from cs_lm.ops import linear, softmax
 from cs_lm.settings import setting
 
 
@@ -132,7 +132,7 @@ class _Reader:
     share something: with `slide` > 1, all of them drop their oldest positions at the same time.
     """
 
-    def __init__(self, model: TransformerLM, rows: Sequence[list[int]], max_new: int, slide: int):
+    def __init__(self, model: LanguageModel, rows: Sequence[list[int]], max_new: int, slide: int):
         self._model, self._slide = model, slide
         self._context = model.config.context_length
         longest = max(map(len, rows))
@@ -156,7 +156,7 @@ class _Reader:
         return self._read(ids, self._num_padding)
 
     def _read(self, ids: Tensor, num_padding: list[int]) -> Tensor:
-        device = self._model.lm_head.weight.device
+        device = self._model.head_weight.device
         seen, end = self._cache.length, self._cache.length + ids.shape[1]
         positions = mask = None
         if any(num_padding):
@@ -165,12 +165,12 @@ class _Reader:
             is_real = torch.arange(end) >= padding  # (B, S)
             mask = is_real.unsqueeze(1).expand(-1, ids.shape[1], -1).to(device)  # (B, T, S)
         hidden = self._model.hidden_states(ids.to(device), positions, mask, self._cache)
-        return self._model.lm_head(hidden[:, -1])  # (B, V)
+        return linear(hidden[:, -1], self._model.head_weight)  # (B, V)
 
 
 @torch.inference_mode()
 def token_steps(
-    model: TransformerLM,
+    model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     config: DecodingConfig,
     finished: list[bool],
@@ -196,7 +196,8 @@ def token_steps(
     ]
     reader = _Reader(model, rows, config.max_new_tokens, config.slide)
     for _ in range(config.max_new_tokens):
-        scores = reader.scores(rows).float().cpu()
+        with evaluating(model):
+            scores = reader.scores(rows).float().cpu()
         if usable_ids is not None:
             scores = scores.masked_fill(~usable_ids, -math.inf)
         new_ids: list[int | None] = []
@@ -225,7 +226,7 @@ def check_prompt(token_ids: Sequence[int], vocab_size: int) -> None:
 
 
 def generate(
-    model: TransformerLM,
+    model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     config: DecodingConfig,
     stop_ids: Sequence[int] = (),
@@ -298,7 +299,7 @@ class TextStream:
 
 
 def generate_text(
-    model: TransformerLM,
+    model: LanguageModel,
     tokenizer: TextTokenizer,
     prompts: Sequence[str],
     config: DecodingConfig,

@@ -4,8 +4,8 @@ import math
 import os
 from pathlib import Path
 
-from cs_lm.config import RunConfig
-from cs_lm.model import flops_per_token, num_parameters
+from cs_lm.config import GPT2Config, ModelConfig, RunConfig
+from cs_lm.counts import flops_per_token, num_block_product_weights, num_parameters
 from cs_lm.prepare import (
     DATA,
     EMBEDDED_LABEL,
@@ -23,11 +23,23 @@ FLOAT_BYTES = 4
 # Floats that a forward pass keeps for the backward one, counted with saved_tensors_hooks:
 # multiples of D, F and H * T for each layer and position, and of V for each position.
 KEPT_FLOATS = {
-    ("fast", "float32"): (6, 2, 0, 0),
-    ("fast", "bfloat16"): (4, 1, 0, 0),
-    ("clear", "float32"): (10, 5, 2, 2),
-    ("clear", "bfloat16"): (9, 3, 1.5, 1.5),
+    (ModelConfig, "fast", "float32"): (6, 2, 0, 0),
+    (ModelConfig, "fast", "bfloat16"): (4, 1, 0, 0),
+    (ModelConfig, "clear", "float32"): (10, 5, 2, 2),
+    (ModelConfig, "clear", "bfloat16"): (9, 3, 1.5, 1.5),
+    (GPT2Config, "fast", "float32"): (8, 2, 0, 0),
+    (GPT2Config, "fast", "bfloat16"): (5, 1, 0, 0),
+    (GPT2Config, "clear", "float32"): (10, 7, 2, 2),
+    (GPT2Config, "clear", "bfloat16"): (8, 3.5, 1.5, 1.5),
 }
+
+
+def kept_floats(config: RunConfig) -> tuple[float, ...]:
+    of_d, of_f, of_ht, of_v = KEPT_FLOATS[type(config.model), config.ops, config.dtype]
+    if getattr(config.model, "drop_rate", 0):  # masks, and attention as in CLEAR
+        of_ht = KEPT_FLOATS[type(config.model), "clear", config.dtype][2] + 0.25
+        of_d += 0.5
+    return of_d, of_f, of_ht, of_v
 
 
 def store_tokens(config: RunConfig) -> tuple[int, bool]:
@@ -53,7 +65,7 @@ def memory_bytes(config: RunConfig) -> int:
     """
     model = config.model
     state = 4 * num_parameters(model)
-    of_d, of_f, of_ht, of_v = KEPT_FLOATS[config.ops, config.dtype]
+    of_d, of_f, of_ht, of_v = kept_floats(config)
     per_layer = of_d * model.d_model + of_f * model.d_ff
     per_layer += of_ht * model.num_heads * config.seq_length
     layers, blocks_at_once = model.num_layers * per_layer, model.num_layers
@@ -64,8 +76,7 @@ def memory_bytes(config: RunConfig) -> int:
     positions = config.batch_size * config.seq_length
     copies = 0.0  # of the weights, in bfloat16
     if config.dtype == "bfloat16":
-        block = 4 * model.d_model**2 + 3 * model.d_model * model.d_ff
-        copies = blocks_at_once * block / 2
+        copies = blocks_at_once * num_block_product_weights(model) / 2
     return int(FLOAT_BYTES * (state + copies + positions * per_position))
 
 

@@ -5,11 +5,12 @@ import zlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from cs_lm.model import TransformerLM, next_token_loss
+from cs_lm.model import LanguageModel, evaluating, next_token_loss
 from cs_lm.ops import IGNORE_INDEX
 from cs_lm.token_store import Tokens
 
@@ -36,6 +37,21 @@ class Evaluation:
     def bits_per_byte(self) -> float:
         """Bits that the model needs for a byte of text: comparable between tokenizers."""
         return self.loss_sum_nats / math.log(2) / self.num_bytes
+
+    def record(self) -> dict[str, Any]:
+        """For the log of a run."""
+        return {
+            "loss_nats": self.loss_nats, "perplexity": self.perplexity,
+            "bits_per_byte": self.bits_per_byte, "num_scored_tokens": self.num_tokens,
+        }  # fmt: skip
+
+
+def described(record: dict[str, Any], gzip: float) -> str:
+    return (
+        f"validation: loss {record['loss_nats']:.4f} nats/token, perplexity "
+        f"{record['perplexity']:.2f}, {record['bits_per_byte']:.4f} bits/byte "
+        f"(gzip -9 on the same text: {gzip:.4f})"
+    )
 
 
 def token_byte_lengths(vocab: Mapping[int, bytes]) -> np.ndarray:
@@ -66,7 +82,7 @@ def evaluation_starts(num_tokens: int, seq_length: int, max_tokens: int | None) 
 
 @torch.no_grad()
 def evaluate(
-    model: TransformerLM,
+    model: LanguageModel,
     tokens: Tokens,
     seq_length: int,
     batch_size: int,
@@ -81,12 +97,10 @@ def evaluate(
     precision  an autocast context for the forward pass
     between    called before each batch; an exception of it ends the evaluation
     """
-    device = model.lm_head.weight.device
+    device = model.head_weight.device
     starts = evaluation_starts(len(tokens), seq_length, max_tokens)
     loss_sum, num_tokens, num_bytes = 0.0, 0, 0
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for first in range(0, len(starts), batch_size):
             between()
             rows = [
@@ -99,8 +113,6 @@ def evaluate(
             loss_sum += batch_sum.item()
             num_tokens += int(batch_count)
             num_bytes += sum(int(byte_lengths[row[1:]].sum()) for row in rows)
-    finally:
-        model.train(was_training)
     return Evaluation(loss_sum, num_tokens, num_bytes)
 
 

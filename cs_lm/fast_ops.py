@@ -5,6 +5,7 @@ value and in gradient.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from cs_lm.gradients import (
     complex_rotation,
     normalise,
     normalise_backward,
+    normalise_centred,
+    normalise_centred_backward,
     turned,
 )
 from cs_lm.ops import CLEAR, IGNORE_INDEX, check_targets, softmax
@@ -47,6 +50,48 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return normalise(x, eps)[0].mul_(weight).to(product_dtype(x))
     rows = x.reshape(-1, x.shape[-1])
     return _RMSNorm.apply(rows, weight, eps, product_dtype(x)).view(x.shape)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps, dtype):
+        normal, scale = normalise_centred(x, eps)
+        ctx.save_for_backward(normal, weight, scale)
+        ctx.dtype = x.dtype
+        return torch.addcmul(bias, normal, weight).to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        normal, weight, scale = ctx.saved_tensors
+        grad_x, *of_parameters = normalise_centred_backward(grad_output, normal, scale, weight)
+        return grad_x.to(ctx.dtype), *of_parameters, None, None
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """`ops.layer_norm` that keeps its normalised input and one number a row for backward.
+
+    Under autocast it gives what the products behind it would round it to.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    return _LayerNorm.apply(rows, weight, bias, eps, product_dtype(x)).view(x.shape)
+
+
+class _GELU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return gradients.gelu(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        return gradients.gelu_backward(*ctx.saved_tensors, grad_output)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """`ops.gelu` that keeps only its input for backward."""
+    return _GELU.apply(x.reshape(-1, x.shape[-1])).view(x.shape)
 
 
 class _Turn(torch.autograd.Function):
@@ -204,14 +249,20 @@ def _of_one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tenso
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    drop: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """`ops.attention` without holding (T, S) scores, and without computing masked tiles.
 
-    q, k and v have the same leading axes.
+    q, k and v have the same leading axes. Where the weights are to be changed (`drop`), and for
+    queries before the first key, it is `ops.attention`.
     """
-    if causal and k.shape[-2] < q.shape[-2]:  # queries before the first key
-        return CLEAR.attention(q, k, v, mask, causal)
+    if drop is not None or (causal and k.shape[-2] < q.shape[-2]):
+        return CLEAR.attention(q, k, v, mask, causal, drop)
     q, k, v = as_autocast(q, k, v)
     if q.shape[-2] == 1 and not torch.is_grad_enabled():
         return _of_one_query(q, k, v, mask)
@@ -225,6 +276,8 @@ def attention(
 
 FAST = CLEAR._replace(
     rms_norm=rms_norm,
+    layer_norm=layer_norm,
+    gelu=gelu,
     rope=rope,
     swiglu=swiglu,
     attention=attention,

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cs_lm.settings import all_problems, flag_of, plain_type, replace, settings_of
+from cs_lm.settings import all_problems, flag_of, has_setting, plain_type, replace, settings_of
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -88,6 +88,11 @@ def config_from_flags(
     """
     values, problems = read_flags(namespace, type(base))
     config = replace(base, values)
+    problems += [
+        f"{flag_of(each)}: has no effect with this --model; leave it out"
+        for name, (_, each) in settings_of(type(base)).items()
+        if name in values and not has_setting(base, name)
+    ]
     problems += all_problems(config)
     if more_problems is not None:
         problems += [line for line in more_problems(config) if line.split(":")[0] not in

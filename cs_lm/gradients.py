@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from cs_lm.ops import GELU_CUBIC, GELU_SLOPE
+
 # On a CPU, passes that follow each other go over parts of so many numbers: they stay in its cache.
 CACHE_NUMBERS = 1 << 18
 
@@ -45,6 +47,51 @@ def normalise_backward(
     grad_x = grad.to(product.dtype) * weight
     grad_x.addcmul_(normal, mean, value=-1).mul_(scale)
     return grad_x, product.sum(0).to(weight.dtype)
+
+
+def normalise_centred(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """n = (x - mean) / sigma and 1 / sigma, (N, 1), where sigma^2 is the variance plus eps."""
+    wide = at_least_float32(x)
+    centred = wide - wide.mean(-1, keepdim=True)
+    scale = centred.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return centred.mul_(scale), scale
+
+
+def normalise_centred_backward(
+    grad: Tensor, normal: Tensor, scale: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by x, weight w and bias b of n w + b, whose gradient is g:
+
+    dw = sum(g n)   db = sum(g)   dx = (g w - mean(g w) - n mean(g w n)) / sigma
+    """
+    grad_x, grad_weight = normalise_backward(grad, normal, scale, weight)
+    wide = grad.to(grad_x.dtype)
+    mean = (wide @ weight.to(wide.dtype)).div_(normal.shape[-1]).unsqueeze(-1)  # (N, 1)
+    return grad_x.sub_(mean * scale), grad_weight, wide.sum(0).to(weight.dtype)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """`ops.gelu`."""
+    output = torch.empty_like(x)
+    for part, out in cached_parts(x, output):
+        torch.mul(part, part, out=out).mul_(GELU_CUBIC).add_(1).mul_(part).mul_(GELU_SLOPE)
+        out.tanh_().add_(1).mul_(part).mul_(0.5)
+    return output
+
+
+def gelu_backward(x: Tensor, grad: Tensor) -> Tensor:
+    """The gradient g times the slope of `ops.gelu`; with t for its tanh,
+
+    g (1 + t) / 2 + g x (1 - t^2) / 2 * sqrt(2 / pi) (1 + 3 * 0.044715 x^2)
+    """
+    grad_x = torch.empty_like(x)
+    for part, of_part, out in cached_parts(x, grad, grad_x):
+        square = part * part
+        tanh = (square * GELU_CUBIC).add_(1).mul_(part).mul_(GELU_SLOPE).tanh_()
+        inner = square.mul_(3 * GELU_CUBIC).add_(1).mul_(part).mul_(GELU_SLOPE)
+        inner.mul_(1 - tanh * tanh).add_(tanh).add_(1).mul_(0.5)
+        torch.mul(inner, of_part, out=out)
+    return grad_x
 
 
 def complex_rotation(cos: Tensor, sin: Tensor) -> Tensor:

@@ -4,6 +4,21 @@ import torch
 from torch import Tensor
 
 
+def positions_after(cache: "KVCache | None", token_ids: Tensor, context_length: int) -> Tensor:
+    """(T): the positions of ids (..., T) that go on from the cache's length, or from 0.
+
+    Raises: ValueError where they end beyond the context.
+    """
+    seen = cache.length if cache is not None else 0
+    end = seen + token_ids.shape[-1]
+    if end > context_length:
+        raise ValueError(
+            f"model: got a sequence of {end} tokens, need at most context_length "
+            f"({context_length}); shorten it"
+        )
+    return torch.arange(seen, end, device=token_ids.device)
+
+
 class KVCache:
     """Preallocated keys and values of every layer.
 

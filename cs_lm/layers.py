@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from cs_lm import ops as clear_ops
+from cs_lm.dropout import Drop
 from cs_lm.kv_cache import KVCache
 from cs_lm.ops import CLEAR, Ops
 from cs_lm.weight_init import EMBEDDING_STD, linear_std, truncated_normal_
@@ -12,15 +13,18 @@ Rotation = tuple[Tensor, Tensor]  # cos and sin, each (..., T, K/2)
 
 
 class Linear(nn.Module):
-    """x W^T; `weight` is (d_out, d_in), without a bias."""
+    """x W^T; `weight` is (d_out, d_in). With or without a `bias` (d_out), which begins at 0."""
 
-    def __init__(self, d_in: int, d_out: int, generator=None, device=None, dtype=None):
+    def __init__(
+        self, d_in: int, d_out: int, generator=None, device=None, dtype=None, bias: bool = False
+    ):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_out, d_in, device=device, dtype=dtype))
         truncated_normal_(self.weight, linear_std(d_in, d_out), generator)
+        self.bias = nn.Parameter(torch.zeros(d_out, device=device, dtype=dtype)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:  # (..., d_in) -> (..., d_out)
-        return clear_ops.linear(x, self.weight)
+        return clear_ops.linear(x, self.weight, self.bias)
 
 
 class Embedding(nn.Module):
@@ -46,6 +50,20 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (..., D) -> (..., D)
         return self.ops.rms_norm(x, self.weight, self.eps)
+
+
+class LayerNorm(nn.Module):
+    """Normalisation to mean 0 and variance 1, with a learnt gain (1 at first) and bias (0)."""
+
+    def __init__(self, d_model: int, eps: float = 1e-5, ops: Ops = CLEAR, device=None, dtype=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d_model, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(d_model, device=device, dtype=dtype))
+        self.eps = eps
+        self.ops = ops
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., D) -> (..., D)
+        return self.ops.layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class RoPE(nn.Module):
@@ -111,7 +129,7 @@ class MultiHeadSelfAttention(nn.Module):
 
     def __init__(
         self, d_model: int, num_heads: int, ops: Ops = CLEAR,
-        generator=None, device=None, dtype=None,
+        generator=None, device=None, dtype=None, qkv_bias: bool = False, output_bias: bool = False,
     ):  # fmt: skip
         super().__init__()
         if d_model % num_heads:
@@ -121,10 +139,10 @@ class MultiHeadSelfAttention(nn.Module):
             )
         self.num_heads = num_heads
         self.ops = ops
-        self.q_proj = Linear(d_model, d_model, generator, device, dtype)
-        self.k_proj = Linear(d_model, d_model, generator, device, dtype)
-        self.v_proj = Linear(d_model, d_model, generator, device, dtype)
-        self.output_proj = Linear(d_model, d_model, generator, device, dtype)
+        self.q_proj = Linear(d_model, d_model, generator, device, dtype, qkv_bias)
+        self.k_proj = Linear(d_model, d_model, generator, device, dtype, qkv_bias)
+        self.v_proj = Linear(d_model, d_model, generator, device, dtype, qkv_bias)
+        self.output_proj = Linear(d_model, d_model, generator, device, dtype, output_bias)
 
     def _split_heads(self, x: Tensor) -> Tensor:  # (..., T, D) -> (..., H, T, K)
         return x.unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
@@ -136,11 +154,13 @@ class MultiHeadSelfAttention(nn.Module):
         mask: Tensor | None = None,
         cache: KVCache | None = None,
         layer: int = 0,
+        drop: Drop | None = None,
     ) -> Tensor:
         """Shapes: x (..., T, D), rotation two of (..., T, K/2), mask (..., T, S), returns like x.
 
         mask   boolean, True = attend, besides causality; the same for all heads
         cache  earlier positions of this layer, extended by these; x is then (B, T, D)
+        drop   dropout of the attention weights
         """
         q, k, v = (self._split_heads(p(x)) for p in (self.q_proj, self.k_proj, self.v_proj))
         if rotation is not None:
@@ -151,5 +171,5 @@ class MultiHeadSelfAttention(nn.Module):
             q = q.to(k.dtype)
         if mask is not None:
             mask = mask.unsqueeze(-3)  # (..., 1, T, S)
-        heads = self.ops.attention(q, k, v, mask=mask, causal=True)  # (..., H, T, K)
+        heads = self.ops.attention(q, k, v, mask=mask, causal=True, drop=drop)  # (..., H, T, K)
         return self.output_proj(heads.transpose(-3, -2).flatten(-2).to(x.dtype))

@@ -1,14 +1,17 @@
-"""The Transformer language model, its loss, and what it costs."""
+"""The Transformer language model, and the loss of any language model."""
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from cs_lm.config import ModelConfig
+from cs_lm.config import GPT2Config, ModelConfig
 from cs_lm.fast_block import transformer_block
 from cs_lm.fast_ops import FAST
-from cs_lm.kv_cache import KVCache
+from cs_lm.kv_cache import KVCache, positions_after
 from cs_lm.layers import Embedding, Linear, MultiHeadSelfAttention, RMSNorm, RoPE, Rotation, SwiGLU
 from cs_lm.ops import IGNORE_INDEX, Ops
 from cs_lm.recompute import recomputed
@@ -85,11 +88,10 @@ class TransformerLM(nn.Module):
         head_size = config.d_model // config.num_heads
         self.rope = RoPE(config.rope_theta, head_size, config.context_length, ops, device)
 
-    def cast_weights(self, dtype: torch.dtype) -> "TransformerLM":
-        """Weights in another dtype, for generation; the rotary tables stay as they are."""
-        for parameter in self.parameters():
-            parameter.data = parameter.data.to(dtype)
-        return self
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, D), what scores are made with."""
+        return self.lm_head.weight
 
     def hidden_states(
         self,
@@ -105,15 +107,9 @@ class TransformerLM(nn.Module):
         cache            keys and values of earlier tokens, extended by these
         Raises: ValueError for a sequence longer than the context.
         """
-        seen = cache.length if cache is not None else 0
-        num_tokens = token_ids.shape[-1]
-        if seen + num_tokens > self.config.context_length:
-            raise ValueError(
-                f"TransformerLM: got a sequence of {seen + num_tokens} tokens, need at most "
-                f"context_length ({self.config.context_length}); shorten it"
-            )
+        next_positions = positions_after(cache, token_ids, self.config.context_length)
         if token_positions is None:
-            token_positions = torch.arange(seen, seen + num_tokens, device=token_ids.device)
+            token_positions = next_positions
         rotation = self.rope.rotation(token_positions)
         x = self.token_embeddings(token_ids)  # (..., T, D)
         recomputing = self.activation_checkpointing and torch.is_grad_enabled() and cache is None
@@ -121,7 +117,7 @@ class TransformerLM(nn.Module):
             block = functools.partial(layer, rotation=rotation, mask=mask, cache=cache, layer=index)
             x = recomputed(block, x, list(layer.parameters())) if recomputing else block(x)
         if cache is not None:
-            cache.advance(num_tokens)
+            cache.advance(token_ids.shape[-1])
         return self.ln_final(x)
 
     def forward(
@@ -135,17 +131,49 @@ class TransformerLM(nn.Module):
         return self.lm_head(self.hidden_states(token_ids, token_positions, mask, cache))
 
 
+class LanguageModel(Protocol):
+    """What training, evaluation and decoding need of a model: any that predicts the next token."""
+
+    config: ModelConfig | GPT2Config
+    ops: Ops
+    training: bool
+    head_weight: Tensor  # (V, D)
+
+    def hidden_states(
+        self, token_ids: Tensor, token_positions: Tensor | None = None,
+        mask: Tensor | None = None, cache: KVCache | None = None,
+    ) -> Tensor: ...  # fmt: skip
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode while entered: nothing is dropped."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 def next_token_loss(
-    model: TransformerLM, x: Tensor, y: Tensor, ignore_index: int = IGNORE_INDEX
+    model: LanguageModel, x: Tensor, y: Tensor, ignore_index: int = IGNORE_INDEX
 ) -> tuple[Tensor, Tensor]:
     """`cross_entropy` of the targets y (..., T) given x (..., T): sum [nats] and count."""
     hidden = model.hidden_states(x)
-    return model.ops.linear_cross_entropy(hidden, model.lm_head.weight, y, ignore_index)
+    return model.ops.linear_cross_entropy(hidden, model.head_weight, y, ignore_index)
 
 
-def new_cache(model: TransformerLM, batch_size: int, capacity: int) -> KVCache:
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model with weights of another dtype, for generation; its tables stay as they are."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def new_cache(model: LanguageModel, batch_size: int, capacity: int) -> KVCache:
     """In the weights' dtype; on a CPU at least float32, as its bfloat16 products copy the keys."""
-    config, weight = model.config, model.lm_head.weight
+    config, weight = model.config, model.head_weight
     head_size = config.d_model // config.num_heads
     dtype = weight.dtype
     if weight.device.type == "cpu":
@@ -154,24 +182,3 @@ def new_cache(model: TransformerLM, batch_size: int, capacity: int) -> KVCache:
         config.num_layers, batch_size, config.num_heads, capacity, head_size,
         dtype, weight.device,
     )  # fmt: skip
-
-
-def num_parameters(config: ModelConfig) -> int:
-    block = 4 * config.d_model**2 + 3 * config.d_model * config.d_ff + 2 * config.d_model
-    tables = 2 * config.vocab_size * config.d_model
-    return config.num_layers * block + tables + config.d_model
-
-
-def flops_per_token(config: ModelConfig, seq_length: int) -> int:
-    """Floating-point operations of forward and backward, for each trained token.
-
-        6 * weights in matrix products + 12 * L * D * T
-
-    Every weight multiplies and adds once forward and twice backward; attention does so for T
-    keys of each query (the causal half is counted too, as is the custom).
-    Source: Chowdhery et al. 2022, PaLM, appendix B.
-    """
-    norms = (2 * config.num_layers + 1) * config.d_model
-    lookup = config.vocab_size * config.d_model
-    weights = num_parameters(config) - lookup - norms
-    return 6 * weights + 12 * config.num_layers * config.d_model * seq_length

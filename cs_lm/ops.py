@@ -15,18 +15,22 @@ import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
+GELU_SLOPE, GELU_CUBIC = math.sqrt(2 / math.pi), 0.044715
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T, without a bias.
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T, and a bias where there is one.
 
-    Shapes: x (..., d_in), weight (d_out, d_in), returns (..., d_out)
+    Shapes: x (..., d_in), weight (d_out, d_in), bias (d_out), returns (..., d_out)
     """
-    return x @ weight.T
+    if bias is None:
+        return x @ weight.T
+    rows = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight.T)
+    return rows.view(*x.shape[:-1], -1)
 
 
 def embedding(token_ids: Tensor, weight: Tensor) -> Tensor:
@@ -154,6 +158,39 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * scale * weight).to(x.dtype)
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """x moved to mean 0 and scaled to variance 1 along the last axis, with learnt gain and bias.
+
+        (x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps) * weight + bias
+
+    Shapes: x (..., D), weight and bias (D), returns (..., D) in x's dtype
+    Numerics: float32 inside, whatever the input's dtype.
+    """
+    wide = _at_least_float32(x)
+    centred = wide - wide.mean(-1, keepdim=True)
+    scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    return (centred * scale * weight + bias).to(x.dtype)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """x times the probability that a normal number is below it, elementwise, as GPT-2 has it.
+
+        x / 2 * (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))
+
+    Source: Hendrycks and Gimpel 2016; within 5e-4 of x Phi(x) with the normal distribution Phi.
+    """
+    return 0.5 * x * (1 + torch.tanh(GELU_SLOPE * (x + GELU_CUBIC * x * x * x)))
+
+
+def dropout(x: Tensor, kept: Tensor, probability: float) -> Tensor:
+    """x where `kept` is True, scaled up so that its mean stays, and 0 elsewhere.
+
+    kept         boolean, of x's shape; False with that probability (dropout.py draws it)
+    Source: Srivastava et al. 2014.
+    """
+    return x * kept / (1 - probability)
+
+
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Each pair of neighbouring entries (0,1), (2,3), ... turned by its position's angle.
 
@@ -181,13 +218,19 @@ def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    drop: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Values averaged by how well their keys match each query: softmax(q k^T / sqrt(K)) v.
 
     mask    boolean, True = attend, broadcastable to (..., T, S)
     causal  a query also sees no later key; with more keys than queries (a cache), the last query
             stands at the last key
+    drop    changes the weights (..., T, S) before they are used: dropout
     Shapes: q (..., T, K), k (..., S, K), v (..., S, K'), returns (..., T, K')
     Numerics: softmax in float32. A query that may attend to nothing gives zeros.
     Cost: O(T S) memory.
@@ -198,17 +241,20 @@ def attention(
         mask = earlier if mask is None else mask & earlier
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
-    return softmax(scores) @ v
+    weights = softmax(scores)
+    return (weights if drop is None else drop(weights)) @ v
 
 
 class Ops(NamedTuple):
     """The operations that a model is built on: one record is one way to compute all of them."""
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    layer_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    gelu: Callable[[Tensor], Tensor]
     rope: Callable[[Tensor, Tensor, Tensor], Tensor]
     swiglu: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     attention: Callable[..., Tensor]
     linear_cross_entropy: Callable[..., tuple[Tensor, Tensor]]
 
 
-CLEAR = Ops(rms_norm, rope, swiglu, attention, linear_cross_entropy)
+CLEAR = Ops(rms_norm, layer_norm, gelu, rope, swiglu, attention, linear_cross_entropy)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from cs_lm.layers import Embedding, RMSNorm
+from cs_lm.layers import Embedding
 
 
 class AdamW(torch.optim.Optimizer):
@@ -151,15 +151,17 @@ def _part(tensor: Tensor, part: slice) -> Tensor:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices with weight decay; gains of norms and embedding tables without."""
-    spared = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, (Embedding, RMSNorm))
-        for parameter in module.parameters(recurse=False)
-    }
-    decayed = [p for p in model.parameters() if id(p) not in spared]
-    not_decayed = [p for p in model.parameters() if id(p) in spared]
+    """Matrices with weight decay; embedding tables, gains and biases without.
+
+    A table that is also the head counts as a table.
+    """
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, Embedding)}
+
+    def is_decayed(parameter: Tensor) -> bool:
+        return parameter.dim() > 1 and id(parameter) not in tables
+
+    decayed = [p for p in model.parameters() if is_decayed(p)]
+    not_decayed = [p for p in model.parameters() if not is_decayed(p)]
     return [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": not_decayed, "weight_decay": 0.0},

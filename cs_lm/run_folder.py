@@ -12,9 +12,11 @@ import torch
 from cs_lm.checkpoint import restore
 from cs_lm.checkpoint_manager import KINDS, CheckpointManager
 from cs_lm.config import RunConfig
+from cs_lm.counts import num_parameters
 from cs_lm.fast_ops import FAST
+from cs_lm.language_models import AnyModel, build_model
 from cs_lm.metrics import MetricsLog
-from cs_lm.model import TransformerLM, num_parameters
+from cs_lm.model import cast_weights
 from cs_lm.settings import all_problems, from_json
 from cs_lm.tokenizer import BPETokenizer
 from cs_lm.whole_file import locked, write_whole
@@ -165,7 +167,8 @@ def saved_config(content: dict[str, Any]) -> RunConfig:
     """
     config = from_json(RunConfig, content["extras"]["config"])
     weights = content["model"].values()
-    num_weights = sum(weight.numel() for weight in weights if isinstance(weight, torch.Tensor))
+    tensors = [weight for weight in weights if isinstance(weight, torch.Tensor)]
+    num_weights = sum(tensor.numel() for tensor in tensors if tensor.is_floating_point())
     problems = all_problems(config)
     if config.model.context_length > _MOST_CONTEXT:
         problems.append(f"--max_seq_length: got {config.model.context_length}")
@@ -177,7 +180,7 @@ def saved_config(content: dict[str, Any]) -> RunConfig:
 
 
 class TrainedModel(NamedTuple):
-    model: TransformerLM
+    model: AnyModel
     tokenizer: BPETokenizer
     config: RunConfig
     iteration: int
@@ -199,6 +202,7 @@ def load_trained(
     folder.check_tokenizer(content, tokenizer)
     config = saved_config(content)
     # every weight is overwritten: an explicit generator keeps the global one untouched
-    model = TransformerLM(config.model, FAST, torch.Generator(), device=device)
+    model = build_model(config.model, FAST, torch.Generator(), device)
     restore(content, model)
-    return TrainedModel(model.cast_weights(dtype).eval(), tokenizer, config, content["iteration"])
+    cast_weights(model, dtype).eval()
+    return TrainedModel(model, tokenizer, config, content["iteration"])

@@ -28,15 +28,32 @@ def setting(
 
 
 def settings_of(config_class: type) -> dict[str, tuple[type, dataclasses.Field]]:
-    """The flags of a config and of the configs inside it: name -> (owning class, field)."""
-    found = {}
+    """The flags of a config and of the configs inside it: name -> (owning class, field).
+
+    Where one of several configs may stand, a setting that they share is the first one's.
+    """
+    found: dict[str, tuple[type, dataclasses.Field]] = {}
     for each in dataclasses.fields(config_class):
-        inner = typing.get_type_hints(config_class)[each.name]
-        if dataclasses.is_dataclass(inner):
-            found.update(settings_of(inner))
-        elif each.metadata:
+        inner = configs_of(typing.get_type_hints(config_class)[each.name])
+        for config in inner:
+            for name, setting_ in settings_of(config).items():
+                found.setdefault(name, setting_)
+        if not inner and each.metadata:
             found[each.name] = (config_class, each)
     return found
+
+
+def configs_of(hint: Any) -> list[type]:
+    """The configs that may stand for a field of this type."""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return [kind for kind in kinds if dataclasses.is_dataclass(kind)]
+
+
+def has_setting(config: Any, name: str) -> bool:
+    """Whether a config, or one inside it, has it: not only one that could stand there."""
+    names = {each.name for each in dataclasses.fields(config)}
+    inner = [value for value in map(vars(config).get, names) if dataclasses.is_dataclass(value)]
+    return name in names or any(has_setting(each, name) for each in inner)
 
 
 def replace(config: Any, values: dict[str, Any]) -> Any:
@@ -70,14 +87,23 @@ def from_json(config_class: type, stored: dict[str, Any]) -> Any:
         )
     values = {}
     for name, value in stored.items():
-        if dataclasses.is_dataclass(hints[name]):
-            value = from_json(hints[name], value)
+        if configs := configs_of(hints[name]):
+            value = from_json(_matching(configs, value), value)
         elif typing.get_origin(hints[name]) is tuple and isinstance(value, (list, tuple)):
             value = tuple(value)
         if not _is_of_type(value, hints[name]):
             raise ValueError(f"config: got {value!r} for {name}, need {hints[name]}")
         values[name] = value
     return config_class(**values)
+
+
+def _matching(configs: list[type], stored: Any) -> type:
+    """The config that knows all the stored settings, or the first one, which will say what not."""
+    for config in configs:
+        names = {each.name for each in dataclasses.fields(config)}
+        if isinstance(stored, dict) and stored.keys() <= names:
+            return config
+    return configs[0]
 
 
 def _is_of_type(value: Any, hint: Any) -> bool:

@@ -14,6 +14,7 @@ from cs_lm.checkpoint import checkpoint_content, restore
 from cs_lm.checkpoint_manager import BackgroundSaver
 from cs_lm.compiling import Compiled
 from cs_lm.config import OF_ONE_CALL, RunConfig
+from cs_lm.counts import flops_per_token, num_parameters
 from cs_lm.decoding import DecodingConfig, generate_text
 from cs_lm.device import (
     describe,
@@ -22,8 +23,9 @@ from cs_lm.device import (
     resolve_device,
     versions,
 )
-from cs_lm.evaluation import evaluate, gzip_bits_per_byte, token_byte_lengths
+from cs_lm.evaluation import Evaluation, described, evaluate, gzip_bits_per_byte, token_byte_lengths
 from cs_lm.fast_ops import OPS
+from cs_lm.language_models import AnyModel, build_model, seed_step
 from cs_lm.metrics import (
     Display,
     MetricsLog,
@@ -33,13 +35,14 @@ from cs_lm.metrics import (
     format_duration,
     plotted,
 )
-from cs_lm.model import TransformerLM, flops_per_token, next_token_loss, num_parameters
+from cs_lm.model import next_token_loss
 from cs_lm.optim import AdamW, parameter_groups
 from cs_lm.prepare import PreparedData
 from cs_lm.run_folder import RunFolder
 from cs_lm.schedule import learning_rate, num_training_steps
 from cs_lm.settings import to_json
 from cs_lm.stop_signals import Stopped, StopSignals
+from cs_lm.token_store import Tokens
 from cs_lm.training_step import Batch, LossFunction, autocast, train_step
 
 SAMPLE_TOKENS = 80
@@ -65,7 +68,7 @@ class Trainer:
         if self.device.type == "cpu":
             keep_freed_memory()
         generator = torch.Generator().manual_seed(config.seed)
-        self.model = TransformerLM(
+        self.model = build_model(
             config.model, OPS[config.ops], generator, self.device, config.activation_checkpointing
         )
         optim = config.optim
@@ -226,15 +229,9 @@ class Trainer:
             f"{format_duration(elapsed_s)} of training"
         )
         if self.valid is not None:
-            gzip = gzip_bits_per_byte(
-                self.data.valid, self.data.tokenizer.vocab, self.config.seq_length,
-                self.config.eval_tokens,
-            )  # fmt: skip
-            self.say(
-                f"validation: loss {self.valid['loss_nats']:.4f} nats/token, perplexity "
-                f"{self.valid['perplexity']:.2f}, {self.valid['bits_per_byte']:.4f} bits/byte "
-                f"(gzip -9 on the same text: {gzip:.4f})"
-            )
+            scored = self.data.valid, self.data.tokenizer.vocab
+            lengths = self.config.seq_length, self.config.eval_tokens
+            self.say(described(self.valid, gzip_bits_per_byte(*scored, *lengths)))
         checkpoints = self.folder.checkpoints
         best = "".join(f", the best is step {step}" for step in checkpoints.steps("best"))
         self.say(f"checkpoints: {checkpoints.path(self.step)}{best}")
@@ -255,7 +252,7 @@ class Trainer:
         self.lr = learning_rate(self.step, self.num_steps, config.optim)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
-        torch.manual_seed(seed_of_step(config.seed, self.step))
+        seed_step(self.model, seed_of_step(config.seed, self.step))
         self.loss, self.norm = train_step(
             self.model, self.optimizer, self.batches_of_step(self.step), config.optim.max_norm,
             self._loss_unless_stopped, self.precision, self.sound,
@@ -264,7 +261,7 @@ class Trainer:
         self.step += 1
         self.trained_tokens += config.tokens_per_step
 
-    def _loss_unless_stopped(self, model: TransformerLM, x: Tensor, y: Tensor):
+    def _loss_unless_stopped(self, model: AnyModel, x: Tensor, y: Tensor):
         self.signals.check()
         return self.loss_function(model, x, y)
 
@@ -364,22 +361,25 @@ class Trainer:
         self.saver.save(content)
 
     def _validate(self) -> None:
-        config = self.config
-        result = evaluate(
-            self.model, self.data.valid, config.seq_length, config.batch_size, self.byte_lengths,
-            config.eval_tokens, self.precision, self.signals.check,
-        )  # fmt: skip
-        self.valid = {
-            "loss_nats": result.loss_nats, "perplexity": result.perplexity,
-            "bits_per_byte": result.bits_per_byte, "num_scored_tokens": result.num_tokens,
-        }  # fmt: skip
+        result = self._evaluate(self.data.valid)
+        self.valid, on_training = result.record(), ""
+        if self.config.eval_train:
+            self.valid["train_loss_nats"] = self._evaluate(self.data.train).loss_nats
+            on_training = f" | training text {self.valid['train_loss_nats']:.4f}"
         self._record("valid", **self.valid)
         is_best = self._keep_if_best()
         self.say(
             f"step {self.step} | validation loss {result.loss_nats:.4f} | perplexity "
-            f"{result.perplexity:.2f} | {result.bits_per_byte:.4f} bits/byte"
+            f"{result.perplexity:.2f} | {result.bits_per_byte:.4f} bits/byte{on_training}"
             f"{' | best so far' if is_best else ''}"
         )
+
+    def _evaluate(self, tokens: Tokens) -> Evaluation:
+        config = self.config
+        return evaluate(
+            self.model, tokens, config.seq_length, config.batch_size, self.byte_lengths,
+            config.eval_tokens, self.precision, self.signals.check,
+        )  # fmt: skip
 
     def _keep_if_best(self) -> bool:
         loss, best = self.valid["loss_nats"], self.folder.checkpoints.best_loss()

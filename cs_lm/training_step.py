@@ -6,12 +6,12 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from cs_lm.model import TransformerLM, next_token_loss
+from cs_lm.model import LanguageModel, next_token_loss
 from cs_lm.ops import IGNORE_INDEX
 from cs_lm.optim import AdamW, clip_gradients
 
 Batch = tuple[Tensor, Tensor]
-LossFunction = Callable[[TransformerLM, Tensor, Tensor], tuple[Tensor, Tensor]]
+LossFunction = Callable[[LanguageModel, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def autocast(device: torch.device, dtype: str) -> AbstractContextManager:
@@ -22,7 +22,7 @@ def autocast(device: torch.device, dtype: str) -> AbstractContextManager:
 
 
 def gradients_of(
-    model: TransformerLM,
+    model: LanguageModel,
     batches: list[Batch],
     loss_function: LossFunction = next_token_loss,
     precision: AbstractContextManager | None = None,
@@ -31,7 +31,7 @@ def gradients_of(
     num_targets = sum((y != IGNORE_INDEX).sum() for _, y in batches).clamp(min=1)
     for parameter in model.parameters():
         parameter.grad = None
-    loss = torch.zeros((), device=model.lm_head.weight.device)
+    loss = torch.zeros((), device=model.head_weight.device)
     for x, y in batches:
         with precision or nullcontext():
             loss_sum, _ = loss_function(model, x, y)
@@ -42,7 +42,7 @@ def gradients_of(
 
 
 def train_step(
-    model: TransformerLM,
+    model: LanguageModel,
     optimizer: AdamW,
     batches: list[Batch],
     max_norm: float,

@@ -34,3 +34,15 @@ def linear_std(d_in: int, d_out: int) -> float:
 
 
 EMBEDDING_STD = 1.0
+
+
+def gpt2_std(name: str, num_layers: int) -> float:
+    """How a weight matrix of GPT-2 begins; the name is that of the state dict.
+
+    What is added to the residual stream 2 L times is made smaller by the root of that.
+    Source: Radford et al. 2019, section 2.3, and the code published with it.
+    """
+    if name.startswith("position_embeddings"):
+        return 0.01
+    adds_to_stream = name.endswith(("attn.output_proj.weight", "ffn.w2.weight"))
+    return 0.02 / math.sqrt(2 * num_layers) if adds_to_stream else 0.02

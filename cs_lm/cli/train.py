@@ -9,20 +9,27 @@ from typing import Any
 
 from cs_lm.cli.errors import print_error, readable_errors
 from cs_lm.cli.progress import ProgressLine
-from cs_lm.config import OF_ONE_CALL, ModelConfig, RunConfig
+from cs_lm.config import (
+    DEFAULT_MODEL,
+    OF_ONE_CALL,
+    GPT2Config,
+    ModelConfig,
+    RunConfig,
+    named_run,
+)
 from cs_lm.device import resolve_device
 from cs_lm.flags import FlagParser, add_flags, config_from_flags, read_flags
 from cs_lm.metrics import SPARE_HELP
 from cs_lm.prepare import find_corpus, label_of, prepare
 from cs_lm.run_folder import RunFolder, saved_config
-from cs_lm.settings import flag_of, replace, settings_of
+from cs_lm.settings import flag_of, has_setting, replace, settings_of
 
 DESCRIPTION = """\
 Trains a Transformer language model on a text. A tokenizer and the encoded text are
 made in data/ where they are missing; the run lands in runs/<label> or --out_dir.
 Units stand in [brackets]."""
-_FIXED_DATA_SETTINGS = {
-    "special_tokens", "vocab_path", "merges_path", "valid_path", "valid_fraction",
+_FIXED_SETTINGS = {
+    "model_name", "special_tokens", "vocab_path", "merges_path", "valid_path", "valid_fraction",
 }  # fmt: skip
 BAD_NUMBERS = 3  # exit status
 # Settings that say what to do now rather than what the run is.
@@ -37,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given, wrong_values = read_flags(namespace, RunConfig)
     if given.get("resume"):
         return _resume(namespace, given, wrong_values)
-    config = config_from_flags(RunConfig(), namespace, _problems_of_this_machine)
+    base = named_run(given.get("model_name", DEFAULT_MODEL))
+    config = config_from_flags(base, namespace, _problems_of_this_machine)
     folder = RunFolder(config.out_dir or Path("runs") / label_of(config))
     _check_writable(folder.path)
     _refuse_a_run(folder)
@@ -86,9 +94,11 @@ def _refuse_what_cannot_change(saved: RunConfig, given: dict[str, Any]) -> None:
     """The model and its tokenizer are what they are, and so is the text that decides the best."""
     wrong = []
     for name, (owner, each) in settings_of(RunConfig).items():
-        if name in given and (owner is ModelConfig or name in _FIXED_DATA_SETTINGS):
+        if name not in given or not has_setting(saved, name):
+            continue
+        if owner in (ModelConfig, GPT2Config) or name in _FIXED_SETTINGS:
             before = _value(saved, name)
-            if given[name] != before:
+            if name != "drop_rate" and given[name] != before:
                 wrong.append(
                     f"{flag_of(each)}: got {given[name]}, but the run to resume has {before}; "
                     "leave the flag out, or start a new run in another --out_dir"

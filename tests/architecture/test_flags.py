@@ -51,7 +51,9 @@ OUR_FLAGS = {
     "--sample_interval", "--prompt", "--seed", "--max_steps", "--out_dir", "--resume",
     "--resume_step", "--keep_last", "--on_nan",
     "--no-resume", "--dry_run", "--no-dry_run", "--tensorboard", "--no-tensorboard", "--ops",
-    "--context_length", "--rope_theta",
+    "--context_length", "--rope_theta", "--model", "--model_name", "--dropout",
+    "--drop_rate", "--qkv_bias",
+    "--no-qkv_bias", "--tied_head", "--no-tied_head", "--eval_train", "--no-eval_train",
 }  # fmt: skip
 HELP = {"-h", "--help"}
 

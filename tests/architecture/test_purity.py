@@ -29,7 +29,7 @@ FORBIDDEN_OPERATIONS = {
     "_softmax", "_log_softmax", "softplus", "celu", "selu", "prelu", "bilinear",
 }  # fmt: skip
 # Our own operations have the field's names too: they are reached through these.
-OUR_RECORDS = {"ops", "clear_ops", "CLEAR", "FAST", "record"}
+OUR_RECORDS = {"ops", "clear_ops", "CLEAR", "FAST", "record", "gradients"}
 
 
 def dotted(node: ast.AST) -> str:

@@ -4,23 +4,33 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cs_lm.config import ModelConfig
+from cs_lm.config import GPT2Config, ModelConfig
 from cs_lm.decoding import DecodingConfig, generate
 from cs_lm.fast_ops import FAST
 from cs_lm.kv_cache import KVCache
-from cs_lm.model import TransformerLM, new_cache
+from cs_lm.language_models import build_model
+from cs_lm.model import TransformerLM, cast_weights, new_cache
 from cs_lm.ops import CLEAR
 from tests.tolerances import DEEP, close
 
 CONTEXT, V = 11, 17
 
 
-@pytest.fixture(params=[CLEAR, FAST], ids=["clear", "fast"])
+@pytest.fixture(
+    params=[(CLEAR, ModelConfig), (FAST, ModelConfig), (FAST, GPT2Config)],
+    ids=["clear", "fast", "gpt2"],
+)
 def model(request):
-    config = ModelConfig(12, 3, 20, V, 2, CONTEXT)
-    model = TransformerLM(config, request.param, torch.Generator().manual_seed(4)).double()
-    model.rope.cos, model.rope.sin = model.rope.cos.double(), model.rope.sin.double()
-    return model
+    ops, kind = request.param
+    config = kind(12, 3, 20, V, 2, CONTEXT)
+    model = build_model(config, ops, torch.Generator().manual_seed(4)).double()
+    for parameter in model.parameters():  # larger than at the start, that the scores differ
+        if kind is GPT2Config and parameter.dim() > 1:
+            parameter.data *= 10
+    if kind is ModelConfig:
+        model.rope.cos, model.rope.sin = model.rope.cos.double(), model.rope.sin.double()
+        return model
+    return model.eval()
 
 
 @torch.no_grad()
@@ -87,7 +97,7 @@ class LargestNew(TorchDispatchMode):
 def test_a_step_copies_nothing_of_the_cache(batch_size, dtype, ops):
     length = 60
     config = ModelConfig(12, 3, 20, V, 2, 80)
-    model = TransformerLM(config, ops, torch.Generator().manual_seed(4)).cast_weights(dtype)
+    model = cast_weights(TransformerLM(config, ops, torch.Generator().manual_seed(4)), dtype)
     cache = new_cache(model, batch_size, 80)
     model(torch.ones(batch_size, length, dtype=torch.int64), cache=cache)
     with LargestNew() as largest:
@@ -102,7 +112,7 @@ def test_bfloat16_weights_give_nearly_the_same_scores(generator):
     config = ModelConfig(12, 3, 20, V, 2, CONTEXT)
     model = TransformerLM(config, FAST, torch.Generator().manual_seed(4))
     expected = model(ids)
-    model.cast_weights(torch.bfloat16)
+    cast_weights(model, torch.bfloat16)
     assert model.rope.cos.dtype == torch.float32, "positions stay exact"
     cache = new_cache(model, 2, CONTEXT)
     scores = torch.cat([model(ids[:, t : t + 1], cache=cache) for t in range(CONTEXT)], 1)

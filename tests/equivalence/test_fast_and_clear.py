@@ -29,6 +29,16 @@ def rms_norm_inputs(dtype):
     yield (normal(D, dtype=dtype), normal(D, dtype=dtype), 1e-5), {}
 
 
+def layer_norm_inputs(dtype):
+    for shape in ((B, T, D), (D,)):
+        parameters = normal(D, dtype=dtype), normal(D, dtype=dtype)
+        yield (normal(*shape, dtype=dtype), *parameters, 1e-5), {}
+
+
+def gelu_inputs(dtype):
+    yield (normal(B, T, FF, dtype=dtype, grad=False).mul_(3).requires_grad_(),), {}
+
+
 def rope_inputs(dtype):
     angle = normal(T, K // 2, dtype=dtype, grad=False)
     yield (normal(B, H, T, K, dtype=dtype), angle.cos(), angle.sin()), {}
@@ -86,6 +96,8 @@ def reference_linear_cross_entropy(x, weight, targets):
 
 INPUTS = {
     "rms_norm": rms_norm_inputs,
+    "layer_norm": layer_norm_inputs,
+    "gelu": gelu_inputs,
     "rope": rope_inputs,
     "swiglu": swiglu_inputs,
     "attention": attention_inputs,
@@ -93,6 +105,8 @@ INPUTS = {
 }
 REFERENCES = {
     "rms_norm": lambda x, w, eps: F.rms_norm(x, (x.shape[-1],), w, eps),
+    "layer_norm": lambda x, w, b, eps: F.layer_norm(x, (x.shape[-1],), w, b, eps),
+    "gelu": lambda x: F.gelu(x, approximate="tanh"),
     "rope": reference_rope,
     "swiglu": lambda x, w1, w2, w3: F.linear(F.silu(F.linear(x, w1)) * F.linear(x, w3), w2),
     "attention": reference_attention,

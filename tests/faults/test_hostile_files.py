@@ -16,8 +16,8 @@ from cs_lm import manifest
 from cs_lm.checkpoint import checkpoint_content, load_checkpoint, read_checkpoint, save_checkpoint
 from cs_lm.checkpoint_manager import CheckpointManager
 from cs_lm.config import ModelConfig, RunConfig
+from cs_lm.counts import num_parameters
 from cs_lm.manifest import FileEntry, read_manifest, write_manifest
-from cs_lm.model import num_parameters
 from cs_lm.optim import AdamW
 from cs_lm.run_folder import saved_config
 from cs_lm.settings import all_problems, from_json, to_json

@@ -1,5 +1,6 @@
 """Stopped at any place where a signal is looked for, a run goes on to the same end, bit for bit."""
 
+import dataclasses
 import functools
 import os
 import signal
@@ -8,6 +9,7 @@ from collections import Counter
 import pytest
 import torch
 
+from cs_lm.config import GPT2Config, RunConfig
 from cs_lm.model import next_token_loss
 from cs_lm.run_folder import RunFolder
 from cs_lm.settings import replace
@@ -33,7 +35,7 @@ class StopAt:
 
 
 def noisy_loss(model, x, y):
-    """Draws from torch's generator, as dropout would: its state must come back too."""
+    """Draws from torch's generator: its state must come back too."""
     total, count = next_token_loss(model, x, y)
     return total * (1 + 0.1 * torch.rand(())), count
 
@@ -63,7 +65,16 @@ CASES = {
     "checkpointing": {"activation_checkpointing": True},
     "skip": {"on_nan": "skip"},
     "compiled": {"compile": True},
+    "dropout, accumulation": {"model_name": "gpt2-small", "grad_accum": 2},
+    "dropout, checkpointing": {"model_name": "gpt2-small", "activation_checkpointing": True},
+    "dropout, compiled": {"model_name": "gpt2-small", "compile": True},
 }
+GPT2 = GPT2Config(16, 2, 40, 300, 1, 32, drop_rate=0.2)
+
+
+def config_of(case: str) -> RunConfig:
+    model = GPT2 if "dropout" in case else SHORT.model
+    return replace(dataclasses.replace(SHORT, model=model), CASES[case])
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -71,7 +82,7 @@ def test_stopped_anywhere(case, work, monkeypatch):
     # a backend that needs no compiler
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     monkeypatch.setattr("cs_lm.train.SAMPLE_TOKENS", 4)  # a sample must fit between two stops
-    config = replace(SHORT, CASES[case])
+    config = config_of(case)
     loss_function = None if config.compile else noisy_loss
     data = prepared(work, config)
     assert run_to_the_end(work / "quiet", data, config, None, loss_function) == 0

@@ -3,17 +3,24 @@
 import pytest
 import torch
 
-from cs_lm.config import ModelConfig, RunConfig
+from cs_lm.config import GPT2Config, ModelConfig, RunConfig
+from cs_lm.counts import num_parameters
 from cs_lm.dry_run import memory_bytes
 from cs_lm.fast_ops import OPS
-from cs_lm.model import TransformerLM, next_token_loss, num_parameters
+from cs_lm.language_models import AnyModel, build_model
+from cs_lm.model import next_token_loss
 from cs_lm.training_step import autocast
 
 B, T = 3, 64
-MODEL = ModelConfig(64, 4, 160, 300, 3, T)
+MODELS = {
+    "transformer": ModelConfig(64, 4, 160, 300, 3, T),
+    "gpt2-small": GPT2Config(64, 4, 160, 300, 3, T, drop_rate=0.0),
+    "gpt2 with dropout": GPT2Config(64, 4, 160, 300, 3, T, drop_rate=0.1),
+}
+MODEL = MODELS["transformer"]
 
 
-def kept_bytes(model: TransformerLM, dtype: str) -> int:
+def kept_bytes(model: AnyModel, dtype: str) -> int:
     """Memory of all that autograd keeps after a forward pass, the weights left out."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
@@ -33,11 +40,13 @@ def kept_bytes(model: TransformerLM, dtype: str) -> int:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("ops", OPS)
-def test_memory_is_what_a_forward_pass_keeps(ops, dtype):
-    config = RunConfig(MODEL, seq_length=T, batch_size=B, ops=ops, dtype=dtype)
-    estimate = memory_bytes(config) - 16 * num_parameters(MODEL)
-    counted = kept_bytes(TransformerLM(MODEL, OPS[ops]), dtype)
-    head = 8 * MODEL.vocab_size * MODEL.d_model  # the head's gradient, kept by the fast loss
+@pytest.mark.parametrize("name", MODELS)
+def test_memory_is_what_a_forward_pass_keeps(name, ops, dtype):
+    model = MODELS[name]
+    config = RunConfig(model, seq_length=T, batch_size=B, ops=ops, dtype=dtype)
+    estimate = memory_bytes(config) - 16 * num_parameters(model)
+    counted = kept_bytes(build_model(model, OPS[ops]), dtype)
+    head = 8 * model.vocab_size * model.d_model  # the head's gradient, kept by the fast loss
     assert estimate == pytest.approx(counted, abs=0.15 * counted + head)
 
 

@@ -1,0 +1,169 @@
+"""GPT-2: layer norms, learnt positions, GELU, biases, dropout, and a head that is the embedding."""
+
+import functools
+
+import torch
+from torch import Tensor, nn
+
+from cs_lm import ops as clear_ops
+from cs_lm.config import GPT2Config
+from cs_lm.dropout import Drop, at_place, new_state, next_pass, reseed
+from cs_lm.fast_ops import FAST
+from cs_lm.kv_cache import KVCache, positions_after
+from cs_lm.layers import Embedding, LayerNorm, Linear, MultiHeadSelfAttention
+from cs_lm.ops import Ops
+from cs_lm.recompute import recomputed
+from cs_lm.weight_init import gpt2_std, truncated_normal_
+
+
+def _not_dropped(x: Tensor) -> Tensor:
+    return x
+
+
+class GPT2FeedForward(nn.Module):
+    """W2 gelu(W1 x + b1) + b2, with weights w1 (F, D) and w2 (D, F)."""
+
+    def __init__(self, d_model: int, d_ff: int, ops: Ops, device=None):
+        super().__init__()
+        self.w1 = Linear(d_model, d_ff, device=device, bias=True)
+        self.w2 = Linear(d_ff, d_model, device=device, bias=True)
+        self.ops = ops
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., D) -> (..., D)
+        return self.w2(self.ops.gelu(self.w1(x)))
+
+
+class GPT2Block(nn.Module):
+    """Pre-norm block: attention, then feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: GPT2Config, ops: Ops, device=None):
+        super().__init__()
+        d_model = config.d_model
+        self.ln1 = LayerNorm(d_model, config.norm_eps, ops, device)
+        self.attn = MultiHeadSelfAttention(
+            d_model, config.num_heads, ops, device=device, qkv_bias=config.qkv_bias,
+            output_bias=True,
+        )  # fmt: skip
+        self.ln2 = LayerNorm(d_model, config.norm_eps, ops, device)
+        self.ffn = GPT2FeedForward(d_model, config.d_ff, ops, device)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+        drops: tuple[Drop | None, Drop, Drop] = (None, _not_dropped, _not_dropped),
+    ) -> Tensor:  # (..., T, D) -> (..., T, D)
+        """drops  of the attention weights, and of what is added to the residual stream"""
+        drop_weights, drop_attended, drop_fed = drops
+        attended = self.attn(self.ln1(x), None, mask, cache, layer, drop_weights)
+        x = x + drop_attended(attended)
+        return x + drop_fed(self.ffn(self.ln2(x)))
+
+
+class GPT2LM(nn.Module):
+    """Scores of every next token, from the tokens before it.
+
+    Dropout happens in training mode only, with draws that follow from `seed_dropout` and the
+    number of forward passes since, which the state dict holds.
+
+    ops        which version of the operations to build on (`ops.CLEAR` or `fast_ops.FAST`)
+    generator  where the initial weights come from; None is torch's global generator
+    activation_checkpointing  keep only each block's input for backward, and compute the block again
+    Raises: ValueError for a config that cannot be built.
+    Source: Radford et al. 2019, Language models are unsupervised multitask learners.
+    """
+
+    def __init__(
+        self,
+        config: GPT2Config,
+        ops: Ops = FAST,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        activation_checkpointing: bool = False,
+    ):
+        super().__init__()
+        if problems := config.problems():
+            raise ValueError("\n".join(problems))
+        self.config = config
+        self.ops = ops
+        self.activation_checkpointing = activation_checkpointing
+        with torch.device("meta"):  # every matrix is drawn once, below
+            self.token_embeddings = Embedding(config.vocab_size, config.d_model)
+            self.position_embeddings = Embedding(config.context_length, config.d_model)
+            self.layers = nn.ModuleList(GPT2Block(config, ops) for _ in range(config.num_layers))
+            self.ln_final = LayerNorm(config.d_model, config.norm_eps, ops)
+            tied = config.tied_head
+            self.lm_head = None if tied else Linear(config.d_model, config.vocab_size)
+        self.register_buffer("dropout_state", new_state(0, device))
+        if torch.device(device or "cpu").type != "meta":
+            self._begin(generator, device or "cpu")
+
+    def _begin(self, generator: torch.Generator | None, device: torch.device | str) -> None:
+        for name, parameter in list(self.named_parameters()):
+            owner, _, kind = name.rpartition(".")
+            begun = torch.empty_like(parameter, device=device)
+            if begun.dim() == 2:
+                truncated_normal_(begun, gpt2_std(name, self.config.num_layers), generator)
+            else:
+                begun.fill_(1.0 if kind == "weight" else 0.0)  # gains and biases
+            setattr(self.get_submodule(owner), kind, nn.Parameter(begun))
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, D), what scores are made with: of the tied head, the embedding."""
+        return (self.token_embeddings if self.lm_head is None else self.lm_head).weight
+
+    def seed_dropout(self, seed: int) -> None:
+        reseed(self.dropout_state, seed)
+
+    def hidden_states(
+        self,
+        token_ids: Tensor,
+        token_positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """What the head sees: (..., T) ids to (..., T, D).
+
+        token_positions  (..., T); by default they go on from the cache's length, or from 0
+        mask             (..., T, S) boolean, True = attend, besides causality
+        cache            keys and values of earlier tokens, extended by these
+        Raises: ValueError for a sequence longer than the context.
+        """
+        next_positions = positions_after(cache, token_ids, self.config.context_length)
+        if token_positions is None:
+            token_positions = next_positions
+        x = self.token_embeddings(token_ids) + self.position_embeddings(token_positions)
+        drop = self._drops()
+        if drop is not None:
+            x = drop(0)(x)
+        recomputing = self.activation_checkpointing and torch.is_grad_enabled() and cache is None
+        for index, layer in enumerate(self.layers):
+            block = functools.partial(layer, mask=mask, cache=cache, layer=index)
+            if drop is not None:
+                places = (3 * index + 1, 3 * index + 2, 3 * index + 3)
+                block = functools.partial(block, drops=tuple(map(drop, places)))
+            x = recomputed(block, x, list(layer.parameters())) if recomputing else block(x)
+        if cache is not None:
+            cache.advance(token_ids.shape[-1])
+        return self.ln_final(x)
+
+    def _drops(self):
+        """Place -> its dropout in this forward pass; None where nothing is dropped."""
+        if not self.training or not self.config.drop_rate:
+            return None
+        key = next_pass(self.dropout_state)
+        return functools.partial(at_place, self.config.drop_rate, key)
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        token_positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Scores of the next token at every position: (..., T) ids to (..., T, V)."""
+        hidden = self.hidden_states(token_ids, token_positions, mask, cache)
+        return clear_ops.linear(hidden, self.head_weight)
