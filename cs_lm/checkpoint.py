@@ -82,7 +82,8 @@ def read_checkpoint(path_or_file: PathOrFile, device: str | torch.device = "cpu"
             f"checkpoint: got {str(path_or_file)!r}, which is not a file; check the path"
         )
     try:
-        _check_lengths(path_or_file)
+        if isinstance(path_or_file, (str, os.PathLike)):  # a file object is the caller's own
+            check_archive(path_or_file)
         content = torch.load(path_or_file, map_location=device, weights_only=True)
         _check_content(content)
     except Exception as error:  # torch.load raises whatever its unpickler meets
@@ -122,15 +123,16 @@ def restore(
 # ---- what is refused ----
 
 
-def _check_lengths(path_or_file: PathOrFile) -> None:
-    """Before anything is unpacked: the archive's members are not compressed, and fit into it."""
-    if not isinstance(path_or_file, (str, os.PathLike)):
-        return  # a file object is the caller's own
-    with zipfile.ZipFile(path_or_file) as archive:
+def check_archive(path: str | os.PathLike) -> None:
+    """Before anything is unpacked: the archive's members are not compressed, and fit into it.
+
+    Raises: ValueError, or what zipfile raises for a file that is no archive.
+    """
+    with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         if any(member.compress_type != zipfile.ZIP_STORED for member in members):
             raise ValueError("compressed")
-        if sum(member.file_size for member in members) > os.path.getsize(path_or_file):
+        if sum(member.file_size for member in members) > os.path.getsize(path):
             raise ValueError("members longer than the file")
         structure = [member for member in members if member.filename.endswith("data.pkl")]
         if sum(member.file_size for member in structure) > _MAX_STRUCTURE_BYTES:
@@ -139,7 +141,14 @@ def _check_lengths(path_or_file: PathOrFile) -> None:
             _check_names(archive.read(member))
 
 
-def _check_names(pickled: bytes) -> None:
+def check_old_file(path: str | os.PathLike) -> None:
+    """The same for a file as torch wrote it before version 1.6: pickles, then numbers."""
+    with open(path, "rb") as file:
+        for _ in ("magic number", "protocol", "machine", "content"):
+            _check_names(file)
+
+
+def _check_names(pickled: bytes | BinaryIO) -> None:
     """What the pickle may call: not `bytearray`, of any size, which `weights_only` lets pass."""
     for operation, argument, _ in pickletools.genops(pickled):
         if operation.name == "STACK_GLOBAL":

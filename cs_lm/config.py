@@ -123,6 +123,11 @@ class GPT2Config:
     tied_head: bool = setting(
         True, "scores are made with the embedding, not with a head of its own"
     )
+    init: str = setting(
+        "gpt2",
+        "how weights begin: as GPT-2's, or as those of torch's own layers",
+        choices=("gpt2", "torch"),
+    )
     norm_eps: float = field(default=1e-5)
 
     def problems(self) -> list[str]:
@@ -265,6 +270,7 @@ class RunConfig:
         choices=("stop", "skip"),
     )
     eval_interval: int = setting(250, "validation; 0: only at the end", "steps")
+    eval_first: bool = setting(False, "validation after the first step, too")
     eval_tokens: int = setting(100_000, "validation text in each validation", "tokens")
     eval_train: bool = setting(
         False, "each validation scores as much of the training text, too: without dropout"

@@ -13,7 +13,7 @@ from cs_lm.kv_cache import KVCache, positions_after
 from cs_lm.layers import Embedding, LayerNorm, Linear, MultiHeadSelfAttention
 from cs_lm.ops import Ops
 from cs_lm.recompute import recomputed
-from cs_lm.weight_init import gpt2_std, truncated_normal_
+from cs_lm.weight_init import begin_as_torch, begin_gpt2
 
 
 def _not_dropped(x: Tensor) -> Tensor:
@@ -101,14 +101,18 @@ class GPT2LM(nn.Module):
             self._begin(generator, device or "cpu")
 
     def _begin(self, generator: torch.Generator | None, device: torch.device | str) -> None:
+        config = self.config
         for name, parameter in list(self.named_parameters()):
-            owner, _, kind = name.rpartition(".")
-            begun = torch.empty_like(parameter, device=device)
-            if begun.dim() == 2:
-                truncated_normal_(begun, gpt2_std(name, self.config.num_layers), generator)
-            else:
-                begun.fill_(1.0 if kind == "weight" else 0.0)  # gains and biases
-            setattr(self.get_submodule(owner), kind, nn.Parameter(begun))
+            path, _, kind = name.rpartition(".")
+            owner = self.get_submodule(path)
+            begun = torch.zeros_like(parameter, device=device)
+            if isinstance(owner, LayerNorm):
+                begun.fill_(1.0 if kind == "weight" else 0.0)
+            elif config.init == "torch":
+                begin_as_torch(name, begun, owner.weight.shape[1], generator)
+            elif kind == "weight":
+                begin_gpt2(name, begun, config.num_layers, generator)
+            setattr(owner, kind, nn.Parameter(begun))
 
     @property
     def head_weight(self) -> Tensor:

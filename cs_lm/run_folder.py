@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cs_lm.checkpoint import restore
+from cs_lm.checkpoint import checkpoint_content, restore
 from cs_lm.checkpoint_manager import KINDS, CheckpointManager
 from cs_lm.config import RunConfig
 from cs_lm.counts import num_parameters
@@ -17,7 +17,8 @@ from cs_lm.fast_ops import FAST
 from cs_lm.language_models import AnyModel, build_model
 from cs_lm.metrics import MetricsLog
 from cs_lm.model import cast_weights
-from cs_lm.settings import all_problems, from_json
+from cs_lm.optim import AdamW, parameter_groups
+from cs_lm.settings import all_problems, from_json, to_json
 from cs_lm.tokenizer import BPETokenizer
 from cs_lm.whole_file import locked, write_whole
 
@@ -50,6 +51,14 @@ class RunFolder:
     def exists(self) -> bool:
         """Whether there is work to lose; a run that ended before its first checkpoint has none."""
         return any(self.checkpoints.steps(kind) for kind in KINDS)
+
+    def refuse_a_run(self) -> None:
+        """Raises: ValueError when there is work to lose."""
+        if self.exists():
+            raise ValueError(
+                f"--out_dir: {str(self.path)!r} holds a run already; add --resume to continue it, "
+                "or name another folder"
+            )
 
     def require(self) -> None:
         """Raises: FileNotFoundError saying that there is no run here."""
@@ -94,6 +103,19 @@ class RunFolder:
             self._tokenizer / "vocab.json", self._tokenizer / "merges.txt", specials
         )
 
+    def begin(self, config: RunConfig, model: AnyModel, tokenizer: BPETokenizer) -> None:
+        """A run at step 0 of a model that was trained elsewhere."""
+        self.save_tokenizer(tokenizer)
+        log = MetricsLog(self.metrics)
+        log.clear()
+        log.write("import", step=0, num_parameters=num_parameters(config.model))
+        optimizer = AdamW(parameter_groups(model, config.optim.weight_decay))
+        content = checkpoint_content(
+            model, optimizer, 0, config=to_json(config), trained_tokens=0, elapsed_s=0.0,
+            tokenizer_fingerprint=tokenizer.fingerprint,
+        )  # fmt: skip
+        self.checkpoints.save(content)
+
     def read(self, which: str, say: Callable[[str], None] = print) -> dict[str, Any]:
         """The content of the `last` or `best` checkpoint that verifies, or of that of a step.
 
@@ -104,6 +126,8 @@ class RunFolder:
         if which == "last":
             content = self.checkpoints.read_newest(say)
         elif which == "best":
+            if self.checkpoints.steps() == [0]:  # imported: there is no other yet
+                return self.read("last", say)
             try:
                 content = self.checkpoints.read_newest(say, ["best"])
             except (ValueError, FileNotFoundError) as error:

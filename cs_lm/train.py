@@ -16,13 +16,7 @@ from cs_lm.compiling import Compiled
 from cs_lm.config import OF_ONE_CALL, RunConfig
 from cs_lm.counts import flops_per_token, num_parameters
 from cs_lm.decoding import DecodingConfig, generate_text
-from cs_lm.device import (
-    describe,
-    keep_freed_memory,
-    matrix_flops_per_s,
-    resolve_device,
-    versions,
-)
+from cs_lm.device import describe, keep_freed_memory, matrix_flops_per_s, resolve_device, versions
 from cs_lm.evaluation import Evaluation, described, evaluate, gzip_bits_per_byte, token_byte_lengths
 from cs_lm.fast_ops import OPS
 from cs_lm.language_models import AnyModel, build_model, seed_step
@@ -200,7 +194,7 @@ class Trainer:
             if "valid" in at_step:
                 self.valid = at_step["valid"]
                 self._keep_if_best()
-            elif self._is_due(self.config.eval_interval, is_last):
+            elif self._validation_is_due(is_last):
                 self._validate()
             if "sample" not in at_step and self._is_due(self.config.sample_interval, is_last):
                 self._sample()
@@ -270,7 +264,7 @@ class Trainer:
         config = self.config
         self.display.update(self.step)
         reports = self._is_due(config.log_interval, is_last) or self.step == 1
-        validates = self._is_due(config.eval_interval, is_last)
+        validates = self._validation_is_due(is_last)
         samples = self._is_due(config.sample_interval, is_last)
         saves = self._is_due(config.save_interval, is_last) or validates or samples
         saves |= self.saver.has_failed and reports
@@ -287,6 +281,10 @@ class Trainer:
 
     def _is_due(self, interval: int, is_last: bool) -> bool:
         return is_last or (interval > 0 and self.step % interval == 0)
+
+    def _validation_is_due(self, is_last: bool) -> bool:
+        is_first = self.config.eval_first and self.step == 1
+        return is_first or self._is_due(self.config.eval_interval, is_last)
 
     def _report(self) -> None:
         loss, norm = self.loss.item(), self.norm.item()
@@ -388,10 +386,8 @@ class Trainer:
 
     def _sample(self) -> None:
         choice = DecodingConfig(max_new_tokens=SAMPLE_TOKENS, seed=self.config.seed)
-        prompt = self.config.prompt
-        text = generate_text(
-            self.model, self.data.tokenizer, [prompt], choice, lambda *_: self.signals.check()
-        )[0]
+        prompt, look = self.config.prompt, lambda *_: self.signals.check()
+        text = generate_text(self.model, self.data.tokenizer, [prompt], choice, look)[0]
         self._record("sample", prompt=prompt, text=text)
         self.say(f"step {self.step} | sample: {prompt}{text}\n")
 

@@ -36,13 +36,30 @@ def linear_std(d_in: int, d_out: int) -> float:
 EMBEDDING_STD = 1.0
 
 
-def gpt2_std(name: str, num_layers: int) -> float:
-    """How a weight matrix of GPT-2 begins; the name is that of the state dict.
+def begin_gpt2(
+    name: str, weight: Tensor, num_layers: int, generator: torch.Generator | None
+) -> None:
+    """Fills a matrix as GPT-2's begin; the name is that of the state dict. Biases begin at 0.
 
     What is added to the residual stream 2 L times is made smaller by the root of that.
     Source: Radford et al. 2019, section 2.3, and the code published with it.
     """
-    if name.startswith("position_embeddings"):
-        return 0.01
     adds_to_stream = name.endswith(("attn.output_proj.weight", "ffn.w2.weight"))
-    return 0.02 / math.sqrt(2 * num_layers) if adds_to_stream else 0.02
+    std = 0.02 / math.sqrt(2 * num_layers) if adds_to_stream else 0.02
+    if name.startswith("position_embeddings"):
+        std = 0.01
+    truncated_normal_(weight, std, generator)
+
+
+def begin_as_torch(name: str, weight: Tensor, d_in: int, generator: torch.Generator | None) -> None:
+    """Fills a matrix or bias as torch's own layers do: tables N(0, 1), others U(+-1 / sqrt(d_in)).
+
+    Models built from those layers begin so where nothing else is said.
+    """
+    if "embeddings" in name:
+        truncated_normal_(weight, EMBEDDING_STD, generator)
+        return
+    device = generator.device if generator is not None else weight.device
+    uniform = torch.empty(weight.shape, device=device)
+    with torch.no_grad():
+        weight.copy_(uniform.uniform_(-1, 1, generator=generator).div_(math.sqrt(d_in)))

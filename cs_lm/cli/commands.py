@@ -13,6 +13,8 @@ COMMANDS = {
     "encode": "turn a text into a token store",
     "evaluate": "loss, perplexity and bits per byte of a trained model on a text",
     "generate": "let a trained model write",
+    "import-weights": "pretrained weights of other programs, as a run",
+    "export-weights": "a trained model for other programs",
     "plot": "draw the losses of a run",
     "verify": "read token stores and runs completely: is all of it as it was written?",
     "selfcheck": "compare every hand-written operation with torch's on this machine",

@@ -48,18 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = config_from_flags(base, namespace, _problems_of_this_machine)
     folder = RunFolder(config.out_dir or Path("runs") / label_of(config))
     _check_writable(folder.path)
-    _refuse_a_run(folder)
+    folder.refuse_a_run()
     if config.dry_run:
         return _print_dry_run(config, folder)
     return _train(config, folder, None)
-
-
-def _refuse_a_run(folder: RunFolder) -> None:
-    if folder.exists():
-        raise ValueError(
-            f"--out_dir: {str(folder.path)!r} holds a run already; add --resume to continue it, "
-            "or name another folder"
-        )
 
 
 def _resume(namespace, given: dict[str, Any], wrong_values: list[str]) -> int:
@@ -163,7 +155,7 @@ def _train(config: RunConfig, folder: RunFolder, checkpoint: dict[str, Any] | No
     if checkpoint is not None:
         return _fit(Trainer(config, data, folder, checkpoint))
     with folder.only_here():
-        _refuse_a_run(folder)  # one that began and ended meanwhile
+        folder.refuse_a_run()  # one that began and ended meanwhile
         return _fit(Trainer(config, data, folder))
 
 

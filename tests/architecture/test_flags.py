@@ -54,6 +54,7 @@ OUR_FLAGS = {
     "--context_length", "--rope_theta", "--model", "--model_name", "--dropout",
     "--drop_rate", "--qkv_bias",
     "--no-qkv_bias", "--tied_head", "--no-tied_head", "--eval_train", "--no-eval_train",
+    "--eval_first", "--no-eval_first", "--init",
 }  # fmt: skip
 HELP = {"-h", "--help"}
 
@@ -113,6 +114,8 @@ CONFIGS = {
     "encode": "cs_lm.cli.encode.EncodeConfig",
     "evaluate": "cs_lm.cli.evaluate.EvaluateConfig",
     "generate": "cs_lm.cli.generate.GenerateConfig",
+    "import-weights": "cs_lm.cli.import_weights.ImportConfig",
+    "export-weights": "cs_lm.cli.export_weights.ExportConfig",
     "verify": "cs_lm.cli.verify.VerifyConfig",
 }
 FROZEN = Path(__file__).with_name("flags.txt")

@@ -24,6 +24,7 @@ FLOORS = {
     "model": 4, "gpt2": 4, "optim": 4, "batches": 4, "prepare": 4,
     "language_models": 5, "evaluation": 5, "decoding": 5, "training_step": 5,
     "run_folder": 6, "bad_numbers": 6,
+    "weights": 6,
     "train": 7, "dry_run": 7,
     "cli": 8,
 }  # fmt: skip

@@ -86,6 +86,17 @@ def test_start(generator):
     assert (state["layers.3.ffn.w1.bias"] == 0).all()
 
 
+def test_start_as_torch(generator):
+    config = GPT2Config(64, 2, 256, 128, 8, 64, tied_head=False, init="torch")
+    model = GPT2LM(config, generator=generator)
+    for layer in (model.layers[3].ffn.w1, model.layers[3].ffn.w2, model.layers[0].attn.q_proj):
+        bound = layer.weight.shape[1] ** -0.5
+        for weight in (layer.weight, layer.bias):
+            assert bound * 0.9 < weight.abs().max() <= bound
+    assert model.token_embeddings.weight.std().item() == pytest.approx(1, rel=0.05)
+    assert (model.ln_final.weight == 1).all() and (model.ln_final.bias == 0).all()
+
+
 def test_clear_and_fast_agree_with_dropout():
     clear, fast = model_of(ops=CLEAR), model_of(ops=FAST)
     for first, second in zip(gradients(clear), gradients(fast)):

@@ -1,0 +1,47 @@
+"""`python -m cs_lm export-weights`: a run's model in the layout of other programs.
+
+A GPT-2 becomes what transformers' GPT2LMHeadModel or OpenAI's TensorFlow code reads, a transformer
+what transformers' LlamaForCausalLM reads; its tokenizer comes along.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from cs_lm.cli.errors import readable_errors, say_on_stderr
+from cs_lm.config import checkpoint_problems, checkpoint_setting
+from cs_lm.flags import parse_config
+from cs_lm.run_folder import RunFolder, load_trained
+from cs_lm.settings import setting
+from cs_lm.weights.writing import FORMATS, write_weights
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    out_dir: str = setting("", "folder of the run; required")
+    checkpoint: str = checkpoint_setting()
+    target: str = setting("", "folder to make; required", flag="--to")
+    file_format: str = setting("safetensors", "of the weights", flag="--format", choices=FORMATS)
+    shard_mb: int | None = setting(None, "several files of at most this size", "MB")
+
+    def problems(self) -> list[str]:
+        required = {"--out_dir": self.out_dir, "--to": self.target}
+        found = [f"{flag}: is missing; name it" for flag, given in required.items() if not given]
+        if self.shard_mb is not None and self.shard_mb < 1:
+            found.append(f"--shard_mb: got {self.shard_mb}, need 1 or more")
+        if self.shard_mb is not None and self.file_format == "tensorflow":
+            found.append("--shard_mb: has no effect with --format tensorflow; leave it out")
+        return found + checkpoint_problems(self.checkpoint)
+
+
+@readable_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    config = parse_config(ExportConfig, "python -m cs_lm export-weights", __doc__, argv)
+    trained = load_trained(
+        RunFolder(config.out_dir), config.checkpoint, torch.device("cpu"), say=say_on_stderr
+    )
+    shard_bytes = None if config.shard_mb is None else config.shard_mb * 1_000_000
+    write_weights(trained.model, trained.tokenizer, config.target, config.file_format, shard_bytes)
+    print(f"wrote the model of step {trained.iteration} to {config.target}")
+    return 0

@@ -1,0 +1,68 @@
+"""`python -m cs_lm import-weights`: pretrained weights become a run, at step 0.
+
+From a folder of Hugging Face's (GPT-2, Llama) or OpenAI's (GPT-2), or a file of weights in one. The
+run generates text, is evaluated, and `run_clm.py --resume` trains it further.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cs_lm.cli.errors import readable_errors
+from cs_lm.config import DataConfig, RunConfig
+from cs_lm.flags import parse_config
+from cs_lm.run_folder import RunFolder
+from cs_lm.settings import setting
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    weights_path: str = setting("", "folder or file to read; required", flag="--from")
+    out_dir: str = setting("", "folder of the run that comes out; required")
+    vocab_path: str | None = setting(None, "tokenizer's vocab.json; default: beside the weights")
+    merges_path: str | None = setting(None, "tokenizer's merges.txt, beside --vocab_path")
+
+    def problems(self) -> list[str]:
+        required = {"--from": self.weights_path, "--out_dir": self.out_dir}
+        found = [f"{flag}: is missing; name it" for flag, given in required.items() if not given]
+        if (self.vocab_path is None) != (self.merges_path is None):
+            found.append("--vocab_path, --merges_path: got one of the two; give both or none")
+        return found
+
+
+@readable_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    asked = parse_config(ImportConfig, "python -m cs_lm import-weights", __doc__, argv)
+    from cs_lm.counts import num_parameters
+    from cs_lm.tokenizer import BPETokenizer
+    from cs_lm.weights.configs import model_name_of
+    from cs_lm.weights.reading import read_tokenizer, read_weights
+
+    folder = RunFolder(asked.out_dir)
+    folder.refuse_a_run()
+    path = Path(asked.weights_path)
+    if asked.vocab_path is not None:
+        specials = DataConfig.special_tokens
+        tokenizer = BPETokenizer.from_files(asked.vocab_path, asked.merges_path, specials)
+    else:
+        tokenizer = read_tokenizer(path if path.is_dir() else path.parent)
+    model = read_weights(path)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"--vocab_path: the tokenizer has {tokenizer.vocab_size} tokens, but the weights are "
+            f"for {model.config.vocab_size}"
+        )
+    config = RunConfig(
+        model_name=model_name_of(model.config), model=model.config,
+        data=DataConfig(special_tokens=tuple(tokenizer.special_tokens)),
+        seq_length=min(RunConfig.seq_length, model.config.context_length), out_dir=asked.out_dir,
+    )  # fmt: skip
+    with folder.only_here():
+        folder.refuse_a_run()
+        folder.begin(config, model, tokenizer)
+    print(
+        f"imported {num_parameters(model.config) / 1e6:.2f} M parameters to {folder.path}\n"
+        f'text: python -m cs_lm generate --out_dir {folder.path} --prompt "The "\n'
+        f"training: python run_clm.py --resume --out_dir {folder.path} --corpus_path TEXT"
+    )
+    return 0

@@ -1,0 +1,135 @@
+"""Weights of other programs into our models, tensor by tensor, each of them accounted for."""
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cs_lm.config import DEFAULT_SPECIAL_TOKENS
+from cs_lm.counts import Config, num_parameters
+from cs_lm.dropout import new_state
+from cs_lm.gpt2 import GPT2LM
+from cs_lm.language_models import AnyModel, build_model
+from cs_lm.layers import RoPE
+from cs_lm.model import TransformerLM
+from cs_lm.tokenizer import BPETokenizer
+from cs_lm.tokenizer.interchange import read_tokenizer_json
+from cs_lm.weights.configs import read_config
+from cs_lm.weights.layouts import LAYOUTS, Layout, plain_name
+from cs_lm.weights.sources import Source, open_source
+
+SHOWN = 10  # names of each kind
+TABLE, HEAD = "token_embeddings.weight", "lm_head.weight"
+
+
+def read_weights(path: str | Path) -> AnyModel:
+    """The model of a folder of Hugging Face's or OpenAI's, or of a file in one; in float32.
+
+    Memory: the weights, and those of one tensor more; the largest come first, when little else is
+    there. A file of `torch.save` is read whole, and its tensors are taken over.
+    Raises: FileNotFoundError or ValueError before anything is taken into memory, but for such a
+    file, which cannot be looked at without.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"weights: got {str(path)!r}, which is not there; check the path")
+    described = read_config(path if path.is_dir() else path.parent)
+    source = open_source(path)
+    _check_size(described.config, source, path)
+    model = build_model(described.config, device="meta")
+    layout = LAYOUTS[described.layout](described.config)
+    if described.is_tied:
+        layout.pop(HEAD, None)
+    names = {plain: name for name in source.shapes if (plain := plain_name(name)) is not None}
+    may_be_there = {HEAD} if described.is_tied else set()
+    if problems := _differences(layout, model, names, source, may_be_there):
+        raise ValueError("\n".join([f"weights: {str(path)!r} does not fit its config", *problems]))
+    for name in sorted(layout, key=lambda name: -math.prod(source.shapes[names[name]])):
+        entry = layout[name]
+        for ours, weight in zip(entry.ours, entry.to_ours(source.read(names[name]))):
+            _place(model, ours, weight)
+        if entry.ours == (TABLE,) and described.is_tied:
+            _tie(model, source, names.get(HEAD), path)
+    return _with_tables(model)
+
+
+def _check_size(config: Config, source: Source, path: Path) -> None:
+    """Raises: ValueError for settings of a model that is not in the files, however large."""
+    found = sum(map(math.prod, source.shapes.values()))
+    # a head that is the table may be missing, causal masks may be there
+    if num_parameters(config) > 2 * found or config.num_layers > len(source.shapes):
+        raise ValueError(
+            f"weights: the settings beside {str(path)!r} are those of {num_parameters(config):,} "
+            f"parameters, but it holds {found:,} numbers"
+        )
+
+
+def _differences(
+    layout: Layout, model: AnyModel, names: dict[str, str], source: Source, may_be_there: set[str]
+) -> list[str]:
+    """A line each for what is missing, what is unexpected and what has another shape."""
+    shapes = {name: x.shape for name, x in model.named_parameters()}
+    expected = {name: entry.theirs_shape(shapes[entry.ours[0]]) for name, entry in layout.items()}
+    wrong_shapes = [
+        f"{names[name]} {list(source.shapes[names[name]])}, need {list(shape)}"
+        for name, shape in expected.items()
+        if name in names and source.shapes[names[name]] != shape
+    ]
+    unexpected = names.keys() - expected.keys() - may_be_there
+    return [
+        f"{kind}: {len(found)}: {', '.join(sorted(found)[:SHOWN])}"
+        + (", ..." if len(found) > SHOWN else "")
+        for kind, found in (
+            ("missing", expected.keys() - names.keys()), ("unexpected", unexpected),
+            ("of another shape", wrong_shapes),
+        )
+        if found
+    ]  # fmt: skip
+
+
+def _place(model: nn.Module, name: str, weight: Tensor) -> None:
+    path, _, kind = name.rpartition(".")
+    setattr(model.get_submodule(path), kind, nn.Parameter(weight))
+
+
+def _tie(model: AnyModel, source: Source, head: str | None, path: Path) -> None:
+    """Raises: ValueError for a head in the file that is not the table, as its settings say."""
+    table = model.token_embeddings.weight
+    if head is not None and not torch.equal(source.read(head).to(table.dtype), table):
+        raise ValueError(
+            f"weights: {head} of {str(path)!r} is not the embedding, but its settings say that "
+            "they are tied (tie_word_embeddings); change the one or the other"
+        )
+    if isinstance(model, TransformerLM):
+        _place(model, HEAD, table.detach().clone())
+
+
+def _with_tables(model: AnyModel) -> AnyModel:
+    """What a model has besides parameters, in memory."""
+    if isinstance(model, GPT2LM):
+        model.dropout_state = new_state(0)
+    else:
+        rope, config = model.rope, model.config
+        head_size = config.d_model // config.num_heads
+        model.rope = RoPE(config.rope_theta, head_size, config.context_length, rope.ops)
+    return model
+
+
+def read_tokenizer(folder: Path) -> BPETokenizer:
+    """The byte-level tokenizer beside weights, in any of three spellings.
+
+    Raises: FileNotFoundError where there is none, ValueError for another kind.
+    """
+    for vocab, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
+        if (folder / vocab).is_file() and (folder / merges).is_file():
+            tokenizer = BPETokenizer.from_files(folder / vocab, folder / merges)
+            known = set(tokenizer.vocab.values())
+            specials = [t for t in DEFAULT_SPECIAL_TOKENS if t.encode("utf-8") in known]
+            return BPETokenizer(tokenizer.vocab, tokenizer.merges, specials)
+    if (folder / "tokenizer.json").is_file():
+        return read_tokenizer_json(folder / "tokenizer.json")
+    raise FileNotFoundError(
+        f"weights: {str(folder)!r} has no vocab.json and merges.txt; give --vocab_path and "
+        "--merges_path of the tokenizer"
+    )

@@ -1,0 +1,157 @@
+"""Files of weights, of which one tensor at a time is read."""
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from cs_lm.checkpoint import check_archive, check_old_file
+
+MAX_JSON_BYTES = 64 << 20
+SPARE_HELP = "install the extra with: pip install 'cs_lm[{}]'"
+
+
+class Source(Protocol):
+    """shapes  of every tensor, by the name that it has in the files"""
+
+    shapes: dict[str, tuple[int, ...]]
+
+    def read(self, name: str) -> Tensor:
+        """The tensor in memory that nothing else uses; once for each name."""
+        ...
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises: ValueError naming a file that holds no JSON object, or far too much."""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"more than {MAX_JSON_BYTES >> 20} MB")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("no JSON object")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"weights: {str(path)!r} cannot be read ({error})") from None
+    return content
+
+
+class SafetensorsSource:
+    """One or more `.safetensors` files. A file is closed after each tensor: none of it stays."""
+
+    def __init__(self, paths: list[Path]):
+        try:
+            from safetensors import SafetensorError, safe_open
+        except ImportError:
+            raise ValueError(
+                f"weights: needs the package safetensors; {SPARE_HELP.format('weights')}"
+            ) from None
+        self._open = safe_open
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._path_of: dict[str, Path] = {}
+        for path in paths:
+            try:
+                with safe_open(path, "pt") as file:
+                    for name in file.keys():  # noqa: SIM118 (it is no dict)
+                        self.shapes[name] = tuple(file.get_slice(name).get_shape())
+                        self._path_of[name] = path
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"weights: {str(path)!r} cannot be read ({error})") from None
+
+    def read(self, name: str) -> Tensor:
+        with self._open(self._path_of[name], "pt") as file:
+            return file.get_tensor(name).clone()
+
+
+class TorchSource:
+    """One or more files of `torch.save`, of which each is read whole, and given out in pieces."""
+
+    def __init__(self, paths: list[Path]):
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._tensors: dict[str, Tensor] = {}
+        for path in paths:
+            self._load(path)
+
+    def _load(self, path: Path) -> None:
+        try:
+            (check_archive if zipfile.is_zipfile(path) else check_old_file)(path)
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = content.get("state_dict", content)
+            tensors = {name: x for name, x in content.items() if isinstance(x, Tensor)}
+        except Exception as error:  # torch.load raises whatever its unpickler meets
+            raise ValueError(
+                f"weights: {str(path)!r} cannot be read ({type(error).__name__}): it is damaged, "
+                "or holds more than tensors"
+            ) from None
+        self._tensors.update(tensors)
+        self.shapes.update((name, tuple(x.shape)) for name, x in tensors.items())
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors.pop(name)
+
+
+class TensorFlowSource:
+    """A checkpoint of TensorFlow, `model.ckpt.index` and its data."""
+
+    def __init__(self, prefix: Path):
+        try:
+            import tensorflow as tf
+        except ImportError:
+            raise ValueError(
+                "weights: a TensorFlow checkpoint needs the package tensorflow; "
+                f"{SPARE_HELP.format('tensorflow')}"
+            ) from None
+        try:
+            self._reader = tf.train.load_checkpoint(str(prefix))
+            shapes = self._reader.get_variable_to_shape_map()
+        except (ValueError, tf.errors.OpError) as error:
+            first_line = str(error).partition("\n")[0]
+            raise ValueError(f"weights: {str(prefix)!r} cannot be read ({first_line})") from None
+        self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
+
+    def read(self, name: str) -> Tensor:
+        return torch.from_numpy(self._reader.get_tensor(name))
+
+
+def open_source(path: Path) -> Source:
+    """The weights in a folder, or in a file of it.
+
+    Raises: FileNotFoundError or ValueError saying what is needed.
+    """
+    if path.is_file():
+        if path.suffix == ".safetensors":
+            return SafetensorsSource([path])
+        if path.suffix in (".bin", ".pt", ".pth"):
+            return TorchSource([path])
+        raise ValueError(f"weights: got {str(path)!r}, need a .safetensors or .bin file")
+    for name, kind in (
+        ("model.safetensors", SafetensorsSource),
+        ("pytorch_model.bin", TorchSource),
+    ):
+        index = path / f"{name}.index.json"
+        if (path / name).is_file():
+            return kind([path / name])
+        if index.is_file():
+            return kind(_shards(index))
+    indices = sorted(path.glob("*.ckpt.index")) + sorted(path.glob("*.ckpt-*.index"))
+    if indices:
+        return TensorFlowSource(indices[-1].with_suffix(""))
+    raise FileNotFoundError(
+        f"weights: {str(path)!r} holds no model.safetensors, pytorch_model.bin or "
+        "model.ckpt.index, nor an index of several files"
+    )
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names, all of them in its folder."""
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+        raise ValueError(f"weights: {str(index)!r} has no weight_map of names and files")
+    paths = []
+    for name in sorted(set(files.values())):
+        path = index.parent / name
+        if Path(name).name != name or "\\" in name or not path.is_file():
+            raise ValueError(f"weights: {str(index)!r} names {name!r}, which is no file beside it")
+        paths.append(path)
+    return paths

@@ -1,0 +1,165 @@
+"""Our weights in the layouts of other programs."""
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cs_lm.config import DEFAULT_SPECIAL_TOKENS, GPT2Config
+from cs_lm.language_models import AnyModel
+from cs_lm.tokenizer import BPETokenizer
+from cs_lm.weights.configs import written_config
+from cs_lm.weights.layouts import LAYOUTS, Entry, Layout
+from cs_lm.weights.sources import SPARE_HELP
+from cs_lm.whole_file import put_folder, write_whole
+
+FLOAT_BYTES = 4
+END_OF_TEXT = DEFAULT_SPECIAL_TOKENS[0].encode("utf-8")
+FORMATS = ("safetensors", "pytorch", "tensorflow")
+_STEMS = {"safetensors": ("model", ".safetensors"), "pytorch": ("pytorch_model", ".bin")}
+
+
+def write_weights(
+    model: AnyModel,
+    tokenizer: BPETokenizer,
+    folder: str | Path,
+    file_format: str = "safetensors",
+    shard_bytes: int | None = None,
+) -> None:
+    """A new folder that transformers, or OpenAI's TensorFlow code, reads.
+
+    file_format  one of FORMATS
+    shard_bytes  several files, none of them with more weights, and an index of them
+    Memory: the weights once more, of one file at a time.
+    Raises: ValueError for a folder that is not empty, or a model that the format cannot hold.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"--to: {str(folder)!r} is there already; name a new folder")
+    layout = "gpt2" if isinstance(model.config, GPT2Config) else "llama"
+    if file_format == "tensorflow":
+        layout = "openai"
+        _check_openai(model)
+    writing = folder.with_name(folder.name + ".writing")
+    shutil.rmtree(writing, ignore_errors=True)
+    writing.mkdir(parents=True)
+    try:
+        if file_format == "tensorflow":
+            _write_tensorflow(model, writing / "model.ckpt")
+        else:
+            _write_files(model, layout, writing, file_format, shard_bytes)
+        _write_settings(model, layout, tokenizer, writing)
+        put_folder(writing, folder)
+    except BaseException:
+        shutil.rmtree(writing, ignore_errors=True)
+        raise
+
+
+def _check_openai(model: AnyModel) -> None:
+    config = model.config
+    if not isinstance(config, GPT2Config) or not config.tied_head:
+        raise ValueError("--format: tensorflow holds GPT-2 with a tied head only; need another one")
+    if config.d_ff != 4 * config.d_model or config.norm_eps != GPT2Config.norm_eps:
+        raise ValueError(
+            f"--format: tensorflow has no place for d_ff {config.d_ff} and norm_eps "
+            f"{config.norm_eps}; it means {4 * config.d_model} and {GPT2Config.norm_eps}"
+        )
+
+
+def _theirs(model: AnyModel, entry: Entry) -> Tensor:
+    """Their tensor, in memory of its own; a bias that our model does without is one of zeros."""
+    weights = dict(model.named_parameters())
+    parts = []
+    for name in entry.ours:
+        if name not in weights:
+            matrix = weights[f"{name.removesuffix('bias')}weight"]
+            parts.append(matrix.new_zeros(matrix.shape[0]))
+        else:
+            parts.append(weights[name].detach().float().cpu())
+    return entry.to_theirs(parts).clone(memory_format=torch.contiguous_format)
+
+
+def _write_files(
+    model: AnyModel, layout: str, folder: Path, file_format: str, shard_bytes: int | None
+) -> None:
+    entries = LAYOUTS[layout](model.config)
+    stem, suffix = _STEMS[file_format]
+    shards = _shards(model, entries, shard_bytes)
+    file_of = {}
+    for number, names in enumerate(shards, start=1):
+        part = "" if shard_bytes is None else f"-{number:05d}-of-{len(shards):05d}"
+        path = folder / f"{stem}{part}{suffix}"
+        tensors = {_full_name(layout, name): _theirs(model, entries[name]) for name in names}
+        file_of.update(dict.fromkeys(tensors, path.name))
+        _save(tensors, path, file_format)
+    if shard_bytes is not None:
+        total = FLOAT_BYTES * sum(p.numel() for p in model.parameters())
+        index = {"metadata": {"total_size": total}, "weight_map": file_of}
+        _write_json(folder / f"{stem}{suffix}.index.json", index)
+
+
+def _shards(model: AnyModel, entries: Layout, shard_bytes: int | None) -> list[list[str]]:
+    """Names in the order of the layout, cut where a file would become too large."""
+    weights = dict(model.named_parameters())
+    shards: list[list[str]] = [[]]
+    room = limit = math.inf if shard_bytes is None else shard_bytes
+    for name, entry in entries.items():
+        size = FLOAT_BYTES * sum(weights[ours].numel() for ours in entry.ours if ours in weights)
+        if size > room and shards[-1]:
+            shards.append([])
+            room = limit
+        shards[-1].append(name)
+        room -= size
+    return shards
+
+
+def _full_name(layout: str, name: str) -> str:
+    has_prefix = layout == "gpt2" and name != "lm_head.weight"
+    return f"transformer.{name}" if has_prefix else name
+
+
+def _save(tensors: dict[str, Tensor], path: Path, file_format: str) -> None:
+    if file_format == "pytorch":
+        torch.save(tensors, path)
+    else:
+        try:
+            from safetensors.torch import save_file
+        except ImportError:
+            raise ValueError(
+                f"--format: needs the package safetensors; {SPARE_HELP.format('weights')}"
+            ) from None
+        save_file(tensors, path, metadata={"format": "pt"})
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _write_tensorflow(model: AnyModel, prefix: Path) -> None:
+    try:
+        import tensorflow as tf
+    except ImportError:
+        raise ValueError(
+            f"--format: needs the package tensorflow; {SPARE_HELP.format('tensorflow')}"
+        ) from None
+    layout = LAYOUTS["openai"](model.config)
+    tensors = [_theirs(model, entry).numpy() for entry in layout.values()]
+    tf.raw_ops.SaveV2(
+        prefix=str(prefix), tensor_names=list(layout), shape_and_slices=[""] * len(layout),
+        tensors=tensors,
+    )  # fmt: skip
+    write_whole(prefix.with_name("checkpoint"), b'model_checkpoint_path: "model.ckpt"\n')
+
+
+def _write_settings(model: AnyModel, layout: str, tokenizer: BPETokenizer, folder: Path) -> None:
+    ends = [i for i, token in tokenizer.vocab.items() if token == END_OF_TEXT]
+    name, content = written_config(layout, model.config, ends[0] if ends else None)
+    _write_json(folder / name, content)
+    files = ("encoder.json", "vocab.bpe") if layout == "openai" else ("vocab.json", "merges.txt")
+    tokenizer.save(*(folder / file for file in files))
+
+
+def _write_json(path: Path, content: dict) -> None:
+    write_whole(path, json.dumps(content, indent=2).encode("utf-8"))
