@@ -29,10 +29,14 @@ class RunFolder:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.metrics = self.path / "metrics.jsonl"
-        self.plot = self.path / "loss.png"
+        self.plot = self.plot_of("loss", "step")
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = CheckpointManager(self.path / "checkpoints")
         self._tokenizer = self.path / "tokenizer"
+
+    def plot_of(self, shown: str, against: str) -> Path:
+        """`loss.png`, or `perplexity-tokens.png` where it is not drawn against steps."""
+        return self.path / f"{shown}{'' if against == 'step' else f'-{against}'}.png"
 
     @contextmanager
     def only_here(self) -> Iterator[None]:

@@ -27,10 +27,10 @@ from cs_lm.metrics import (
     Stopwatch,
     TensorBoardLog,
     format_duration,
-    plotted,
 )
 from cs_lm.model import next_token_loss
 from cs_lm.optim import AdamW, parameter_groups
+from cs_lm.plots import plotted
 from cs_lm.prepare import PreparedData
 from cs_lm.run_folder import RunFolder
 from cs_lm.schedule import learning_rate, num_training_steps

@@ -15,6 +15,7 @@ COMMANDS = {
     "generate": "let a trained model write",
     "import-weights": "pretrained weights of other programs, as a run",
     "export-weights": "a trained model for other programs",
+    "book": "the books' experiment: GPT-2's shape on a short story, beside the published losses",
     "plot": "draw the losses of a run",
     "verify": "read token stores and runs completely: is all of it as it was written?",
     "selfcheck": "compare every hand-written operation with torch's on this machine",

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from cs_lm.cli.errors import readable_errors
 from cs_lm.flags import parse_config
-from cs_lm.metrics import plot_losses
+from cs_lm.plots import AGAINST, SHOWN, plot_losses
 from cs_lm.run_folder import RunFolder
 from cs_lm.settings import setting
 
@@ -13,7 +13,11 @@ from cs_lm.settings import setting
 @dataclass(frozen=True)
 class PlotConfig:
     out_dir: str = setting("", "folder of the run; required")
-    png_path: str | None = setting(None, "where the plot goes; default: loss.png in the folder")
+    against: str = setting("step", "the lower axis", choices=AGAINST)
+    show: str = setting("loss", "what is drawn", choices=SHOWN)
+    png_path: str | None = setting(
+        None, "where the plot goes; default: in the folder, named after what it shows"
+    )
 
     def problems(self) -> list[str]:
         found = [] if self.out_dir else ["--out_dir: is missing; name the folder of a run"]
@@ -26,5 +30,6 @@ class PlotConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(PlotConfig, "python -m cs_lm plot", __doc__, argv)
     folder = RunFolder(config.out_dir)
-    print(plot_losses(folder.metrics, config.png_path or folder.plot))
+    path = config.png_path or folder.plot_of(config.show, config.against)
+    print(plot_losses(folder.metrics, path, config.against, config.show))
     return 0

@@ -71,7 +71,7 @@ def _go_on(folder: RunFolder, namespace, given: dict[str, Any]) -> int:
     step = given.get("resume_step")
     checkpoint = folder.read("last" if step is None else str(step))
     saved = saved_config(checkpoint)
-    _refuse_what_cannot_change(saved, given)
+    _refuse_what_cannot_change(saved, given, began=checkpoint["iteration"] > 0)
     config = config_from_flags(saved, namespace, _problems_of_this_machine)
     for name in sorted(set(given) - _OF_THIS_CALL):
         before, now = _value(saved, name), given[name]
@@ -82,13 +82,17 @@ def _go_on(folder: RunFolder, namespace, given: dict[str, Any]) -> int:
     return _train(config, folder, checkpoint)
 
 
-def _refuse_what_cannot_change(saved: RunConfig, given: dict[str, Any]) -> None:
-    """The model and its tokenizer are what they are, and so is the text that decides the best."""
+def _refuse_what_cannot_change(saved: RunConfig, given: dict[str, Any], began: bool) -> None:
+    """The model and its tokenizer are what they are, and so is the text that decides the best.
+
+    began  False for an imported model, for which no text has decided anything yet
+    """
+    fixed = _FIXED_SETTINGS if began else _FIXED_SETTINGS - {"valid_path", "valid_fraction"}
     wrong = []
     for name, (owner, each) in settings_of(RunConfig).items():
         if name not in given or not has_setting(saved, name):
             continue
-        if owner in (ModelConfig, GPT2Config) or name in _FIXED_SETTINGS:
+        if owner in (ModelConfig, GPT2Config) or name in fixed:
             before = _value(saved, name)
             if name != "drop_rate" and given[name] != before:
                 wrong.append(

@@ -33,14 +33,17 @@ class Entry(NamedTuple):
         whole = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
         return whole.view((1,) * self.num_leading + whole.shape) if self.num_leading else whole
 
-    def to_ours(self, theirs: Tensor) -> list[Tensor]:
-        """Float32, each in memory of its own if it is not all of theirs."""
-        whole = theirs.to(torch.float32).reshape(theirs.shape[self.num_leading :])
+    def to_ours(self, theirs: Tensor, take_over: bool) -> list[Tensor]:
+        """In float32 and in new memory, but where a tensor can be taken over as it is.
+
+        Nothing else is allocated on the way: memory that is freed between stays with the process.
+        """
+        whole = theirs.reshape(theirs.shape[self.num_leading :])
         parts = [x.T if self.transposed else x for x in whole.chunk(len(self.ours), -1)]
         parts = [_halves_to_pairs(x, self.num_heads) if self.num_heads else x for x in parts]
-        if len(parts) == 1 and parts[0].is_contiguous():
-            return parts
-        return [x.clone(memory_format=torch.contiguous_format) for x in parts]
+        if take_over and len(parts) == 1 and parts[0].is_contiguous():
+            return [parts[0].float()]
+        return [torch.empty(x.shape, dtype=torch.float32).copy_(x) for x in parts]
 
 
 Layout = dict[str, Entry]

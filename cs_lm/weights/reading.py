@@ -47,8 +47,9 @@ def read_weights(path: str | Path) -> AnyModel:
         raise ValueError("\n".join([f"weights: {str(path)!r} does not fit its config", *problems]))
     for name in sorted(layout, key=lambda name: -math.prod(source.shapes[names[name]])):
         entry = layout[name]
-        for ours, weight in zip(entry.ours, entry.to_ours(source.read(names[name]))):
-            _place(model, ours, weight)
+        with source.reading(names[name]) as theirs:
+            for ours, weight in zip(entry.ours, entry.to_ours(theirs, source.gives_away)):
+                _place(model, ours, weight)
         if entry.ours == (TABLE,) and described.is_tied:
             _tie(model, source, names.get(HEAD), path)
     return _with_tables(model)
@@ -96,11 +97,13 @@ def _place(model: nn.Module, name: str, weight: Tensor) -> None:
 def _tie(model: AnyModel, source: Source, head: str | None, path: Path) -> None:
     """Raises: ValueError for a head in the file that is not the table, as its settings say."""
     table = model.token_embeddings.weight
-    if head is not None and not torch.equal(source.read(head).to(table.dtype), table):
-        raise ValueError(
-            f"weights: {head} of {str(path)!r} is not the embedding, but its settings say that "
-            "they are tied (tie_word_embeddings); change the one or the other"
-        )
+    if head is not None:
+        with source.reading(head) as theirs:
+            if not torch.equal(theirs.to(table.dtype), table):
+                raise ValueError(
+                    f"weights: {head} of {str(path)!r} is not the embedding, but its settings say "
+                    "that they are tied (tie_word_embeddings); change the one or the other"
+                )
     if isinstance(model, TransformerLM):
         _place(model, HEAD, table.detach().clone())
 

@@ -2,6 +2,8 @@
 
 import json
 import zipfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,12 +17,15 @@ SPARE_HELP = "install the extra with: pip install 'cs_lm[{}]'"
 
 
 class Source(Protocol):
-    """shapes  of every tensor, by the name that it has in the files"""
+    """shapes      of every tensor, by the name that it has in the files
+    gives_away  whether a tensor that was read may be kept
+    """
 
     shapes: dict[str, tuple[int, ...]]
+    gives_away: bool
 
-    def read(self, name: str) -> Tensor:
-        """The tensor in memory that nothing else uses; once for each name."""
+    def reading(self, name: str) -> AbstractContextManager[Tensor]:
+        """The tensor, to be used inside; once for each name."""
         ...
 
 
@@ -38,7 +43,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class SafetensorsSource:
-    """One or more `.safetensors` files. A file is closed after each tensor: none of it stays."""
+    """One or more `.safetensors` files, of which a tensor is a window that is closed again."""
+
+    gives_away = False
 
     def __init__(self, paths: list[Path]):
         try:
@@ -59,13 +66,16 @@ class SafetensorsSource:
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"weights: {str(path)!r} cannot be read ({error})") from None
 
-    def read(self, name: str) -> Tensor:
+    @contextmanager
+    def reading(self, name: str) -> Iterator[Tensor]:
         with self._open(self._path_of[name], "pt") as file:
-            return file.get_tensor(name).clone()
+            yield file.get_tensor(name)
 
 
 class TorchSource:
-    """One or more files of `torch.save`, of which each is read whole, and given out in pieces."""
+    """One or more files of `torch.save`, which are read whole, and given out in pieces."""
+
+    gives_away = True
 
     def __init__(self, paths: list[Path]):
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -87,12 +97,15 @@ class TorchSource:
         self._tensors.update(tensors)
         self.shapes.update((name, tuple(x.shape)) for name, x in tensors.items())
 
-    def read(self, name: str) -> Tensor:
-        return self._tensors.pop(name)
+    @contextmanager
+    def reading(self, name: str) -> Iterator[Tensor]:
+        yield self._tensors.pop(name)
 
 
 class TensorFlowSource:
     """A checkpoint of TensorFlow, `model.ckpt.index` and its data."""
+
+    gives_away = True
 
     def __init__(self, prefix: Path):
         try:
@@ -110,8 +123,9 @@ class TensorFlowSource:
             raise ValueError(f"weights: {str(prefix)!r} cannot be read ({first_line})") from None
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
 
-    def read(self, name: str) -> Tensor:
-        return torch.from_numpy(self._reader.get_tensor(name))
+    @contextmanager
+    def reading(self, name: str) -> Iterator[Tensor]:
+        yield torch.from_numpy(self._reader.get_tensor(name))
 
 
 def open_source(path: Path) -> Source:

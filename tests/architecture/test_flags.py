@@ -116,6 +116,8 @@ CONFIGS = {
     "generate": "cs_lm.cli.generate.GenerateConfig",
     "import-weights": "cs_lm.cli.import_weights.ImportConfig",
     "export-weights": "cs_lm.cli.export_weights.ExportConfig",
+    "book": "cs_lm.cli.book.BookConfig",
+    "plot": "cs_lm.cli.plot.PlotConfig",
     "verify": "cs_lm.cli.verify.VerifyConfig",
 }
 FROZEN = Path(__file__).with_name("flags.txt")

@@ -21,7 +21,7 @@ FLOORS = {
     "tiled_attention": 2, "dropout": 2, "counts": 2, "store_writer": 2, "checkpoint": 2,
     "fast_ops": 3, "fast_block": 3, "layers": 3, "schedule": 3, "metrics": 3,
     "checkpoint_manager": 3, "token_store": 3,
-    "model": 4, "gpt2": 4, "optim": 4, "batches": 4, "prepare": 4,
+    "plots": 4, "model": 4, "gpt2": 4, "optim": 4, "batches": 4, "prepare": 4,
     "language_models": 5, "evaluation": 5, "decoding": 5, "training_step": 5,
     "run_folder": 6, "bad_numbers": 6,
     "weights": 6,

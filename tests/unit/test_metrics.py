@@ -4,7 +4,8 @@ import json
 import pytest
 
 from cs_lm import metrics
-from cs_lm.metrics import Display, MetricsLog, Stopwatch, format_duration, plot_losses, read_metrics
+from cs_lm.metrics import Display, MetricsLog, Stopwatch, format_duration, read_metrics
+from cs_lm.plots import plot_losses
 
 
 def test_log_round_trip(tmp_path):
