@@ -35,17 +35,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = parse_config(ImportConfig, "python -m cs_lm import-weights", __doc__, argv)
     from cs_lm.counts import num_parameters
     from cs_lm.tokenizer import BPETokenizer
-    from cs_lm.weights.configs import model_name_of
-    from cs_lm.weights.reading import read_tokenizer, read_weights
+    from cs_lm.weights.configs import model_name_of, read_config
+    from cs_lm.weights.reading import folder_of, read_tokenizer, read_weights
 
     folder = RunFolder(asked.out_dir)
     folder.refuse_a_run()
     path = Path(asked.weights_path)
+    read_config(folder_of(path))  # says first what is no folder of weights
     if asked.vocab_path is not None:
         specials = DataConfig.special_tokens
         tokenizer = BPETokenizer.from_files(asked.vocab_path, asked.merges_path, specials)
     else:
-        tokenizer = read_tokenizer(path if path.is_dir() else path.parent)
+        tokenizer = read_tokenizer(folder_of(path))
     model = read_weights(path)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(

@@ -32,9 +32,7 @@ def read_weights(path: str | Path) -> AnyModel:
     file, which cannot be looked at without.
     """
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"weights: got {str(path)!r}, which is not there; check the path")
-    described = read_config(path if path.is_dir() else path.parent)
+    described = read_config(folder_of(path))
     source = open_source(path)
     _check_size(described.config, source, path)
     model = build_model(described.config, device="meta")
@@ -53,6 +51,16 @@ def read_weights(path: str | Path) -> AnyModel:
         if entry.ours == (TABLE,) and described.is_tied:
             _tie(model, source, names.get(HEAD), path)
     return _with_tables(model)
+
+
+def folder_of(path: Path) -> Path:
+    """Where the settings and the tokenizer of weights are.
+
+    Raises: FileNotFoundError for a path where nothing is.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"weights: got {str(path)!r}, which is not there; check the path")
+    return path if path.is_dir() else path.parent
 
 
 def _check_size(config: Config, source: Source, path: Path) -> None:

@@ -87,7 +87,7 @@ def test_an_imported_run_writes_is_evaluated_and_trained(work, capsys):
     assert answers[0] == answers[1]
     assert command(["verify", "--out_dir", "second"]) == 0
     more = ["--resume", "--out_dir", "second", "--corpus_path", str(text), "--valid_path"]
-    more += [str(text), "--max_steps", "4", "--dropout", "0.3", "--num_epochs", "1"]
+    more += [str(text), "--max_steps", "4", "--dropout", "0.3"]
     assert train(more) == 0
     shown = capsys.readouterr().out
     assert "steps 0 to 4" in shown and "--drop_rate is 0.3 from here on" in shown
