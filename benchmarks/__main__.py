@@ -2,7 +2,7 @@
 
 import argparse
 
-from benchmarks import batches, decoding, parts, saving, tokenizer, training
+from benchmarks import batches, decoding, importing, parts, saving, tokenizer, training
 
 
 def main() -> None:
@@ -16,6 +16,7 @@ def main() -> None:
     batches.main(rounds)
     saving.main(rounds)
     decoding.main(rounds)
+    importing.main(rounds)
     if chosen.text:
         tokenizer.main([chosen.text, *rounds])
 

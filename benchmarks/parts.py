@@ -1,4 +1,4 @@
-"""Attention by length, the optimizer's step and clipping, beside torch's own.
+"""Layer norm, GELU, attention by length, the optimizer's step and clipping, beside torch's own.
 
 python -m benchmarks.parts [--rounds 5]
 """
@@ -9,6 +9,8 @@ import functools
 from benchmarks.measure import Found, in_turns, peak_mb
 from benchmarks.training import MODELS, SETTINGS
 
+WIDTHS = {"layer_norm": 768, "gelu": 3072}
+SMALL_REPEATS = 20
 LENGTHS = {256: 20, 1024: 20, 2048: 8, 4096: 2, 8192: 1}
 
 
@@ -31,6 +33,40 @@ def attention(length: int, is_ours: bool):
         for _ in range(LENGTHS[length]):
             operation(q, k, v).backward(inputs[0])
         return Found(above_mb=max(1.0, peak_mb() - before_mb))
+
+    return timed
+
+
+def small_operation(name: str, who: str):
+    """Forward and backward of what GPT-2 has between its products: 2,048 rows."""
+    import torch
+    import torch.nn.functional as F
+
+    from cs_lm.fast_ops import FAST
+    from cs_lm.ops import CLEAR
+
+    width = WIDTHS[name]
+    x = torch.randn(2048, width, requires_grad=True)
+    grad = torch.randn(2048, width)
+    gain, bias = (torch.randn(width, requires_grad=True) for _ in range(2))
+    if who == "torch":
+        norm = functools.partial(F.layer_norm, normalized_shape=(width,), eps=1e-5)
+        operations = {
+            "layer_norm": lambda: norm(x, weight=gain, bias=bias),
+            "gelu": lambda: F.gelu(x, approximate="tanh"),
+        }
+    else:
+        record = FAST if who == "cs_lm" else CLEAR
+        operations = {
+            "layer_norm": lambda: record.layer_norm(x, gain, bias, 1e-5),
+            "gelu": lambda: record.gelu(x),
+        }
+    operation = operations[name]
+    operation().backward(grad)
+
+    def timed() -> None:
+        for _ in range(SMALL_REPEATS):
+            operation().backward(grad)
 
     return timed
 
@@ -81,6 +117,12 @@ def main(argv=None) -> None:
         }
         in_turns(question, both, rounds, repeats)
 
+    for name, width in WIDTHS.items():
+        contestants = {
+            who: functools.partial(small_operation, name, who)
+            for who in ("cs_lm", "torch", "cs_lm, clear")
+        }
+        in_turns(f"{name}, 2048 x {width}", contestants, rounds, SMALL_REPEATS)
     for length, repeats in LENGTHS.items():
         against(
             f"attention, T {length}", attention, length, "scaled_dot_product_attention", repeats

@@ -4,6 +4,7 @@ This is the one file of the library that calls torch's own versions: they are wh
 with.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -113,6 +114,14 @@ def _record_checks(label, record, x, gain, ids, table, rotation, weights, qkv) -
         lambda a, g: F.rms_norm(a, (D,), g, 1e-5),
         [x, gain],
     )
+    yield Check(
+        f"{label} layer_norm",
+        lambda a, g: record.layer_norm(a, g, g / 2, 1e-5),
+        lambda a, g: F.layer_norm(a, (D,), g, g / 2, 1e-5),
+        [x, gain],
+    )
+    gelu = functools.partial(F.gelu, approximate="tanh")
+    yield Check(f"{label} gelu", record.gelu, gelu, [x])
     yield Check(
         f"{label} rope",
         lambda q: record.rope(q, *rotation),
