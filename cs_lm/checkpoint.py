@@ -171,10 +171,15 @@ def _check_content(content: Any) -> None:
     if not isinstance(random_state, Tensor) or random_state.dtype != torch.uint8:
         raise ValueError("no random state")
     for tensor in _tensors(content):
-        if tensor.is_meta:
-            raise ValueError("a tensor without numbers")
-        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise ValueError("a tensor with more elements than numbers")
+        check_tensor(tensor)
+
+
+def check_tensor(tensor: Tensor) -> None:
+    """Raises: ValueError for one that takes more memory than the file has bytes for it."""
+    if tensor.is_meta:
+        raise ValueError("a tensor without numbers")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise ValueError("a tensor with more elements than numbers")
 
 
 def _tensors(content: Any) -> Iterator[Tensor]:

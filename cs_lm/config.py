@@ -12,6 +12,7 @@ from cs_lm.settings import is_unicode, not_positive, setting
 DEFAULT_SPECIAL_TOKENS = ("<|endoftext|>",)
 DTYPES = ("float32", "bfloat16")
 NUM_BYTE_TOKENS = 256
+MOST_CONTEXT = 1 << 22  # tokens; tables of positions are as long, whatever the weights
 MAX_CHUNK_SIZE = 1 << 30  # tokens; one chunk is held in memory while it is written
 
 
@@ -73,6 +74,10 @@ GPT_SIZES = {
 }
 
 
+def _problems_of_norm(norm_eps: float) -> list[str]:
+    return [] if 0 < norm_eps < 1 else [f"norm_eps: got {norm_eps}, need above 0 and below 1"]
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """What the shape of a model follows from."""
@@ -89,7 +94,7 @@ class ModelConfig:
     norm_eps: float = field(default=1e-5)
 
     def problems(self) -> list[str]:
-        found = not_positive(self)
+        found = [*not_positive(self), *_problems_of_norm(self.norm_eps)]
         if self.d_model > 0 and self.num_heads > 0:
             if self.d_model % self.num_heads:
                 found.append(
@@ -132,8 +137,9 @@ class GPT2Config:
 
     def problems(self) -> list[str]:
         found = [line for line in not_positive(self, ("drop_rate",)) if "--dropout" not in line]
-        if not 0 <= self.drop_rate < 1:
-            found.append(f"--dropout: got {self.drop_rate}, need 0 to below 1")
+        found += _problems_of_norm(self.norm_eps)
+        if not 0 <= self.drop_rate <= 0.99:
+            found.append(f"--dropout: got {self.drop_rate}, need 0 to 0.99")
         if self.d_model > 0 and self.num_heads > 0 and self.d_model % self.num_heads:
             found.append(
                 f"--num_heads: got {self.num_heads}, need a divisor of --d_model "

@@ -48,7 +48,8 @@ def kept(shape: torch.Size, probability: float, key: Tensor, place: int) -> Tens
     """
     size = math.prod(shape)
     words = torch.arange((size + 1) // 2, dtype=torch.int32, device=key.device)
-    first, second = key[0] ^ _signed(place * _STEP), key[1]
+    first = _mixed(key[0] ^ _signed(place * _STEP))
+    second = _mixed(key[1] ^ first)  # that places whose words overlap draw others all the same
     is_whole = key.device.type != "cpu" or torch.compiler.is_compiling()
     # on a CPU, in parts that stay in its cache
     for part in (words,) if is_whole else words.split(CACHE_NUMBERS // 4):

@@ -11,7 +11,7 @@ import torch
 
 from cs_lm.checkpoint import checkpoint_content, restore
 from cs_lm.checkpoint_manager import KINDS, CheckpointManager
-from cs_lm.config import RunConfig
+from cs_lm.config import MOST_CONTEXT, RunConfig
 from cs_lm.counts import num_parameters
 from cs_lm.fast_ops import FAST
 from cs_lm.language_models import AnyModel, build_model
@@ -21,6 +21,8 @@ from cs_lm.optim import AdamW, parameter_groups
 from cs_lm.settings import all_problems, from_json, to_json
 from cs_lm.tokenizer import BPETokenizer
 from cs_lm.whole_file import locked, write_whole
+
+IMPORT = "import"  # what the log of a model from elsewhere begins with
 
 
 class RunFolder:
@@ -112,7 +114,7 @@ class RunFolder:
         self.save_tokenizer(tokenizer)
         log = MetricsLog(self.metrics)
         log.clear()
-        log.write("import", step=0, num_parameters=num_parameters(config.model))
+        log.write(IMPORT, step=0, num_parameters=num_parameters(config.model))
         optimizer = AdamW(parameter_groups(model, config.optim.weight_decay))
         content = checkpoint_content(
             model, optimizer, 0, config=to_json(config), trained_tokens=0, elapsed_s=0.0,
@@ -130,7 +132,8 @@ class RunFolder:
         if which == "last":
             content = self.checkpoints.read_newest(say)
         elif which == "best":
-            if self.checkpoints.steps() == [0]:  # imported: there is no other yet
+            if not self.checkpoints.steps("best") and self._is_imported():
+                say("no validation yet since the import: the last checkpoint is taken")
                 return self.read("last", say)
             try:
                 content = self.checkpoints.read_newest(say, ["best"])
@@ -142,6 +145,10 @@ class RunFolder:
             content = self.checkpoints.read(step, "best" if is_only_best else "step")
         _check_extras(content["extras"])
         return content
+
+    def _is_imported(self) -> bool:
+        records = MetricsLog(self.metrics, lambda _: None).records()
+        return next((record["kind"] for record in records), None) == IMPORT
 
     def verify(self) -> list[str]:
         """A line for everything that is not as it was written; all of it is read.
@@ -185,9 +192,6 @@ def _check_extras(extras: dict[str, Any]) -> None:
             raise ValueError(f"checkpoint: its {name} is {extras.get(name)!r}; is it of a run?")
 
 
-_MOST_CONTEXT = 1 << 22  # tokens; tables of angles are as long, whatever the weights
-
-
 def saved_config(content: dict[str, Any]) -> RunConfig:
     """The settings in a checkpoint, for a model that is no larger than its weights there.
 
@@ -198,7 +202,7 @@ def saved_config(content: dict[str, Any]) -> RunConfig:
     tensors = [weight for weight in weights if isinstance(weight, torch.Tensor)]
     num_weights = sum(tensor.numel() for tensor in tensors if tensor.is_floating_point())
     problems = all_problems(config)
-    if config.model.context_length > _MOST_CONTEXT:
+    if config.model.context_length > MOST_CONTEXT:
         problems.append(f"--max_seq_length: got {config.model.context_length}")
     if not problems and num_parameters(config.model) != num_weights:
         problems = [f"{num_weights} weights, but settings for {num_parameters(config.model)}"]

@@ -23,7 +23,9 @@ class ExportConfig:
     checkpoint: str = checkpoint_setting()
     target: str = setting("", "folder to make; required", flag="--to")
     file_format: str = setting("safetensors", "of the weights", flag="--format", choices=FORMATS)
-    shard_mb: int | None = setting(None, "several files of at most this size", "MB")
+    shard_mb: int | None = setting(
+        None, "several files of at most this size, but for a tensor that is larger", "MB"
+    )
 
     def problems(self) -> list[str]:
         required = {"--out_dir": self.out_dir, "--to": self.target}

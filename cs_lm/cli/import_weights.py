@@ -25,6 +25,8 @@ class ImportConfig:
     def problems(self) -> list[str]:
         required = {"--from": self.weights_path, "--out_dir": self.out_dir}
         found = [f"{flag}: is missing; name it" for flag, given in required.items() if not given]
+        if self.weights_path and not Path(self.weights_path).exists():
+            found.append(f"--from: got {self.weights_path!r}, which is not a file or folder")
         if (self.vocab_path is None) != (self.merges_path is None):
             found.append("--vocab_path, --merges_path: got one of the two; give both or none")
         return found

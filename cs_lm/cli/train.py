@@ -11,6 +11,7 @@ from cs_lm.cli.errors import print_error, readable_errors
 from cs_lm.cli.progress import ProgressLine
 from cs_lm.config import (
     DEFAULT_MODEL,
+    GPT_SIZES,
     OF_ONE_CALL,
     GPT2Config,
     ModelConfig,
@@ -44,7 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     given, wrong_values = read_flags(namespace, RunConfig)
     if given.get("resume"):
         return _resume(namespace, given, wrong_values)
-    base = named_run(given.get("model_name", DEFAULT_MODEL))
+    model_name = given.get("model_name", DEFAULT_MODEL)
+    if model_name not in (DEFAULT_MODEL, *GPT_SIZES):  # what goes with it cannot be said
+        names = ", ".join((DEFAULT_MODEL, *GPT_SIZES))
+        raise ValueError(f"--model: got {model_name!r}, need one of {names}")
+    base = named_run(model_name)
     config = config_from_flags(base, namespace, _problems_of_this_machine)
     folder = RunFolder(config.out_dir or Path("runs") / label_of(config))
     _check_writable(folder.path)

@@ -4,7 +4,8 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cs_lm.config import GPT_SIZES, GPT2Config, ModelConfig
+from cs_lm.config import GPT_SIZES, MOST_CONTEXT, GPT2Config, ModelConfig
+from cs_lm.settings import MOST
 from cs_lm.weights.sources import read_json
 
 HF, OPENAI = "config.json", "hparams.json"
@@ -16,24 +17,26 @@ class _Settings:
     Raises: ValueError naming the file and the setting.
     """
 
-    def __init__(self, path: Path):
-        self.path, self._values = path, read_json(path)
+    def __init__(self, path: Path, values: dict[str, Any] | None = None):
+        self.path = path
+        self.values = read_json(path) if values is None else values
 
     def get(self, name: str, kind: type, *default: Any) -> Any:
-        value = self._values.get(name)
+        value = self.values.get(name)
         if value is None and default:
             return default[0]
-        is_number = kind is float and type(value) is int
-        if (type(value) is not kind and not is_number) or value != value:
+        if kind is float and type(value) is int and abs(value) < MOST:
+            value = float(value)
+        if type(value) is not kind or (kind is float and not math.isfinite(value)):
             raise ValueError(
-                f"weights: {name} of {str(self.path)!r} is {value!r}, need {kind.__name__}"
+                f"weights: {name} of {str(self.path)!r} is {value!r:.40}, need {kind.__name__}"
             )
         return value
 
     def refuse_unless(self, **needed: tuple) -> None:
         """Each setting is one of these values; the first is what it means where it is missing."""
         for name, values in needed.items():
-            value = self._values.get(name)
+            value = self.values.get(name)
             if value is not None and value not in values:
                 raise ValueError(
                     f"weights: {name} of {str(self.path)!r} is {value!r}; need {values[0]!r}: "
@@ -72,7 +75,13 @@ def read_config(folder: Path) -> Described:
             f"weights: {str(folder)!r} has no {HF} (or {OPENAI}, as OpenAI wrote it) beside the "
             "weights; name a folder that has"
         )
-    if problems := described.config.problems():
+    config = described.config
+    problems = config.problems()
+    if config.context_length > MOST_CONTEXT:
+        problems.append(
+            f"--max_seq_length: got {config.context_length}, need at most {MOST_CONTEXT}"
+        )
+    if problems:
         raise ValueError(f"weights: the settings in {str(folder)!r} do not fit: {problems[0]}")
     return described
 
@@ -88,9 +97,9 @@ def _gpt2(settings: _Settings) -> GPT2Config:
         d_ff=settings.get("n_inner", int, 4 * d_model),
         vocab_size=settings.get("vocab_size", int), num_layers=settings.get("n_layer", int),
         context_length=settings.get("n_positions", int, 1024),
-        drop_rate=float(settings.get("resid_pdrop", float, 0.1)),
+        drop_rate=settings.get("resid_pdrop", float, 0.1),
         tied_head=settings.get("tie_word_embeddings", bool, True),
-        norm_eps=float(settings.get("layer_norm_epsilon", float, 1e-5)),
+        norm_eps=settings.get("layer_norm_epsilon", float, 1e-5),
     )  # fmt: skip
 
 
@@ -105,7 +114,7 @@ def _openai(settings: _Settings) -> GPT2Config:
 
 def _llama(settings: _Settings) -> ModelConfig:
     settings.refuse_unless(
-        hidden_act=("silu",), attention_bias=(False,), mlp_bias=(False,), rope_scaling=()
+        hidden_act=("silu",), attention_bias=(False,), mlp_bias=(False,), rope_scaling=(None,)
     )
     num_heads, d_model = (settings.get(n, int) for n in ("num_attention_heads", "hidden_size"))
     settings.refuse_unless(num_key_value_heads=(num_heads,))
@@ -117,15 +126,14 @@ def _llama(settings: _Settings) -> ModelConfig:
             f"weights: rope_parameters of {str(settings.path)!r} are {rope}; need rope_type "
             "'default': another model would come out"
         )
-    theta = rope.get("rope_theta", settings.get("rope_theta", float, 10000.0))
-    if type(theta) not in (int, float) or not 0 < theta < math.inf:
-        raise ValueError(f"weights: rope_theta of {str(settings.path)!r} is {theta!r}")
+    rope = _Settings(settings.path, {**settings.values, **rope})
     return ModelConfig(
         d_model=d_model, num_heads=num_heads, d_ff=settings.get("intermediate_size", int),
         vocab_size=settings.get("vocab_size", int),
         num_layers=settings.get("num_hidden_layers", int),
         context_length=settings.get("max_position_embeddings", int, 2048),
-        rope_theta=float(theta), norm_eps=float(settings.get("rms_norm_eps", float, 1e-6)),
+        rope_theta=rope.get("rope_theta", float, 10000.0),
+        norm_eps=settings.get("rms_norm_eps", float, 1e-6),
     )  # fmt: skip
 
 

@@ -41,7 +41,8 @@ class Entry(NamedTuple):
         whole = theirs.reshape(theirs.shape[self.num_leading :])
         parts = [x.T if self.transposed else x for x in whole.chunk(len(self.ours), -1)]
         parts = [_halves_to_pairs(x, self.num_heads) if self.num_heads else x for x in parts]
-        if take_over and len(parts) == 1 and parts[0].is_contiguous():
+        is_all = theirs.untyped_storage().nbytes() == theirs.numel() * theirs.element_size()
+        if take_over and is_all and len(parts) == 1 and parts[0].is_contiguous():
             return [parts[0].float()]
         return [torch.empty(x.shape, dtype=torch.float32).copy_(x) for x in parts]
 
@@ -131,7 +132,7 @@ LAYOUTS: dict[str, Callable[..., Layout]] = {
 }  # fmt: skip
 
 
-def plain_name(theirs: str) -> str | None:
-    """As the layouts have it; None for what is no weight."""
-    name = theirs.removeprefix("transformer.")
+def plain_name(theirs: str, layout: str) -> str | None:
+    """As the layout has it; None for what is no weight."""
+    name = theirs.removeprefix("transformer.") if layout == "gpt2" else theirs
     return None if _NO_WEIGHTS.fullmatch(name) else name

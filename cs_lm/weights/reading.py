@@ -17,7 +17,7 @@ from cs_lm.tokenizer import BPETokenizer
 from cs_lm.tokenizer.interchange import read_tokenizer_json
 from cs_lm.weights.configs import read_config
 from cs_lm.weights.layouts import LAYOUTS, Layout, plain_name
-from cs_lm.weights.sources import Source, open_source
+from cs_lm.weights.sources import ADDED_TOKENS, Source, open_source, read_json
 
 SHOWN = 10  # names of each kind
 TABLE, HEAD = "token_embeddings.weight", "lm_head.weight"
@@ -29,7 +29,7 @@ def read_weights(path: str | Path) -> AnyModel:
     Memory: the weights, and those of one tensor more; the largest come first, when little else is
     there. A file of `torch.save` is read whole, and its tensors are taken over.
     Raises: FileNotFoundError or ValueError before anything is taken into memory, but for such a
-    file, which cannot be looked at without.
+    file, which cannot be looked at without, and for a head that should be the embedding.
     """
     path = Path(path)
     described = read_config(folder_of(path))
@@ -39,7 +39,13 @@ def read_weights(path: str | Path) -> AnyModel:
     layout = LAYOUTS[described.layout](described.config)
     if described.is_tied:
         layout.pop(HEAD, None)
-    names = {plain: name for name in source.shapes if (plain := plain_name(name)) is not None}
+    names: dict[str, str] = {}
+    for name in source.shapes:
+        plain = plain_name(name, described.layout)
+        if plain in names:
+            raise ValueError(f"weights: {str(path)!r} has both {names[plain]} and {name}")
+        if plain is not None:
+            names[plain] = name
     may_be_there = {HEAD} if described.is_tied else set()
     if problems := _differences(layout, model, names, source, may_be_there):
         raise ValueError("\n".join([f"weights: {str(path)!r} does not fit its config", *problems]))
@@ -59,7 +65,9 @@ def folder_of(path: Path) -> Path:
     Raises: FileNotFoundError for a path where nothing is.
     """
     if not path.exists():
-        raise FileNotFoundError(f"weights: got {str(path)!r}, which is not there; check the path")
+        raise FileNotFoundError(
+            f"weights: got {str(path)!r}, which is not a file or folder; check the path"
+        )
     return path if path.is_dir() else path.parent
 
 
@@ -91,7 +99,7 @@ def _differences(
         + (", ..." if len(found) > SHOWN else "")
         for kind, found in (
             ("missing", expected.keys() - names.keys()), ("unexpected", unexpected),
-            ("of another shape", wrong_shapes),
+            ("of another shape", wrong_shapes), ("not of floating point", source.not_floats),
         )
         if found
     ]  # fmt: skip
@@ -135,8 +143,11 @@ def read_tokenizer(folder: Path) -> BPETokenizer:
     for vocab, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
         if (folder / vocab).is_file() and (folder / merges).is_file():
             tokenizer = BPETokenizer.from_files(folder / vocab, folder / merges)
+            named = list(DEFAULT_SPECIAL_TOKENS)
+            if (folder / ADDED_TOKENS).is_file():
+                named += read_json(folder / ADDED_TOKENS)
             known = set(tokenizer.vocab.values())
-            specials = [t for t in DEFAULT_SPECIAL_TOKENS if t.encode("utf-8") in known]
+            specials = [t for t in dict.fromkeys(named) if t.encode("utf-8") in known]
             return BPETokenizer(tokenizer.vocab, tokenizer.merges, specials)
     if (folder / "tokenizer.json").is_file():
         return read_tokenizer_json(folder / "tokenizer.json")

@@ -1,7 +1,6 @@
 """Files of weights, of which one tensor at a time is read."""
 
 import json
-import zipfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -10,18 +9,22 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from cs_lm.checkpoint import check_archive, check_old_file
+from cs_lm.checkpoint import check_archive, check_old_file, check_tensor
 
 MAX_JSON_BYTES = 64 << 20
+ADDED_TOKENS = "added_tokens.json"
+_FLOATS = {"F64", "F32", "F16", "BF16"}
 SPARE_HELP = "install the extra with: pip install 'cs_lm[{}]'"
 
 
 class Source(Protocol):
     """shapes      of every tensor, by the name that it has in the files
+    not_floats  names of tensors whose numbers would not be those of a float32
     gives_away  whether a tensor that was read may be kept
     """
 
     shapes: dict[str, tuple[int, ...]]
+    not_floats: list[str]
     gives_away: bool
 
     def reading(self, name: str) -> AbstractContextManager[Tensor]:
@@ -56,12 +59,16 @@ class SafetensorsSource:
             ) from None
         self._open = safe_open
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.not_floats: list[str] = []
         self._path_of: dict[str, Path] = {}
         for path in paths:
             try:
                 with safe_open(path, "pt") as file:
                     for name in file.keys():  # noqa: SIM118 (it is no dict)
-                        self.shapes[name] = tuple(file.get_slice(name).get_shape())
+                        tensor = file.get_slice(name)
+                        if tensor.get_dtype() not in _FLOATS:
+                            self.not_floats.append(name)
+                        _add(self.shapes, name, tuple(tensor.get_shape()), path)
                         self._path_of[name] = path
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"weights: {str(path)!r} cannot be read ({error})") from None
@@ -79,27 +86,39 @@ class TorchSource:
 
     def __init__(self, paths: list[Path]):
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.not_floats: list[str] = []
         self._tensors: dict[str, Tensor] = {}
         for path in paths:
             self._load(path)
 
     def _load(self, path: Path) -> None:
         try:
-            (check_archive if zipfile.is_zipfile(path) else check_old_file)(path)
+            with open(path, "rb") as file:
+                is_archive = file.read(4) == b"PK\x03\x04"  # as torch.load decides it
+            (check_archive if is_archive else check_old_file)(path)
             content = torch.load(path, map_location="cpu", weights_only=True)
-            content = content.get("state_dict", content)
-            tensors = {name: x for name, x in content.items() if isinstance(x, Tensor)}
+            tensors: dict[str, Tensor] = content.get("state_dict", content)
+            for name, x in tensors.items():
+                if type(name) is not str or not isinstance(x, Tensor):
+                    raise ValueError("more than named tensors")
+                check_tensor(x)
         except Exception as error:  # torch.load raises whatever its unpickler meets
             raise ValueError(
                 f"weights: {str(path)!r} cannot be read ({type(error).__name__}): it is damaged, "
                 "or holds more than tensors"
             ) from None
+        for name, x in tensors.items():
+            _add(self.shapes, name, tuple(x.shape), path)
+            if x.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+                self.not_floats.append(name)
         self._tensors.update(tensors)
-        self.shapes.update((name, tuple(x.shape)) for name, x in tensors.items())
 
     @contextmanager
     def reading(self, name: str) -> Iterator[Tensor]:
-        yield self._tensors.pop(name)
+        tensor = self._tensors.pop(name)
+        memory = tensor.untyped_storage().data_ptr()
+        shared = [x for x in self._tensors.values() if x.untyped_storage().data_ptr() == memory]
+        yield tensor.clone() if shared else tensor
 
 
 class TensorFlowSource:
@@ -122,10 +141,19 @@ class TensorFlowSource:
             first_line = str(error).partition("\n")[0]
             raise ValueError(f"weights: {str(prefix)!r} cannot be read ({first_line})") from None
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
+        kinds = self._reader.get_variable_to_dtype_map()
+        self.not_floats = [name for name, kind in kinds.items() if not kind.is_floating]
 
     @contextmanager
     def reading(self, name: str) -> Iterator[Tensor]:
         yield torch.from_numpy(self._reader.get_tensor(name))
+
+
+def _add(shapes: dict[str, tuple], name: str, shape: tuple[int, ...], path: Path) -> None:
+    """Raises: ValueError for a name that an earlier file has already."""
+    if name in shapes:
+        raise ValueError(f"weights: {name} of {str(path)!r} is in another file, too")
+    shapes[name] = shape
 
 
 def open_source(path: Path) -> Source:
@@ -138,7 +166,9 @@ def open_source(path: Path) -> Source:
             return SafetensorsSource([path])
         if path.suffix in (".bin", ".pt", ".pth"):
             return TorchSource([path])
-        raise ValueError(f"weights: got {str(path)!r}, need a .safetensors or .bin file")
+        if path.name.endswith(".index"):
+            return TensorFlowSource(path.with_suffix(""))
+        raise ValueError(f"weights: got {str(path)!r}, need a .safetensors, .bin or .index file")
     for name, kind in (
         ("model.safetensors", SafetensorsSource),
         ("pytorch_model.bin", TorchSource),
@@ -148,9 +178,12 @@ def open_source(path: Path) -> Source:
             return kind([path / name])
         if index.is_file():
             return kind(_shards(index))
-    indices = sorted(path.glob("*.ckpt.index")) + sorted(path.glob("*.ckpt-*.index"))
+    indices = sorted(path.glob("*.index"))
+    if len(indices) > 1:
+        names = ", ".join(index.name for index in indices)
+        raise ValueError(f"weights: {str(path)!r} holds {names}; name one of them")
     if indices:
-        return TensorFlowSource(indices[-1].with_suffix(""))
+        return TensorFlowSource(indices[0].with_suffix(""))
     raise FileNotFoundError(
         f"weights: {str(path)!r} holds no model.safetensors, pytorch_model.bin or "
         "model.ckpt.index, nor an index of several files"

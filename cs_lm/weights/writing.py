@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -14,8 +15,8 @@ from cs_lm.language_models import AnyModel
 from cs_lm.tokenizer import BPETokenizer
 from cs_lm.weights.configs import written_config
 from cs_lm.weights.layouts import LAYOUTS, Entry, Layout
-from cs_lm.weights.sources import SPARE_HELP
-from cs_lm.whole_file import put_folder, write_whole
+from cs_lm.weights.sources import ADDED_TOKENS, SPARE_HELP
+from cs_lm.whole_file import sync_folder, write_whole
 
 FLOAT_BYTES = 4
 END_OF_TEXT = DEFAULT_SPECIAL_TOKENS[0].encode("utf-8")
@@ -33,27 +34,32 @@ def write_weights(
     """A new folder that transformers, or OpenAI's TensorFlow code, reads.
 
     file_format  one of FORMATS
-    shard_bytes  several files, none of them with more weights, and an index of them
+    shard_bytes  several files of at most this size, but for a tensor that is larger, and an index
     Memory: the weights once more, of one file at a time.
     Raises: ValueError for a folder that is not empty, or a model that the format cannot hold.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    folder = Path(os.path.abspath(folder))
+    is_empty = folder.is_dir() and not any(folder.iterdir())
+    if os.path.lexists(folder) and not is_empty:
         raise ValueError(f"--to: {str(folder)!r} is there already; name a new folder")
     layout = "gpt2" if isinstance(model.config, GPT2Config) else "llama"
     if file_format == "tensorflow":
         layout = "openai"
         _check_openai(model)
-    writing = folder.with_name(folder.name + ".writing")
-    shutil.rmtree(writing, ignore_errors=True)
-    writing.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    writing = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         if file_format == "tensorflow":
             _write_tensorflow(model, writing / "model.ckpt")
         else:
             _write_files(model, layout, writing, file_format, shard_bytes)
         _write_settings(model, layout, tokenizer, writing)
-        put_folder(writing, folder)
+        writing.chmod(0o777 & ~_umask())
+        sync_folder(writing)
+        if is_empty:
+            folder.rmdir()  # Windows does not rename onto it
+        os.replace(writing, folder)
+        sync_folder(folder.parent)
     except BaseException:
         shutil.rmtree(writing, ignore_errors=True)
         raise
@@ -76,7 +82,7 @@ def _theirs(model: AnyModel, entry: Entry) -> Tensor:
     parts = []
     for name in entry.ours:
         if name not in weights:
-            matrix = weights[f"{name.removesuffix('bias')}weight"]
+            matrix = weights[_matrix_of(name)]
             parts.append(matrix.new_zeros(matrix.shape[0]))
         else:
             parts.append(weights[name].detach().float().cpu())
@@ -97,24 +103,44 @@ def _write_files(
         file_of.update(dict.fromkeys(tensors, path.name))
         _save(tensors, path, file_format)
     if shard_bytes is not None:
-        total = FLOAT_BYTES * sum(p.numel() for p in model.parameters())
-        index = {"metadata": {"total_size": total}, "weight_map": file_of}
+        sizes = _sizes(model, entries)
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": file_of}
         _write_json(folder / f"{stem}{suffix}.index.json", index)
 
 
 def _shards(model: AnyModel, entries: Layout, shard_bytes: int | None) -> list[list[str]]:
     """Names in the order of the layout, cut where a file would become too large."""
-    weights = dict(model.named_parameters())
     shards: list[list[str]] = [[]]
     room = limit = math.inf if shard_bytes is None else shard_bytes
-    for name, entry in entries.items():
-        size = FLOAT_BYTES * sum(weights[ours].numel() for ours in entry.ours if ours in weights)
+    for name, size in _sizes(model, entries).items():
         if size > room and shards[-1]:
             shards.append([])
             room = limit
         shards[-1].append(name)
         room -= size
     return shards
+
+
+def _sizes(model: AnyModel, entries: Layout) -> dict[str, int]:
+    """Bytes of each of their tensors."""
+    weights = dict(model.named_parameters())
+
+    def numel(name: str) -> int:  # a bias of zeros is as long as its matrix is high
+        is_there = name in weights
+        return weights[name].numel() if is_there else len(weights[_matrix_of(name)])
+
+    return {name: FLOAT_BYTES * sum(map(numel, e.ours)) for name, e in entries.items()}
+
+
+def _matrix_of(bias: str) -> str:
+    return f"{bias.removesuffix('bias')}weight"
+
+
+def _umask() -> int:
+    """What `mkdir` would take away of a folder's rights; a temporary one has fewer."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _full_name(layout: str, name: str) -> str:
@@ -159,6 +185,9 @@ def _write_settings(model: AnyModel, layout: str, tokenizer: BPETokenizer, folde
     _write_json(folder / name, content)
     files = ("encoder.json", "vocab.bpe") if layout == "openai" else ("vocab.json", "merges.txt")
     tokenizer.save(*(folder / file for file in files))
+    id_of = {token: token_id for token_id, token in tokenizer.vocab.items()}
+    special = {text: id_of[text.encode("utf-8")] for text in tokenizer.special_tokens}
+    _write_json(folder / ADDED_TOKENS, special)
 
 
 def _write_json(path: Path, content: dict) -> None:

@@ -285,3 +285,131 @@ def test_a_folder_that_is_there_is_not_written_to(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="--to: .* is there already"):
         write_weights(random_model(SMALL), tokenizer, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+# ---- more that is refused, each found once by somebody ----
+
+
+def tampered(tmp_path, **changes):
+    """A folder of transformers' GPT-2 whose state has been changed, as one file of torch.save."""
+    theirs = their_gpt2()
+    theirs.config.save_pretrained(tmp_path)
+    state = {**theirs.state_dict(), **changes}
+    del state["lm_head.weight"]
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({name: x for name, x in state.items() if x is not None}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"wpe.weight": torch.zeros(32, 24)}, "has both transformer.wpe.weight and wpe.weight"),
+        ({"transformer.wpe.weight": torch.zeros(32, 24, dtype=torch.int64)},
+         "not of floating point: 1: transformer.wpe.weight"),
+        ({"extra": {"hidden": torch.zeros(3)}}, "holds more than tensors"),
+        ({"transformer.wte.weight": torch.zeros(1).expand(V, 24)}, "holds more than tensors"),
+        ({"transformer.wpe.weight": None}, "missing: 1: wpe.weight"),
+    ],
+)  # fmt: skip
+def test_tensors_that_do_not_count_as_weights(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        read_weights(tampered(tmp_path, **changes))
+
+
+def test_names_that_are_no_text(tmp_path):
+    path = tampered(tmp_path)
+    state = torch.load(path)
+    torch.save({**state, 0: torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="holds more than tensors"):
+        read_weights(path)
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_pickle_that_takes_memory_is_refused(hidden, tmp_path, monkeypatch):
+    """Also where an archive behind it makes it look like another kind of file."""
+    import pickle
+    import zipfile
+
+    path = tampered(tmp_path)
+    pickled = pickle.dumps(torch.serialization.MAGIC_NUMBER, 2) + pickle.dumps(1001, 2)
+    pickled += pickle.dumps({}, 2) + b"\x80\x02c__builtin__\nbytearray\nM\x10'\x85R."
+    path.write_bytes(pickled + pickle.dumps([], 2))
+    if hidden:
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr("x/none", "")
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it is unpickled"))
+    with pytest.raises(ValueError, match=r"pytorch_model.bin' cannot be read"):
+        read_weights(path)
+
+
+def test_shards_that_hold_the_same_tensor_are_refused(tmp_path):
+    import shutil
+
+    their_gpt2().save_pretrained(tmp_path)
+    for name in ("a", "b"):
+        shutil.copy(tmp_path / "model.safetensors", tmp_path / f"{name}.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(ValueError, match="is in another file, too"):
+        read_weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling of .*; need None"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "need rope_type 'default'"),
+        ({"num_key_value_heads": 1}, "num_key_value_heads of .* is 1; need 3"),
+        ({"rms_norm_eps": -1.0}, "norm_eps: got -1.0, need above 0"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps of .* is 1000"),
+        ({"rope_parameters": {"rope_theta": 10**400}}, "rope_theta of .* is 1000"),
+        ({"max_position_embeddings": 10**9}, "1000000000"),
+    ],
+)
+def test_settings_of_another_llama_are_refused(changes, message, tmp_path):
+    from cs_lm.weights.configs import read_config, written_config
+
+    name, content = written_config("llama", LLAMA, None)
+    (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
+    assert read_config(tmp_path).config == LLAMA
+    changed(tmp_path / name, **changes)
+    with pytest.raises(ValueError, match=message):
+        read_config(tmp_path)
+
+
+def test_a_head_that_shares_memory_becomes_one_of_its_own(tmp_path):
+    theirs = their_gpt2()
+    theirs.config.tie_word_embeddings = False
+    theirs.config.save_pretrained(tmp_path)
+    torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
+    ours = read_weights(tmp_path)
+    same_scores(ours, theirs)
+    with torch.no_grad():
+        ours.lm_head.weight.add_(1)
+    assert not torch.equal(ours.lm_head.weight, ours.token_embeddings.weight)
+
+
+def test_special_tokens_come_along(tmp_path):
+    specials = ["<|endoftext|>", "<|user|>"]
+    vocab = {i: bytes([i]) for i in range(256)}
+    vocab.update((256 + i, text.encode("utf-8")) for i, text in enumerate(specials))
+    tokenizer = BPETokenizer(vocab, [], specials)
+    write_weights(random_model(SMALL), tokenizer, tmp_path / "out")
+    back = read_tokenizer(tmp_path / "out")
+    assert back.fingerprint == tokenizer.fingerprint
+    text = "a<|user|>b"
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert back.encode(text) == theirs(text)["input_ids"] == [97, 257, 98]
+
+
+def test_nothing_beside_an_export_is_touched(tokenizer, tmp_path):
+    for name in ("e.old", "e.writing", ".e.x"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text("mine", encoding="utf-8")
+    (tmp_path / "e").mkdir()  # an empty one may be used
+    write_weights(random_model(SMALL), tokenizer, tmp_path / "e")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".e.x", "e", "e.old", "e.writing"]
+    assert all((tmp_path / n / "mine").is_file() for n in ("e.old", "e.writing", ".e.x"))
+    assert (tmp_path / "e").stat().st_mode & 0o777 == (tmp_path / "e.old").stat().st_mode & 0o777

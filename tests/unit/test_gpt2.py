@@ -196,8 +196,8 @@ def test_sequences_beyond_the_context_are_refused():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"drop_rate": 1.0}, "--dropout: got 1.0, need 0 to below 1"),
-        ({"drop_rate": -0.1}, "--dropout: got -0.1, need 0 to below 1"),
+        ({"drop_rate": 1.0}, "--dropout: got 1.0, need 0 to 0.99"),
+        ({"drop_rate": -0.1}, "--dropout: got -0.1, need 0 to 0.99"),
         ({"num_heads": 5}, r"--num_heads: got 5, need a divisor of --d_model \(12\)"),
         ({"context_length": 0}, "--max_seq_length: got 0, need 1 or more"),
     ],
@@ -207,3 +207,19 @@ def test_wrong_settings(change, message):
 
     with pytest.raises(ValueError, match=message):
         GPT2LM(dataclasses.replace(CONFIG, **change))
+
+
+@pytest.mark.parametrize("rate", [1e-4, 0.5, 0.99])
+def test_the_rate_is_what_is_dropped(rate):
+    key = next_pass(new_state(11))
+    dropped = 1 - kept(torch.Size((2_000_000,)), rate, key, 2).double().mean().item()
+    near = 5 * math.sqrt(rate * (1 - rate) / 2_000_000) + 2**-17
+    assert dropped == pytest.approx(rate, abs=near)
+
+
+def test_no_place_is_another_one_in_other_order():
+    """The words of places may overlap; what is drawn from them must not."""
+    key, size = next_pass(new_state(0)), 1 << 12
+    rows = torch.stack([kept(torch.Size((size,)), 0.5, key, place) for place in range(150)])
+    blocks = rows.view(150, -1, 64).sum(-1).sort(-1).values  # an order of blocks would not show
+    assert len({tuple(row) for row in blocks.tolist()}) == 150
