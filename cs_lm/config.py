@@ -243,7 +243,7 @@ class RunConfig:
     model_name: str = setting(
         DEFAULT_MODEL,
         "transformer: RMS norms, rotary positions and SwiGLU; or a size of GPT-2 or GPT-3, whose "
-        "settings the flags beside it change",
+        "settings are then the defaults of the other flags (--dry_run shows what comes out)",
         flag="--model",
         choices=(DEFAULT_MODEL, *GPT_SIZES),
     )

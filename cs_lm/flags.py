@@ -47,7 +47,10 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
     groups = {}
     for name, (owner, each) in settings_of(config_class).items():
         if owner not in groups:
-            groups[owner] = parser.add_argument_group((owner.__doc__ or "").strip().rstrip("."))
+            title = (owner.__doc__ or "").strip().rstrip(".")
+            if title.startswith(f"{owner.__name__}("):  # what a dataclass without a text has
+                title = "settings"
+            groups[owner] = parser.add_argument_group(title)
         spellings = [s for s in (each.metadata["flag"], f"--{name}") if s]
         kind = plain_type(typing.get_type_hints(owner)[name])
         options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
@@ -89,7 +92,7 @@ def config_from_flags(
     values, problems = read_flags(namespace, type(base))
     config = replace(base, values)
     problems += [
-        f"{flag_of(each)}: has no effect with this --model; leave it out"
+        f"{flag_of(each)}: has no effect with --model {base.model_name}; leave it out"
         for name, (_, each) in settings_of(type(base)).items()
         if name in values and not has_setting(base, name)
     ]

@@ -55,6 +55,8 @@ def plot_losses(
     axes.legend()
     if show == "perplexity":
         axes.set_yscale("log")
+        for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            which(_thousands_formatter())
     if against == "tokens":
         axes.xaxis.set_major_formatter(_thousands_formatter())
     else:
@@ -98,14 +100,14 @@ def _draw(axes, x: _Axis, show: str, train: list[Record], valid: list[Record]) -
             marker="s",
             color="C2",
             ms=4,
-            label="train, without dropout",
+            label="training text",
         )
     if valid:
         last = valid[-1]
-        label = (
-            f"validation (last: {last['loss_nats']:.3f} nats, "
-            f"{last['bits_per_byte']:.3f} bits/byte)"
-        )
+        last_loss = f"{last['loss_nats']:.3f} nats"
+        if show == "perplexity":
+            last_loss = f"{math.exp(min(last['loss_nats'], 700.0)):.1f}"
+        label = f"validation (last: {last_loss}, {last['bits_per_byte']:.3f} bits/byte)"
         line(valid, "loss_nats", marker="o", color="C1", ms=4, label=label)
 
 

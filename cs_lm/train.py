@@ -1,6 +1,7 @@
 """Training: the loop around the step, that logs, validates, samples and saves."""
 
 import math
+import shlex
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -231,7 +232,8 @@ class Trainer:
         self.say(f"checkpoints: {checkpoints.path(self.step)}{best}")
         self.say(plotted(self.folder.metrics, self.folder.plot))
         self.say(
-            f'more text: python -m cs_lm generate --out_dir {self.folder.path} --prompt "The "'
+            f"more text: python -m cs_lm generate --out_dir {self.folder.path} "
+            f"--prompt {shlex.quote(self.config.prompt)}"
         )
         return 0
 

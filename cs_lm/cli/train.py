@@ -1,5 +1,6 @@
 """`run_clm.py`: settings from flags and saved runs, then a dry run or a training run."""
 
+import difflib
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -47,8 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _resume(namespace, given, wrong_values)
     model_name = given.get("model_name", DEFAULT_MODEL)
     if model_name not in (DEFAULT_MODEL, *GPT_SIZES):  # what goes with it cannot be said
-        names = ", ".join((DEFAULT_MODEL, *GPT_SIZES))
-        raise ValueError(f"--model: got {model_name!r}, need one of {names}")
+        names = (DEFAULT_MODEL, *GPT_SIZES)
+        near = [name for name in names if name.startswith(model_name)]
+        near = near or difflib.get_close_matches(model_name, names, n=1) or names
+        raise ValueError(f"--model: got {model_name!r}, need one of {', '.join(near)}")
     base = named_run(model_name)
     config = config_from_flags(base, namespace, _problems_of_this_machine)
     folder = RunFolder(config.out_dir or Path("runs") / label_of(config))

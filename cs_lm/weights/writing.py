@@ -68,12 +68,15 @@ def write_weights(
 def _check_openai(model: AnyModel) -> None:
     config = model.config
     if not isinstance(config, GPT2Config) or not config.tied_head:
-        raise ValueError("--format: tensorflow holds GPT-2 with a tied head only; need another one")
-    if config.d_ff != 4 * config.d_model or config.norm_eps != GPT2Config.norm_eps:
         raise ValueError(
-            f"--format: tensorflow has no place for d_ff {config.d_ff} and norm_eps "
-            f"{config.norm_eps}; it means {4 * config.d_model} and {GPT2Config.norm_eps}"
+            "--format: tensorflow holds only a GPT-2 whose head is the embedding; use safetensors"
         )
+    for name, needed in (("d_ff", 4 * config.d_model), ("norm_eps", GPT2Config.norm_eps)):
+        if getattr(config, name) != needed:
+            raise ValueError(
+                f"--format: tensorflow has no place for {name}, which means {needed} there; this "
+                f"run has {getattr(config, name)}; use safetensors"
+            )
 
 
 def _theirs(model: AnyModel, entry: Entry) -> Tensor:
@@ -95,14 +98,15 @@ def _write_files(
     entries = LAYOUTS[layout](model.config)
     stem, suffix = _STEMS[file_format]
     shards = _shards(model, entries, shard_bytes)
+    is_one = len(shards) == 1
     file_of = {}
     for number, names in enumerate(shards, start=1):
-        part = "" if shard_bytes is None else f"-{number:05d}-of-{len(shards):05d}"
+        part = "" if is_one else f"-{number:05d}-of-{len(shards):05d}"
         path = folder / f"{stem}{part}{suffix}"
         tensors = {_full_name(layout, name): _theirs(model, entries[name]) for name in names}
         file_of.update(dict.fromkeys(tensors, path.name))
         _save(tensors, path, file_format)
-    if shard_bytes is not None:
+    if not is_one:
         sizes = _sizes(model, entries)
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": file_of}
         _write_json(folder / f"{stem}{suffix}.index.json", index)
@@ -159,6 +163,7 @@ def _save(tensors: dict[str, Tensor], path: Path, file_format: str) -> None:
                 f"--format: needs the package safetensors; {SPARE_HELP.format('weights')}"
             ) from None
         save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o666 & ~_umask())  # safetensors makes it the owner's alone
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
 

@@ -125,3 +125,19 @@ def test_a_tokenizer_that_is_too_large_leaves_nothing(work, capsys):
     assert command(["import-weights", "--from", "out", "--out_dir", "third"]) == 2
     assert "has 5001 tokens, but the weights are for 400" in capsys.readouterr().err
     assert not (work / "third").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--model gpt2", "--model: got 'gpt2', need one of gpt2-small, gpt2-medium, "),
+        ("--model gpt2-smal", "--model: got 'gpt2-smal', need one of gpt2-small"),
+        ("--model gpt2-small --theta 5", "--theta: has no effect with --model gpt2-small; leave"),
+        ("--dropout 0.1", "--dropout: has no effect with --model transformer; leave it out"),
+        ("--model gpt2-small --dropout 1", "--dropout: got 1.0, need 0 to 0.99"),
+    ],
+)  # fmt: skip
+def test_flags_that_do_not_go_with_the_model(argv, message, work, capsys):
+    assert train([*argv.split(), "--dry_run"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+    assert not list(work.iterdir())
