@@ -106,7 +106,7 @@ def test_plot(capsys, tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_selfcheck(capsys, dtype):
     shown = shown_by(capsys, "selfcheck", "--dtype", dtype, "--device", "cpu")
-    assert shown.count(" ok\n") == 19 and "DIFFERENT" not in shown
+    assert shown.count(" ok\n") == 23 and "DIFFERENT" not in shown
 
 
 def test_selfcheck_finds_a_wrong_operation(capsys, monkeypatch):

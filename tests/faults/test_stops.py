@@ -79,6 +79,7 @@ def config_of(case: str) -> RunConfig:
 
 @pytest.mark.parametrize("case", CASES)
 def test_stopped_anywhere(case, work, monkeypatch):
+    torch._dynamo.reset()  # what other tests compiled, of other models
     # a backend that needs no compiler
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     monkeypatch.setattr("cs_lm.train.SAMPLE_TOKENS", 4)  # a sample must fit between two stops

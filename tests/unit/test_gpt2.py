@@ -133,6 +133,7 @@ def test_activation_checkpointing_drops_the_same():
 
 
 def test_compiled_drops_the_same_without_graph_breaks():
+    torch._dynamo.reset()  # what other tests compiled, of other models
     plain, compiled = model_of(), model_of()
     loss = torch.compile(next_token_loss, fullgraph=True)
     for _ in range(2):  # the second pass draws others
