@@ -55,8 +55,10 @@ def plot_losses(
     axes.legend()
     if show == "perplexity":
         axes.set_yscale("log")
-        for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            which(_thousands_formatter())
+        axes.yaxis.set_major_formatter(_thousands_formatter())
+        lowest, highest = axes.get_ylim()
+        if highest < 10 * lowest:  # no room for them where there is more than a decade
+            axes.yaxis.set_minor_formatter(_thousands_formatter())
     if against == "tokens":
         axes.xaxis.set_major_formatter(_thousands_formatter())
     else:
