@@ -79,16 +79,19 @@ def _check_openai(model: AnyModel) -> None:
             )
 
 
-def _theirs(model: AnyModel, entry: Entry) -> Tensor:
-    """Their tensor, in memory of its own; a bias that our model does without is one of zeros."""
-    weights = dict(model.named_parameters())
-    parts = []
-    for name in entry.ours:
+def _weights(model: AnyModel, entries: Layout) -> dict[str, Tensor]:
+    """All that the entries name; a bias that our model does without is one of zeros."""
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    for name in (ours for entry in entries.values() for ours in entry.ours):
         if name not in weights:
-            matrix = weights[_matrix_of(name)]
-            parts.append(matrix.new_zeros(matrix.shape[0]))
-        else:
-            parts.append(weights[name].detach().float().cpu())
+            matrix = weights[f"{name.removesuffix('bias')}weight"]
+            weights[name] = matrix.new_zeros(len(matrix))
+    return weights
+
+
+def _theirs(weights: dict[str, Tensor], entry: Entry) -> Tensor:
+    """Their tensor, in memory of its own."""
+    parts = [weights[name].float().cpu() for name in entry.ours]
     return entry.to_theirs(parts).clone(memory_format=torch.contiguous_format)
 
 
@@ -97,47 +100,36 @@ def _write_files(
 ) -> None:
     entries = LAYOUTS[layout](model.config)
     stem, suffix = _STEMS[file_format]
-    shards = _shards(model, entries, shard_bytes)
+    weights = _weights(model, entries)
+    sizes = {
+        name: FLOAT_BYTES * sum(weights[ours].numel() for ours in entry.ours)
+        for name, entry in entries.items()
+    }
+    shards = _shards(sizes, shard_bytes)
     is_one = len(shards) == 1
     file_of = {}
     for number, names in enumerate(shards, start=1):
         part = "" if is_one else f"-{number:05d}-of-{len(shards):05d}"
         path = folder / f"{stem}{part}{suffix}"
-        tensors = {_full_name(layout, name): _theirs(model, entries[name]) for name in names}
+        tensors = {_full_name(layout, name): _theirs(weights, entries[name]) for name in names}
         file_of.update(dict.fromkeys(tensors, path.name))
         _save(tensors, path, file_format)
     if not is_one:
-        sizes = _sizes(model, entries)
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": file_of}
         _write_json(folder / f"{stem}{suffix}.index.json", index)
 
 
-def _shards(model: AnyModel, entries: Layout, shard_bytes: int | None) -> list[list[str]]:
+def _shards(sizes: dict[str, int], shard_bytes: int | None) -> list[list[str]]:
     """Names in the order of the layout, cut where a file would become too large."""
     shards: list[list[str]] = [[]]
     room = limit = math.inf if shard_bytes is None else shard_bytes
-    for name, size in _sizes(model, entries).items():
+    for name, size in sizes.items():
         if size > room and shards[-1]:
             shards.append([])
             room = limit
         shards[-1].append(name)
         room -= size
     return shards
-
-
-def _sizes(model: AnyModel, entries: Layout) -> dict[str, int]:
-    """Bytes of each of their tensors."""
-    weights = dict(model.named_parameters())
-
-    def numel(name: str) -> int:  # a bias of zeros is as long as its matrix is high
-        is_there = name in weights
-        return weights[name].numel() if is_there else len(weights[_matrix_of(name)])
-
-    return {name: FLOAT_BYTES * sum(map(numel, e.ours)) for name, e in entries.items()}
-
-
-def _matrix_of(bias: str) -> str:
-    return f"{bias.removesuffix('bias')}weight"
 
 
 def _umask() -> int:
@@ -176,7 +168,8 @@ def _write_tensorflow(model: AnyModel, prefix: Path) -> None:
             f"--format: needs the package tensorflow; {SPARE_HELP.format('tensorflow')}"
         ) from None
     layout = LAYOUTS["openai"](model.config)
-    tensors = [_theirs(model, entry).numpy() for entry in layout.values()]
+    weights = _weights(model, layout)
+    tensors = [_theirs(weights, entry).numpy() for entry in layout.values()]
     tf.raw_ops.SaveV2(
         prefix=str(prefix), tensor_names=list(layout), shape_and_slices=[""] * len(layout),
         tensors=tensors,
