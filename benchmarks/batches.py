@@ -47,7 +47,8 @@ def waiting(num_tokens: int, is_prepared: bool):
 
     from cs_lm.batches import BatchSource, Prefetcher
     from cs_lm.config import ModelConfig
-    from cs_lm.model import TransformerLM, next_token_loss
+    from cs_lm.language_model import next_token_loss
+    from cs_lm.model import TransformerLM
 
     sizes, batch_size, _ = MODELS[SMALL]
     model = TransformerLM(ModelConfig(**sizes))

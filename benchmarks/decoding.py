@@ -22,7 +22,8 @@ def our_model(dtype: str, context_length: int):
     import torch
 
     from cs_lm.config import ModelConfig
-    from cs_lm.model import TransformerLM, cast_weights
+    from cs_lm.language_model import cast_weights
+    from cs_lm.model import TransformerLM
 
     sizes = MODELS["57.7 M, B 8, T 256"][0] | {"context_length": context_length}
     model = TransformerLM(ModelConfig(**sizes)).eval()

@@ -62,7 +62,8 @@ def ours(
     from cs_lm.compiling import Compiled
     from cs_lm.config import ModelConfig
     from cs_lm.device import keep_freed_memory
-    from cs_lm.model import TransformerLM, next_token_loss
+    from cs_lm.language_model import next_token_loss
+    from cs_lm.model import TransformerLM
     from cs_lm.optim import AdamW, parameter_groups
     from cs_lm.training_step import autocast, train_step
 

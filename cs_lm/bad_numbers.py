@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cs_lm.batches import BatchSource
-from cs_lm.model import LanguageModel
+from cs_lm.language_model import LanguageModel
 from cs_lm.training_step import LossFunction, gradients_of
 from cs_lm.whole_file import write_whole
 

@@ -74,8 +74,16 @@ GPT_SIZES = {
 }
 
 
-def _problems_of_norm(norm_eps: float) -> list[str]:
-    return [] if 0 < norm_eps < 1 else [f"norm_eps: got {norm_eps}, need above 0 and below 1"]
+def _problems_of_shape(config: "ModelConfig | GPT2Config", may_be_zero: tuple = ()) -> list[str]:
+    found = not_positive(config, may_be_zero)
+    if not 0 < config.norm_eps < 1:
+        found.append(f"norm_eps: got {config.norm_eps}, need above 0 and below 1")
+    if config.d_model > 0 and config.num_heads > 0 and config.d_model % config.num_heads:
+        found.append(
+            f"--num_heads: got {config.num_heads}, need a divisor of --d_model "
+            f"({config.d_model}); change one of the two"
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -94,18 +102,12 @@ class ModelConfig:
     norm_eps: float = field(default=1e-5)
 
     def problems(self) -> list[str]:
-        found = [*not_positive(self), *_problems_of_norm(self.norm_eps)]
-        if self.d_model > 0 and self.num_heads > 0:
-            if self.d_model % self.num_heads:
-                found.append(
-                    f"--num_heads: got {self.num_heads}, need a divisor of --d_model "
-                    f"({self.d_model}); change one of the two"
-                )
-            elif self.d_model // self.num_heads % 2:
-                found.append(
-                    f"--num_heads: got {self.num_heads}, which makes the head size "
-                    f"{self.d_model // self.num_heads}; need an even one for rotary positions"
-                )
+        found = _problems_of_shape(self)
+        if not found and self.d_model // self.num_heads % 2:
+            found.append(
+                f"--num_heads: got {self.num_heads}, which makes the head size "
+                f"{self.d_model // self.num_heads}; need an even one for rotary positions"
+            )
         return found
 
 
@@ -136,15 +138,10 @@ class GPT2Config:
     norm_eps: float = field(default=1e-5)
 
     def problems(self) -> list[str]:
-        found = [line for line in not_positive(self, ("drop_rate",)) if "--dropout" not in line]
-        found += _problems_of_norm(self.norm_eps)
+        found = _problems_of_shape(self, ("drop_rate",))
+        found = [line for line in found if "--dropout" not in line]
         if not 0 <= self.drop_rate <= 0.99:
             found.append(f"--dropout: got {self.drop_rate}, need 0 to 0.99")
-        if self.d_model > 0 and self.num_heads > 0 and self.d_model % self.num_heads:
-            found.append(
-                f"--num_heads: got {self.num_heads}, need a divisor of --d_model "
-                f"({self.d_model}); change one of the two"
-            )
         return found
 
 

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cs_lm.model import LanguageModel, evaluating, new_cache
+from cs_lm.language_model import LanguageModel, evaluating, new_cache
 from cs_lm.ops import linear, softmax
 from cs_lm.settings import setting
 

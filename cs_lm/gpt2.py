@@ -5,14 +5,13 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from cs_lm import ops as clear_ops
 from cs_lm.config import GPT2Config
 from cs_lm.dropout import Drop, at_place, new_state, next_pass, reseed
 from cs_lm.fast_ops import FAST
-from cs_lm.kv_cache import KVCache, positions_after
+from cs_lm.kv_cache import KVCache
+from cs_lm.language_model import LanguageModel
 from cs_lm.layers import Embedding, LayerNorm, Linear, MultiHeadSelfAttention
 from cs_lm.ops import Ops
-from cs_lm.recompute import recomputed
 from cs_lm.weight_init import begin_as_torch, begin_gpt2
 
 
@@ -62,16 +61,14 @@ class GPT2Block(nn.Module):
         return x + drop_fed(self.ffn(self.ln2(x)))
 
 
-class GPT2LM(nn.Module):
-    """Scores of every next token, from the tokens before it.
+class GPT2LM(LanguageModel):
+    """The model of `GPT2Config`.
 
     Dropout happens in training mode only, with draws that follow from `seed_dropout` and the
     number of forward passes since, which the state dict holds.
 
-    ops        which version of the operations to build on (`ops.CLEAR` or `fast_ops.FAST`)
     generator  where the initial weights come from; None is torch's global generator
-    activation_checkpointing  keep only each block's input for backward, and compute the block again
-    Raises: ValueError for a config that cannot be built.
+    See `LanguageModel` for the rest.
     Source: Radford et al. 2019, Language models are unsupervised multitask learners.
     """
 
@@ -83,12 +80,7 @@ class GPT2LM(nn.Module):
         device: torch.device | str | None = None,
         activation_checkpointing: bool = False,
     ):
-        super().__init__()
-        if problems := config.problems():
-            raise ValueError("\n".join(problems))
-        self.config = config
-        self.ops = ops
-        self.activation_checkpointing = activation_checkpointing
+        super().__init__(config, ops, activation_checkpointing)
         with torch.device("meta"):  # every matrix is drawn once, below
             self.token_embeddings = Embedding(config.vocab_size, config.d_model)
             self.position_embeddings = Embedding(config.context_length, config.d_model)
@@ -114,60 +106,14 @@ class GPT2LM(nn.Module):
                 begin_gpt2(name, begun, config.num_layers, generator)
             setattr(owner, kind, nn.Parameter(begun))
 
-    @property
-    def head_weight(self) -> Tensor:
-        """(V, D), what scores are made with: of the tied head, the embedding."""
-        return (self.token_embeddings if self.lm_head is None else self.lm_head).weight
-
     def seed_dropout(self, seed: int) -> None:
         reseed(self.dropout_state, seed)
 
-    def hidden_states(
-        self,
-        token_ids: Tensor,
-        token_positions: Tensor | None = None,
-        mask: Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> Tensor:
-        """What the head sees: (..., T) ids to (..., T, D).
-
-        token_positions  (..., T); by default they go on from the cache's length, or from 0
-        mask             (..., T, S) boolean, True = attend, besides causality
-        cache            keys and values of earlier tokens, extended by these
-        Raises: ValueError for a sequence longer than the context.
-        """
-        next_positions = positions_after(cache, token_ids, self.config.context_length)
-        if token_positions is None:
-            token_positions = next_positions
+    def embedded(self, token_ids: Tensor, token_positions: Tensor) -> tuple[Tensor, list[dict]]:
         x = self.token_embeddings(token_ids) + self.position_embeddings(token_positions)
-        drop = self._drops()
-        if drop is not None:
-            x = drop(0)(x)
-        recomputing = self.activation_checkpointing and torch.is_grad_enabled() and cache is None
-        for index, layer in enumerate(self.layers):
-            block = functools.partial(layer, mask=mask, cache=cache, layer=index)
-            if drop is not None:
-                places = (3 * index + 1, 3 * index + 2, 3 * index + 3)
-                block = functools.partial(block, drops=tuple(map(drop, places)))
-            x = recomputed(block, x, list(layer.parameters())) if recomputing else block(x)
-        if cache is not None:
-            cache.advance(token_ids.shape[-1])
-        return self.ln_final(x)
-
-    def _drops(self):
-        """Place -> its dropout in this forward pass; None where nothing is dropped."""
-        if not self.training or not self.config.drop_rate:
-            return None
-        key = next_pass(self.dropout_state)
-        return functools.partial(at_place, self.config.drop_rate, key)
-
-    def forward(
-        self,
-        token_ids: Tensor,
-        token_positions: Tensor | None = None,
-        mask: Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> Tensor:
-        """Scores of the next token at every position: (..., T) ids to (..., T, V)."""
-        hidden = self.hidden_states(token_ids, token_positions, mask, cache)
-        return clear_ops.linear(hidden, self.head_weight)
+        num_layers, rate = self.config.num_layers, self.config.drop_rate
+        if not self.training or not rate:
+            return x, [{}] * num_layers
+        drop = functools.partial(at_place, rate, next_pass(self.dropout_state))
+        places = [range(3 * index + 1, 3 * index + 4) for index in range(num_layers)]
+        return drop(0)(x), [{"drops": tuple(map(drop, three))} for three in places]

@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from cs_lm.build_model import build_model
 from cs_lm.checkpoint import checkpoint_content, restore
 from cs_lm.checkpoint_manager import KINDS, CheckpointManager
 from cs_lm.config import MOST_CONTEXT, RunConfig
 from cs_lm.counts import num_parameters
 from cs_lm.fast_ops import FAST
-from cs_lm.language_models import AnyModel, build_model
+from cs_lm.language_model import LanguageModel, cast_weights
 from cs_lm.metrics import MetricsLog
-from cs_lm.model import cast_weights
 from cs_lm.optim import AdamW, parameter_groups
 from cs_lm.settings import all_problems, from_json, to_json
 from cs_lm.tokenizer import BPETokenizer
@@ -109,7 +109,7 @@ class RunFolder:
             self._tokenizer / "vocab.json", self._tokenizer / "merges.txt", specials
         )
 
-    def begin(self, config: RunConfig, model: AnyModel, tokenizer: BPETokenizer) -> None:
+    def begin(self, config: RunConfig, model: LanguageModel, tokenizer: BPETokenizer) -> None:
         """A run at step 0 of a model that was trained elsewhere."""
         self.save_tokenizer(tokenizer)
         log = MetricsLog(self.metrics)
@@ -212,7 +212,7 @@ def saved_config(content: dict[str, Any]) -> RunConfig:
 
 
 class TrainedModel(NamedTuple):
-    model: AnyModel
+    model: LanguageModel
     tokenizer: BPETokenizer
     config: RunConfig
     iteration: int

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cs_lm.bad_numbers import BadNumbers, StepFlags, advice, are_finite, write_bad_step
 from cs_lm.batches import BatchSource, Prefetcher, seed_of_step
+from cs_lm.build_model import build_model
 from cs_lm.checkpoint import checkpoint_content, restore
 from cs_lm.checkpoint_manager import BackgroundSaver
 from cs_lm.compiling import Compiled
@@ -20,7 +21,7 @@ from cs_lm.decoding import DecodingConfig, generate_text
 from cs_lm.device import describe, keep_freed_memory, matrix_flops_per_s, resolve_device, versions
 from cs_lm.evaluation import Evaluation, described, evaluate, gzip_bits_per_byte, token_byte_lengths
 from cs_lm.fast_ops import OPS
-from cs_lm.language_models import AnyModel, build_model, seed_step
+from cs_lm.language_model import LanguageModel, next_token_loss
 from cs_lm.metrics import (
     Display,
     MetricsLog,
@@ -29,7 +30,6 @@ from cs_lm.metrics import (
     TensorBoardLog,
     format_duration,
 )
-from cs_lm.model import next_token_loss
 from cs_lm.optim import AdamW, parameter_groups
 from cs_lm.plots import plotted
 from cs_lm.prepare import PreparedData
@@ -248,7 +248,9 @@ class Trainer:
         self.lr = learning_rate(self.step, self.num_steps, config.optim)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
-        seed_step(self.model, seed_of_step(config.seed, self.step))
+        seed = seed_of_step(config.seed, self.step)  # all that the step draws follows from it
+        torch.manual_seed(seed)
+        self.model.seed_dropout(seed)
         self.loss, self.norm = train_step(
             self.model, self.optimizer, self.batches_of_step(self.step), config.optim.max_norm,
             self._loss_unless_stopped, self.precision, self.sound,
@@ -257,7 +259,7 @@ class Trainer:
         self.step += 1
         self.trained_tokens += config.tokens_per_step
 
-    def _loss_unless_stopped(self, model: AnyModel, x: Tensor, y: Tensor):
+    def _loss_unless_stopped(self, model: LanguageModel, x: Tensor, y: Tensor):
         self.signals.check()
         return self.loss_function(model, x, y)
 

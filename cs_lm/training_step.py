@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from cs_lm.model import LanguageModel, next_token_loss
+from cs_lm.language_model import LanguageModel, next_token_loss
 from cs_lm.ops import IGNORE_INDEX
 from cs_lm.optim import AdamW, clip_gradients
 

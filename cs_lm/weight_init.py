@@ -56,10 +56,11 @@ def begin_as_torch(name: str, weight: Tensor, d_in: int, generator: torch.Genera
 
     Models built from those layers begin so where nothing else is said.
     """
-    if "embeddings" in name:
-        truncated_normal_(weight, EMBEDDING_STD, generator)
-        return
     device = generator.device if generator is not None else weight.device
-    uniform = torch.empty(weight.shape, device=device)
+    drawn = torch.empty(weight.shape, device=device)
+    if "embeddings" in name:
+        drawn.normal_(generator=generator)
+    else:
+        drawn.uniform_(-1, 1, generator=generator).div_(math.sqrt(d_in))
     with torch.no_grad():
-        weight.copy_(uniform.uniform_(-1, 1, generator=generator).div_(math.sqrt(d_in)))
+        weight.copy_(drawn)

@@ -6,11 +6,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from cs_lm.build_model import build_model
 from cs_lm.config import DEFAULT_SPECIAL_TOKENS
 from cs_lm.counts import Config, num_parameters
 from cs_lm.dropout import new_state
 from cs_lm.gpt2 import GPT2LM
-from cs_lm.language_models import AnyModel, build_model
+from cs_lm.language_model import LanguageModel
 from cs_lm.layers import RoPE
 from cs_lm.model import TransformerLM
 from cs_lm.tokenizer import BPETokenizer
@@ -23,7 +24,7 @@ SHOWN = 10  # names of each kind
 TABLE, HEAD = "token_embeddings.weight", "lm_head.weight"
 
 
-def read_weights(path: str | Path) -> AnyModel:
+def read_weights(path: str | Path) -> LanguageModel:
     """The model of a folder of Hugging Face's or OpenAI's, or of a file in one; in float32.
 
     Memory: the weights, and those of one tensor more; the largest come first, when little else is
@@ -83,7 +84,11 @@ def _check_size(config: Config, source: Source, path: Path) -> None:
 
 
 def _differences(
-    layout: Layout, model: AnyModel, names: dict[str, str], source: Source, may_be_there: set[str]
+    layout: Layout,
+    model: LanguageModel,
+    names: dict[str, str],
+    source: Source,
+    may_be_there: set[str],
 ) -> list[str]:
     """A line each for what is missing, what is unexpected and what has another shape."""
     shapes = {name: x.shape for name, x in model.named_parameters()}
@@ -110,7 +115,7 @@ def _place(model: nn.Module, name: str, weight: Tensor) -> None:
     setattr(model.get_submodule(path), kind, nn.Parameter(weight))
 
 
-def _tie(model: AnyModel, source: Source, head: str | None, path: Path) -> None:
+def _tie(model: LanguageModel, source: Source, head: str | None, path: Path) -> None:
     """Raises: ValueError for a head in the file that is not the table, as its settings say."""
     table = model.token_embeddings.weight
     if head is not None:
@@ -124,7 +129,7 @@ def _tie(model: AnyModel, source: Source, head: str | None, path: Path) -> None:
         _place(model, HEAD, table.detach().clone())
 
 
-def _with_tables(model: AnyModel) -> AnyModel:
+def _with_tables(model: LanguageModel) -> LanguageModel:
     """What a model has besides parameters, in memory."""
     if isinstance(model, GPT2LM):
         model.dropout_state = new_state(0)

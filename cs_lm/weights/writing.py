@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cs_lm.config import DEFAULT_SPECIAL_TOKENS, GPT2Config
-from cs_lm.language_models import AnyModel
+from cs_lm.language_model import LanguageModel
 from cs_lm.tokenizer import BPETokenizer
 from cs_lm.weights.configs import written_config
 from cs_lm.weights.layouts import LAYOUTS, Entry, Layout
@@ -25,7 +25,7 @@ _STEMS = {"safetensors": ("model", ".safetensors"), "pytorch": ("pytorch_model",
 
 
 def write_weights(
-    model: AnyModel,
+    model: LanguageModel,
     tokenizer: BPETokenizer,
     folder: str | Path,
     file_format: str = "safetensors",
@@ -65,7 +65,7 @@ def write_weights(
         raise
 
 
-def _check_openai(model: AnyModel) -> None:
+def _check_openai(model: LanguageModel) -> None:
     config = model.config
     if not isinstance(config, GPT2Config) or not config.tied_head:
         raise ValueError(
@@ -79,7 +79,7 @@ def _check_openai(model: AnyModel) -> None:
             )
 
 
-def _weights(model: AnyModel, entries: Layout) -> dict[str, Tensor]:
+def _weights(model: LanguageModel, entries: Layout) -> dict[str, Tensor]:
     """All that the entries name; a bias that our model does without is one of zeros."""
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     for name in (ours for entry in entries.values() for ours in entry.ours):
@@ -96,7 +96,7 @@ def _theirs(weights: dict[str, Tensor], entry: Entry) -> Tensor:
 
 
 def _write_files(
-    model: AnyModel, layout: str, folder: Path, file_format: str, shard_bytes: int | None
+    model: LanguageModel, layout: str, folder: Path, file_format: str, shard_bytes: int | None
 ) -> None:
     entries = LAYOUTS[layout](model.config)
     stem, suffix = _STEMS[file_format]
@@ -160,7 +160,7 @@ def _save(tensors: dict[str, Tensor], path: Path, file_format: str) -> None:
         os.fsync(file.fileno())
 
 
-def _write_tensorflow(model: AnyModel, prefix: Path) -> None:
+def _write_tensorflow(model: LanguageModel, prefix: Path) -> None:
     try:
         import tensorflow as tf
     except ImportError:
@@ -177,7 +177,9 @@ def _write_tensorflow(model: AnyModel, prefix: Path) -> None:
     write_whole(prefix.with_name("checkpoint"), b'model_checkpoint_path: "model.ckpt"\n')
 
 
-def _write_settings(model: AnyModel, layout: str, tokenizer: BPETokenizer, folder: Path) -> None:
+def _write_settings(
+    model: LanguageModel, layout: str, tokenizer: BPETokenizer, folder: Path
+) -> None:
     ends = [i for i, token in tokenizer.vocab.items() if token == END_OF_TEXT]
     name, content = written_config(layout, model.config, ends[0] if ends else None)
     _write_json(folder / name, content)

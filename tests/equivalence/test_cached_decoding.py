@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cs_lm.build_model import build_model
 from cs_lm.config import GPT2Config, ModelConfig
 from cs_lm.decoding import DecodingConfig, generate
 from cs_lm.fast_ops import FAST
 from cs_lm.kv_cache import KVCache
-from cs_lm.language_models import build_model
-from cs_lm.model import TransformerLM, cast_weights, new_cache
+from cs_lm.language_model import cast_weights, new_cache
+from cs_lm.model import TransformerLM
 from cs_lm.ops import CLEAR
 from tests.tolerances import DEEP, close
 

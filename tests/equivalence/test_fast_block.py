@@ -7,7 +7,8 @@ from cs_lm import tiled_attention
 from cs_lm.config import ModelConfig
 from cs_lm.fast_block import transformer_block
 from cs_lm.fast_ops import FAST
-from cs_lm.model import TransformerBlock, TransformerLM, next_token_loss
+from cs_lm.language_model import next_token_loss
+from cs_lm.model import TransformerBlock, TransformerLM
 from cs_lm.ops import CLEAR
 from tests.tolerances import DEEP, close
 

@@ -7,8 +7,8 @@ import re
 import pytest
 import torch
 
+from cs_lm.language_model import next_token_loss
 from cs_lm.metrics import MetricsLog, SpikeMark
-from cs_lm.model import next_token_loss
 from cs_lm.run_folder import RunFolder
 from cs_lm.settings import replace
 from tests.faults.tiny_run import BAD_NUMBERS, CONFIG, assert_same_run, prepared, trainer_of

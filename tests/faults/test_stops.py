@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cs_lm.config import GPT2Config, RunConfig
-from cs_lm.model import next_token_loss
+from cs_lm.language_model import next_token_loss
 from cs_lm.run_folder import RunFolder
 from cs_lm.settings import replace
 from tests.faults.tiny_run import CONFIG, assert_same_run, prepared, trainer_of

@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
+from cs_lm.build_model import build_model
 from cs_lm.config import GPT2Config, ModelConfig, named_run
-from cs_lm.language_models import build_model
 from cs_lm.tokenizer import BPETokenizer, train_bpe
 from cs_lm.weights.reading import read_tokenizer, read_weights
 from cs_lm.weights.writing import write_weights

@@ -14,8 +14,9 @@ from cs_lm.checkpoint import (
 )
 from cs_lm.checkpoint_manager import BackgroundSaver, CheckpointManager
 from cs_lm.config import ModelConfig
+from cs_lm.language_model import next_token_loss
 from cs_lm.manifest import read_manifest, write_manifest
-from cs_lm.model import TransformerLM, next_token_loss
+from cs_lm.model import TransformerLM
 from cs_lm.optim import AdamW
 
 CONFIG = ModelConfig(12, 3, 20, 17, 2, 11)

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
+from cs_lm.build_model import build_model
 from cs_lm.config import GPT2Config, ModelConfig, RunConfig
 from cs_lm.counts import num_parameters
 from cs_lm.dry_run import memory_bytes
 from cs_lm.fast_ops import OPS
-from cs_lm.language_models import AnyModel, build_model
-from cs_lm.model import next_token_loss
+from cs_lm.language_model import LanguageModel, next_token_loss
 from cs_lm.training_step import autocast
 
 B, T = 3, 64
@@ -20,7 +20,7 @@ MODELS = {
 MODEL = MODELS["transformer"]
 
 
-def kept_bytes(model: AnyModel, dtype: str) -> int:
+def kept_bytes(model: LanguageModel, dtype: str) -> int:
     """Memory of all that autograd keeps after a forward pass, the weights left out."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}

@@ -10,7 +10,7 @@ from cs_lm.counts import flops_per_token, num_parameters
 from cs_lm.dropout import at_place, kept, new_state, next_pass, reseed
 from cs_lm.fast_ops import FAST
 from cs_lm.gpt2 import GPT2LM
-from cs_lm.model import evaluating, next_token_loss
+from cs_lm.language_model import evaluating, next_token_loss
 from cs_lm.ops import CLEAR
 from cs_lm.optim import parameter_groups
 from cs_lm.settings import all_problems, from_json, to_json

@@ -4,8 +4,9 @@ import torch
 from cs_lm.config import ModelConfig
 from cs_lm.counts import flops_per_token, num_parameters
 from cs_lm.kv_cache import KVCache
+from cs_lm.language_model import next_token_loss
 from cs_lm.layers import Embedding, Linear, MultiHeadSelfAttention, RMSNorm, RoPE, SwiGLU
-from cs_lm.model import TransformerLM, next_token_loss
+from cs_lm.model import TransformerLM
 from cs_lm.weight_init import linear_std, truncated_normal_
 from tests.tolerances import DEEP, close
 

@@ -11,7 +11,8 @@ import torch
 from cs_lm.compiling import Compiled
 from cs_lm.config import ModelConfig, RunConfig
 from cs_lm.fast_ops import OPS
-from cs_lm.model import TransformerLM, next_token_loss
+from cs_lm.language_model import next_token_loss
+from cs_lm.model import TransformerLM
 from cs_lm.ops import IGNORE_INDEX
 from cs_lm.optim import AdamW, parameter_groups
 from cs_lm.schedule import num_training_steps

@@ -5,10 +5,10 @@ import torch
 from cs_lm.config import GPT2Config, ModelConfig
 from cs_lm.fast_ops import FAST
 from cs_lm.gpt2 import GPT2LM
+from cs_lm.language_model import LanguageModel
 from cs_lm.model import TransformerLM
 from cs_lm.ops import Ops
 
-AnyModel = TransformerLM | GPT2LM
 _CLASSES = {ModelConfig: TransformerLM, GPT2Config: GPT2LM}
 
 
@@ -18,13 +18,6 @@ def build_model(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
     activation_checkpointing: bool = False,
-) -> AnyModel:
+) -> LanguageModel:
     """See `TransformerLM` and `GPT2LM`."""
     return _CLASSES[type(config)](config, ops, generator, device, activation_checkpointing)
-
-
-def seed_step(model: AnyModel, seed: int) -> None:
-    """All that a training step draws follows from the seed."""
-    torch.manual_seed(seed)
-    if isinstance(model, GPT2LM):
-        model.seed_dropout(seed)
