@@ -1,4 +1,4 @@
-"""`python -m cs_lm book`: trains GPT-2's 124M shape on one short story until it knows it by heart.
+"""`python -m cs_lm book`: trains GPT-2's 124M shape on one short story, ten times over.
 
 The experiment that readers of the books know, with its settings, its two plots, and the losses that
 were published for "The Verdict" (20,479 characters) beside ours. Without a text of its own it takes
