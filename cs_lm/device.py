@@ -57,16 +57,21 @@ def as_autocast(*tensors: Tensor) -> list[Tensor]:
 def matrix_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations a second of a large square matrix product: what can be had here.
 
-    Cost: the best of three products after one to warm up; below a tenth of a second.
+    Cost: the best of three products after those that find their size; about a tenth of a second,
+    also on a CPU that has no instructions for bfloat16.
     """
-    size = 1024 if device.type == "cpu" else 4096
-    matrix = torch.ones(size, size, device=device, dtype=dtype)
-    times_s = []
-    for _ in range(4):
+
+    def product_s(size: int) -> float:
+        matrix = torch.ones(size, size, device=device, dtype=dtype)
         start_s = time.perf_counter()
         (matrix @ matrix)[0, 0].item()  # waits for the device
-        times_s.append(time.perf_counter() - start_s)
-    return 2 * size**3 / min(times_s[1:])
+        return time.perf_counter() - start_s
+
+    size, largest = 128, 1024 if device.type == "cpu" else 4096
+    product_s(size)  # the first one of all also loads what it needs
+    while size < largest and product_s(size) < 0.005:
+        size *= 2
+    return 2 * size**3 / min(product_s(size) for _ in range(3))
 
 
 # Numbers of glibc's malloc.h.
