@@ -74,8 +74,8 @@ GPT_SIZES = {
 }
 
 
-def _problems_of_shape(config: "ModelConfig | GPT2Config", may_be_zero: tuple = ()) -> list[str]:
-    found = not_positive(config, may_be_zero)
+def _problems_of_shape(config: "ModelConfig | GPT2Config") -> list[str]:
+    found = not_positive(config)
     if not 0 < config.norm_eps < 1:
         found.append(f"norm_eps: got {config.norm_eps}, need above 0 and below 1")
     if config.d_model > 0 and config.num_heads > 0 and config.d_model % config.num_heads:
@@ -103,7 +103,8 @@ class ModelConfig:
 
     def problems(self) -> list[str]:
         found = _problems_of_shape(self)
-        if not found and self.d_model // self.num_heads % 2:
+        is_shape = self.d_model > 0 and self.num_heads > 0
+        if is_shape and self.d_model % (2 * self.num_heads) == self.num_heads:  # odd parts
             found.append(
                 f"--num_heads: got {self.num_heads}, which makes the head size "
                 f"{self.d_model // self.num_heads}; need an even one for rotary positions"
@@ -138,8 +139,7 @@ class GPT2Config:
     norm_eps: float = field(default=1e-5)
 
     def problems(self) -> list[str]:
-        found = _problems_of_shape(self, ("drop_rate",))
-        found = [line for line in found if "--dropout" not in line]
+        found = [line for line in _problems_of_shape(self) if "--dropout" not in line]
         if not 0 <= self.drop_rate <= 0.99:
             found.append(f"--dropout: got {self.drop_rate}, need 0 to 0.99")
         return found

@@ -57,8 +57,8 @@ def as_autocast(*tensors: Tensor) -> list[Tensor]:
 def matrix_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations a second of a large square matrix product: what can be had here.
 
-    Cost: the best of three products after those that find their size; about a tenth of a second,
-    also on a CPU that has no instructions for bfloat16.
+    Cost: the best of three products, of the first size that is not over at once; about a tenth of
+    a second, also on a CPU that has no instructions for bfloat16.
     """
 
     def product_s(size: int) -> float:
@@ -68,10 +68,9 @@ def matrix_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
         return time.perf_counter() - start_s
 
     size, largest = 128, 1024 if device.type == "cpu" else 4096
-    product_s(size)  # the first one of all also loads what it needs
-    while size < largest and product_s(size) < 0.005:
+    while (best_s := min(product_s(size) for _ in range(3))) < 0.005 and size < largest:
         size *= 2
-    return 2 * size**3 / min(product_s(size) for _ in range(3))
+    return 2 * size**3 / best_s
 
 
 # Numbers of glibc's malloc.h.

@@ -121,3 +121,8 @@ def test_flags_that_are_not_given_leave_the_base_alone():
     namespace = parser.parse_args(["--batch_size", "8"])
     assert isinstance(namespace, argparse.Namespace)
     assert config_from_flags(base, namespace) == replace(base, batch_size=8)
+
+
+def test_an_odd_head_size_is_told_beside_other_problems():
+    found = ModelConfig(d_model=12, num_heads=4, vocab_size=0).problems()
+    assert [line.split(":")[0] for line in found] == ["--vocab_size", "--num_heads"]
