@@ -83,13 +83,19 @@ def _parameters(name: str) -> list:
     return parameters
 
 
-def adamw(name: str, is_ours: bool):
+def adamw(name: str, who: str):
     import torch
 
+    from cs_lm.device import keep_freed_memory
     from cs_lm.optim import AdamW
 
-    kind = AdamW if is_ours else functools.partial(torch.optim.AdamW, fused=True)
-    optimizer = kind(_parameters(name), **SETTINGS)
+    if who == "fused torch.optim.AdamW":
+        optimizer = torch.optim.AdamW(_parameters(name), fused=True, **SETTINGS)
+    else:
+        keep_freed_memory()  # as a run does
+        optimizer = AdamW(_parameters(name), **SETTINGS)
+    if who == "cs_lm, compiled":
+        optimizer.compile(print)
     optimizer.step()
     return lambda: [optimizer.step() for _ in range(MODELS[name][2])]
 
@@ -128,7 +134,12 @@ def main(argv=None) -> None:
             f"attention, T {length}", attention, length, "scaled_dot_product_attention", repeats
         )
     for name, (_, _, repeats) in MODELS.items():
-        against(f"AdamW, {name}", adamw, name, "fused torch.optim.AdamW", repeats)
+        for ours in ("cs_lm", "cs_lm, compiled"):
+            contestants = {
+                who: functools.partial(adamw, name, who)
+                for who in (ours, "fused torch.optim.AdamW")
+            }
+            in_turns(f"AdamW, {name}", contestants, rounds, repeats)
         against(f"clipping, {name}", clipping, name, "clip_grad_norm_", repeats)
 
 

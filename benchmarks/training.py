@@ -77,7 +77,10 @@ def ours(
     groups = parameter_groups(model, SETTINGS["weight_decay"])
     optimizer = AdamW(groups, lr=SETTINGS["lr"], betas=SETTINGS["betas"])
     precision = autocast(torch.device("cpu"), dtype)
-    loss_function = Compiled(next_token_loss, print) if compiled else next_token_loss
+    loss_function = next_token_loss
+    if compiled:
+        loss_function = Compiled(next_token_loss, print)
+        optimizer.compile(print)
 
     def step():
         train_step(model, optimizer, batches, 1.0, loss_function, precision)

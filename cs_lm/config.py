@@ -255,7 +255,7 @@ class RunConfig:
         "bfloat16: matrix products in bfloat16, weights and sums in float32",
         choices=DTYPES,
     )
-    compile: bool = setting(False, "compile the model with torch.compile")
+    compile: bool = setting(False, "compile the model and the optimizer's step with torch.compile")
     activation_checkpointing: bool = setting(
         False, "less memory for more time: blocks are computed again in the backward pass"
     )

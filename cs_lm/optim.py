@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from cs_lm.compiling import Compiled
 from cs_lm.layers import Embedding
 
 
@@ -26,6 +27,7 @@ class AdamW(torch.optim.Optimizer):
     """
 
     state_names = ("step", "exp_avg", "exp_avg_sq")
+    _compiled: Callable[..., None] | None = None
 
     def __init__(
         self,
@@ -66,9 +68,25 @@ class AdamW(torch.optim.Optimizer):
                     continue
                 apply = None
             for step, parameters in by_step.items():
-                for portion in _portions(parameters):
+                states = [self.state[parameter] for parameter in parameters]
+                tensors = (
+                    parameters,
+                    [parameter.grad for parameter in parameters],
+                    [state["exp_avg"] for state in states],
+                    [state["exp_avg_sq"] for state in states],
+                )
+                whole = self._compiled is not None or parameters[0].device.type != "cpu"
+                for portion in (tensors,) if whole else _portions(tensors):
                     self._update(portion, step, group, apply)
         return loss
+
+    def compile(self, say: Callable[[str], None]) -> None:
+        """Takes its steps from here on in one pass over memory, written by torch.compile.
+
+        say  gets a line where that fails; the steps are taken as before then
+        Cost: about a second of compiling for each parameter, at the first step on a machine.
+        """
+        self._compiled = Compiled(_update, say)
 
     def _next_step(self, parameter: Tensor) -> int:
         state = self.state[parameter]
@@ -80,74 +98,85 @@ class AdamW(torch.optim.Optimizer):
         return state["step"]
 
     def _update(
-        self, portion: list[tuple[Tensor, slice]], step: int, group: dict, apply: Tensor | None
+        self, tensors: tuple[list[Tensor], ...], step: int, group: dict, apply: Tensor | None
     ) -> None:
-        """The update, to all parts of parameters in the portion.
-
-        Where `apply` is False every factor is one that changes nothing.
-        """
-
-        def parts(tensor_of: Callable[[Tensor], Tensor]) -> list[Tensor]:
-            return [_part(tensor_of(parameter), part) for parameter, part in portion]
-
         beta1, beta2 = group["betas"]
-        parameters, gradients = parts(lambda p: p), parts(lambda p: p.grad)
-        means = parts(lambda p: self.state[p]["exp_avg"])
-        squares = parts(lambda p: self.state[p]["exp_avg_sq"])
-
-        def factor(value: float, neutral: float) -> float | Tensor:
-            return value if apply is None else torch.where(apply, value, neutral)
-
-        if apply is None:
-            torch._foreach_lerp_(means, gradients, 1 - beta1)
-        else:  # the same in operations that take a factor from the device
-            gradients = [torch.where(apply, gradient, 0) for gradient in gradients]
-            torch._foreach_mul_(means, factor(beta1, 1))
-            torch._foreach_add_(means, gradients, alpha=1 - beta1)
-        torch._foreach_mul_(squares, factor(beta2, 1))
-        torch._foreach_addcmul_(squares, gradients, gradients, value=1 - beta2)
-        # -lr m^ / (sqrt(v^) + eps), with both corrections of the bias moved to one side
+        # both corrections of the bias moved to one side of the division
         correction = math.sqrt(1 - beta2**step)
-        roots = torch._foreach_sqrt(squares)
-        torch._foreach_add_(roots, group["eps"] * correction)
-        if apply is not None:
-            torch._foreach_mul_(roots, factor(1, math.inf))
-        if group["weight_decay"]:
-            decay = 1 - group["lr"] * group["weight_decay"]
-            torch._foreach_mul_(parameters, factor(decay, 1))
-        step_size = group["lr"] / (1 - beta1**step) * correction
-        torch._foreach_addcdiv_(parameters, means, roots, value=-step_size)
+        factors = (
+            1 - group["lr"] * group["weight_decay"],
+            group["eps"] * correction,
+            group["lr"] / (1 - beta1**step) * correction,
+        )
+        update = _update
+        if self._compiled is not None:  # numbers would be compiled in, and these change
+            first = tensors[0][0]
+            wide = torch.promote_types(first.dtype, torch.float32)
+            on_device = torch.tensor(factors, dtype=wide).to(first.device, non_blocking=True)
+            update, factors = self._compiled, on_device.unbind()
+        update(*tensors, (beta1, beta2), *factors, apply)
+
+
+def _update(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    means: list[Tensor],
+    squares: list[Tensor],
+    betas: tuple[float, float],
+    decay: float | Tensor,
+    eps: float | Tensor,
+    step_size: float | Tensor,
+    apply: Tensor | None,
+) -> None:
+    """The update of `AdamW`, in place. Where `apply` is False, every factor changes nothing."""
+
+    def factor(value: float | Tensor, neutral: float) -> float | Tensor:
+        return value if apply is None else torch.where(apply, value, neutral)
+
+    beta1, beta2 = betas
+    if apply is None:
+        torch._foreach_lerp_(means, gradients, 1 - beta1)
+    else:  # the same in operations that take a factor from the device
+        gradients = [torch.where(apply, gradient, 0) for gradient in gradients]
+        torch._foreach_mul_(means, factor(beta1, 1))
+        torch._foreach_add_(means, gradients, alpha=1 - beta1)
+    torch._foreach_mul_(squares, factor(beta2, 1))
+    torch._foreach_addcmul_(squares, gradients, gradients, value=1 - beta2)
+    roots = torch._foreach_sqrt(squares)
+    torch._foreach_add_(roots, [eps] * len(roots))
+    if apply is not None:
+        torch._foreach_mul_(roots, factor(1, math.inf))
+    if isinstance(decay, Tensor) or decay != 1:
+        torch._foreach_mul_(parameters, factor(decay, 1))
+    if isinstance(step_size, Tensor):  # which the next operation does not take
+        torch._foreach_div_(roots, step_size)
+        step_size = 1.0
+    torch._foreach_addcdiv_(parameters, means, roots, value=-step_size)
 
 
 # On a CPU, so many numbers of each of the tensors of an update stay in the cache.
 _CPU_PORTION = 1 << 18
-_WHOLE = slice(None)
 
 
-def _portions(parameters: list[Tensor]) -> Iterator[list[tuple[Tensor, slice]]]:
-    """Parts of parameters that are updated together: all of them, or on a CPU what fits its cache.
+def _portions(tensors: tuple[list[Tensor], ...]) -> Iterator[tuple[list[Tensor], ...]]:
+    """The same lists with fewer numbers: what is updated together, as it fits a CPU's cache.
 
-    A part is a range of a parameter's numbers in memory; a parameter with holes stays whole.
+    Large tensors come in parts, ranges of their numbers in memory; one with holes stays whole.
     """
-    if parameters[0].device.type != "cpu":
-        yield [(parameter, _WHOLE) for parameter in parameters]
-        return
     portion, size = [], 0
-    for parameter in parameters:
-        whole = parameter.numel() <= _CPU_PORTION or not parameter.is_contiguous()
-        step = max(1, parameter.numel()) if whole else _CPU_PORTION
-        for start in range(0, parameter.numel(), step):
+    for together in zip(*tensors):  # a parameter, its gradient and moments
+        numel = max(1, together[0].numel())
+        whole = numel <= _CPU_PORTION or not together[0].is_contiguous()
+        step = numel if whole else _CPU_PORTION
+        for start in range(0, numel, step):
             if size + step > _CPU_PORTION and portion:
-                yield portion
+                yield tuple(map(list, zip(*portion)))
                 portion, size = [], 0
-            portion.append((parameter, _WHOLE if whole else slice(start, start + step)))
+            part = slice(start, start + step)
+            portion.append(together if whole else [x.view(-1)[part] for x in together])
             size += step
     if portion:
-        yield portion
-
-
-def _part(tensor: Tensor, part: slice) -> Tensor:
-    return tensor if part is _WHOLE else tensor.view(-1)[part]
+        yield tuple(map(list, zip(*portion)))
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

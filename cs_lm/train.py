@@ -1,5 +1,6 @@
 """Training: the loop around the step, that logs, validates, samples and saves."""
 
+import functools
 import math
 import shlex
 from contextlib import suppress
@@ -29,7 +30,7 @@ from cs_lm.metrics import (
     Stopwatch,
     TensorBoardLog,
     format_duration,
-)
+)  # fmt: skip
 from cs_lm.optim import AdamW, parameter_groups
 from cs_lm.plots import plotted
 from cs_lm.prepare import PreparedData
@@ -78,7 +79,9 @@ class Trainer:
         self.precision = autocast(self.device, config.dtype)
         self.loss_function: LossFunction = next_token_loss
         if config.compile:
-            self.loss_function = Compiled(next_token_loss, lambda text: self.say(text))
+            say_once = functools.cache(lambda text: self.say(text))
+            self.loss_function = Compiled(next_token_loss, say_once)
+            self.optimizer.compile(say_once)
         self.byte_lengths = token_byte_lengths(data.tokenizer.vocab)
         self.signals = StopSignals()
         self.flags = StepFlags()
@@ -150,8 +153,7 @@ class Trainer:
         self.trained_before_s = extras["elapsed_s"]
 
     def _begin(self) -> None:
-        config = self.config
-        resumed = self.is_resumed
+        config, resumed = self.config, self.is_resumed
         self.display = Display(self.num_steps, self.step)
         self.say = self.display.say
         self.folder.checkpoints.go_on_from(self.step)
@@ -291,16 +293,14 @@ class Trainer:
         return is_first or self._is_due(self.config.eval_interval, is_last)
 
     def _report(self) -> None:
-        loss, norm = self.loss.item(), self.norm.item()
-        elapsed_s = self.watch.elapsed_s
+        loss, norm, elapsed_s = self.loss.item(), self.norm.item(), self.watch.elapsed_s
         steps = self.step - self._logged_step
         tokens_per_s = steps * self.config.tokens_per_step / (elapsed_s - self._logged_s)
         self._logged_step, self._logged_s = self.step, elapsed_s
         s_per_step = elapsed_s / (self.step - self._session_first_step)
         eta_s = (self.num_steps - self.step) * s_per_step
-        model_flops_per_s = tokens_per_s * flops_per_token(
-            self.config.model, self.config.seq_length
-        )
+        flops = flops_per_token(self.config.model, self.config.seq_length)
+        model_flops_per_s = tokens_per_s * flops
         utilisation = model_flops_per_s / self.peak_flops_per_s
         self.display.report(self.step, loss, self.lr, norm, tokens_per_s, utilisation, eta_s)
         is_spike = math.isfinite(loss) and self.is_spike(loss)

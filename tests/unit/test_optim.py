@@ -1,8 +1,10 @@
 import copy
+import functools
 import math
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from cs_lm.config import ModelConfig, OptimConfig
 from cs_lm.model import TransformerLM
@@ -60,6 +62,26 @@ def test_state_dict_round_trip_goes_on_identically():
     run(optimizer, first, 5, seed=2)
     run(other, second, 5, seed=2)
     assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_compiled_steps_are_the_same_and_compiled_once(monkeypatch):
+    """Also where the learning rate and the corrections of the bias change from step to step."""
+    compiled = functools.partial(torch.compile, backend="aot_eager")  # needs no compiler
+    monkeypatch.setattr(torch, "compile", compiled)
+    torch._dynamo.reset()  # what other tests compiled
+    counters.clear()
+    said, ours, theirs = [], parameters(), parameters()
+    for params, optimizer_class in ((ours, AdamW), (theirs, torch.optim.AdamW)):
+        optimizer = optimizer_class(params, weight_decay=0.3)
+        if optimizer_class is AdamW:
+            optimizer.compile(said.append)
+        for seed in range(5):
+            optimizer.param_groups[0]["lr"] = 1e-2 / (seed + 1)
+            run(optimizer, params, 1, seed)
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, **MANY_UPDATES)
+    assert not said and not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_closure():
