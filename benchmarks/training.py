@@ -88,8 +88,10 @@ def ours(
     return _timed(step, list(model.parameters()), before_mb, num_steps)
 
 
-def twin(name: str, dtype: str, keeps_memory: bool = False):
-    from benchmarks.twin import Twin, twin_optimizer, twin_step
+def twin(name: str, dtype: str, keeps_memory: bool = False, compiled: bool = False):
+    import torch
+
+    from benchmarks.twin import Twin, twin_loss, twin_optimizer, twin_step
     from cs_lm.config import ModelConfig
     from cs_lm.device import keep_freed_memory
 
@@ -100,24 +102,35 @@ def twin(name: str, dtype: str, keeps_memory: bool = False):
     before_mb = peak_mb()
     model = Twin(ModelConfig(**sizes))
     optimizer = twin_optimizer(model, **SETTINGS)
+    loss_function = torch.compile(twin_loss) if compiled else twin_loss
 
     def step():
-        twin_step(model, optimizer, x, y, 1.0, dtype)
+        twin_step(model, optimizer, x, y, 1.0, dtype, loss_function)
 
     return _timed(step, list(model.parameters()), before_mb, num_steps)
 
 
 def ways_to_take_a_step(name: str) -> dict[str, dict]:
-    """Questions, each with its contestants and how they take their steps."""
+    """Questions, each with its contestants."""
     batch_size = MODELS[name][1]
+    plain = functools.partial(ours, name, "float32")
+    of_twin = functools.partial(twin, name, "float32")
     return {
         "gradient accumulation": {
-            f"4 micro-batches of {batch_size}": {"micro_batches": 4},
-            f"steps of {batch_size}": {},
-            f"one batch of {4 * batch_size}": {"batch_size": 4 * batch_size},
+            f"4 micro-batches of {batch_size}": functools.partial(plain, micro_batches=4),
+            f"steps of {batch_size}": plain,
+            f"one batch of {4 * batch_size}": functools.partial(plain, batch_size=4 * batch_size),
         },
-        "activation checkpointing": {"checkpointing": {"checkpointing": True}, "without": {}},
-        "torch.compile": {"compiled": {"compiled": True}, "eager": {}},
+        "activation checkpointing": {
+            "checkpointing": functools.partial(plain, checkpointing=True),
+            "without": plain,
+        },
+        "torch.compile": {
+            "compiled": functools.partial(plain, compiled=True),
+            "eager": plain,
+            "torch.nn twin": of_twin,
+            "the twin, compiled": functools.partial(of_twin, compiled=True),
+        },
     }
 
 
@@ -134,10 +147,7 @@ def main(argv=None) -> None:
             }
             in_turns(f"training step, {name}, {dtype}", contestants, rounds, repeats=num_steps)
     for name, (_, _, num_steps) in MODELS.items():
-        for question, ways in ways_to_take_a_step(name).items():
-            contestants = {
-                who: functools.partial(ours, name, "float32", **how) for who, how in ways.items()
-            }
+        for question, contestants in ways_to_take_a_step(name).items():
             in_turns(f"{question}, {name}, float32", contestants, rounds, repeats=num_steps)
 
 

@@ -4,6 +4,8 @@
 and `clip_grad_norm_`, in the way a careful user puts them together.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -64,13 +66,23 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
+def twin_loss(model: Twin, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+
+
 def twin_step(
-    model: Twin, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, max_norm: float, dtype: str
+    model: Twin,
+    optimizer: torch.optim.Optimizer,
+    x: Tensor,
+    y: Tensor,
+    max_norm: float,
+    dtype: str,
+    loss_function: Callable[[Twin, Tensor, Tensor], Tensor] = twin_loss,
 ) -> Tensor:
     """One update, with its loss."""
     optimizer.zero_grad(set_to_none=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-        loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+        loss = loss_function(model, x, y)
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     optimizer.step()

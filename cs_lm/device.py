@@ -73,6 +73,20 @@ def matrix_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / best_s
 
 
+def measured_speed(device: torch.device, dtype: str) -> tuple[float, str]:
+    """`matrix_flops_per_s`, and in words, with that of float32 where the narrower dtype is slower.
+
+    So it is on a CPU that has no instructions for bfloat16: by two orders of magnitude.
+    """
+    flops_per_s = matrix_flops_per_s(device, getattr(torch, dtype))
+    text = f"{flops_per_s / 1e9:,.0f} GFLOP/s"
+    if dtype != "float32":
+        of_float32 = matrix_flops_per_s(device, torch.float32)
+        if of_float32 > 1.2 * flops_per_s:  # more than two measurements differ by
+            text += f", in float32 {of_float32 / 1e9:,.0f}: --dtype float32 is quicker here"
+    return flops_per_s, text
+
+
 # Numbers of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 

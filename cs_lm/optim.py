@@ -84,7 +84,7 @@ class AdamW(torch.optim.Optimizer):
         """Takes its steps from here on in one pass over memory, written by torch.compile.
 
         say  gets a line where that fails; the steps are taken as before then
-        Cost: about a second of compiling for each parameter, at the first step on a machine.
+        Cost: half a second of compiling for each parameter, at the first step on a machine.
         """
         self._compiled = Compiled(_update, say)
 

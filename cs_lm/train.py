@@ -19,7 +19,7 @@ from cs_lm.compiling import Compiled
 from cs_lm.config import OF_ONE_CALL, RunConfig
 from cs_lm.counts import flops_per_token, num_parameters
 from cs_lm.decoding import DecodingConfig, generate_text
-from cs_lm.device import describe, keep_freed_memory, matrix_flops_per_s, resolve_device, versions
+from cs_lm.device import describe, keep_freed_memory, measured_speed, resolve_device, versions
 from cs_lm.evaluation import Evaluation, described, evaluate, gzip_bits_per_byte, token_byte_lengths
 from cs_lm.fast_ops import OPS
 from cs_lm.language_model import LanguageModel, next_token_loss
@@ -167,7 +167,7 @@ class Trainer:
         self.saver = BackgroundSaver(
             self.folder.checkpoints, self.say, self.step if resumed else -1, self.log.sync
         )
-        self.peak_flops_per_s = matrix_flops_per_s(self.device, getattr(torch, config.dtype))
+        self.peak_flops_per_s, speed = measured_speed(self.device, config.dtype)
         self.log.write(
             "resume" if resumed else "config", step=self.step, num_steps=self.num_steps,
             train_tokens=len(self.data.train), valid_tokens=len(self.data.valid),
@@ -179,7 +179,7 @@ class Trainer:
         self.say(
             f"{'resuming' if resumed else 'training'}: "
             f"{num_parameters(config.model) / 1e6:.2f} M parameters on {describe(self.device)}, "
-            f"{config.dtype} (matrix products: {self.peak_flops_per_s / 1e9:,.0f} GFLOP/s), "
+            f"{config.dtype} (matrix products: {speed}), "
             f"{config.ops} ops; steps {self.step} to {self.num_steps} of "
             f"{config.tokens_per_step:,} tokens; {self.folder.path}"
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cs_lm import device
 from cs_lm.compiling import Compiled
 from cs_lm.config import ModelConfig, RunConfig
 from cs_lm.fast_ops import OPS
@@ -213,6 +214,16 @@ def test_second_signal_ends_the_process_at_once(how):
         [sys.executable, "-c", SIGNALS_PROGRAM, how], capture_output=True, text=True
     )
     assert (result.returncode, result.stdout) == (128 + signal.SIGINT, "noted\n")
+
+
+@pytest.mark.parametrize("of_float32, hint", [(1e9, ""), (152e9, ", in float32 152: --dtype")])
+def test_a_device_that_is_slow_in_bfloat16_is_told_of(monkeypatch, of_float32, hint):
+    speeds = {torch.float32: of_float32, torch.bfloat16: 1e9}
+    monkeypatch.setattr(device, "matrix_flops_per_s", lambda _device, dtype: speeds[dtype])
+    assert device.measured_speed(None, "float32") == (of_float32, f"{of_float32 / 1e9:.0f} GFLOP/s")
+    flops_per_s, text = device.measured_speed(None, "bfloat16")
+    assert flops_per_s == 1e9 and text.startswith("1 GFLOP/s" + hint)
+    assert bool(hint) == (text != "1 GFLOP/s")
 
 
 FAULTS_PROGRAM = """
