@@ -22,7 +22,7 @@ class AdamW(torch.optim.Optimizer):
     State a parameter: `step` (int), `exp_avg` and `exp_avg_sq` (the parameter's shape and dtype),
     created when its first gradient arrives.
     Numerics: all factors are Python floats that go to the device with the kernel call; nothing is
-    read back.
+    read back. The root is of v + 1e-36.
     Raises: ValueError for a setting outside its range.
     """
 
@@ -117,6 +117,11 @@ class AdamW(torch.optim.Optimizer):
         update(*tensors, (beta1, beta2), *factors, apply)
 
 
+# Far below eps^2. A CPU takes six times as long for the root of 0, which rows of an embedding have
+# until their token comes, and thirty times for a number below 1e-38, which they have long after it.
+_NO_ROOT_OF_LESS = 1e-36
+
+
 def _update(
     parameters: list[Tensor],
     gradients: list[Tensor],
@@ -142,7 +147,8 @@ def _update(
         torch._foreach_add_(means, gradients, alpha=1 - beta1)
     torch._foreach_mul_(squares, factor(beta2, 1))
     torch._foreach_addcmul_(squares, gradients, gradients, value=1 - beta2)
-    roots = torch._foreach_sqrt(squares)
+    roots = torch._foreach_add(squares, _NO_ROOT_OF_LESS)
+    torch._foreach_sqrt_(roots)
     torch._foreach_add_(roots, [eps] * len(roots))
     if apply is not None:
         torch._foreach_mul_(roots, factor(1, math.inf))
