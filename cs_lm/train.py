@@ -30,7 +30,7 @@ from cs_lm.metrics import (
     Stopwatch,
     TensorBoardLog,
     format_duration,
-)  # fmt: skip
+)
 from cs_lm.optim import AdamW, parameter_groups
 from cs_lm.plots import plotted
 from cs_lm.prepare import PreparedData
