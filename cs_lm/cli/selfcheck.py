@@ -117,7 +117,7 @@ def _record_checks(label, record, x, gain, ids, table, rotation, weights, qkv) -
     yield Check(
         f"{label} layer_norm",
         lambda a, g: record.layer_norm(a, g, g / 2, 1e-5),
-        lambda a, g: F.layer_norm(a, (D,), g, g / 2, 1e-5),
+        _torch_layer_norm,
         [x, gain],
     )
     gelu = functools.partial(F.gelu, approximate="tanh")
@@ -148,6 +148,12 @@ def _record_checks(label, record, x, gain, ids, table, rotation, weights, qkv) -
         ),
         [x, table],
     )
+
+
+def _torch_layer_norm(x: Tensor, gain: Tensor) -> Tensor:
+    """In float32: on a single thread torch sums the gain's gradient in bfloat16."""
+    wide = gain.float()
+    return F.layer_norm(x.float(), (D,), wide, wide / 2, 1e-5).to(x.dtype)
 
 
 def _complex_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from cs_lm.cli.commands import COMMANDS
 from cs_lm.cli.commands import main as command
@@ -103,9 +104,15 @@ def test_plot(capsys, tmp_path):
     assert shown.strip() == str(path) and path.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_selfcheck(capsys, dtype):
-    shown = shown_by(capsys, "selfcheck", "--dtype", dtype, "--device", "cpu")
+def test_selfcheck(capsys, dtype, num_threads):
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        shown = shown_by(capsys, "selfcheck", "--dtype", dtype, "--device", "cpu")
+    finally:
+        torch.set_num_threads(threads_before)
     assert shown.count(" ok\n") == 23 and "DIFFERENT" not in shown
 
 
