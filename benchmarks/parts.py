@@ -83,18 +83,17 @@ def _parameters(name: str) -> list:
     return parameters
 
 
-def adamw(name: str, who: str):
+def adamw(name: str, is_ours: bool, compiled: bool = False):
     import torch
 
     from cs_lm.device import keep_freed_memory
     from cs_lm.optim import AdamW
 
-    if who == "fused torch.optim.AdamW":
-        optimizer = torch.optim.AdamW(_parameters(name), fused=True, **SETTINGS)
-    else:
+    if is_ours:
         keep_freed_memory()  # as a run does
-        optimizer = AdamW(_parameters(name), **SETTINGS)
-    if who == "cs_lm, compiled":
+    kind = AdamW if is_ours else functools.partial(torch.optim.AdamW, fused=True)
+    optimizer = kind(_parameters(name), **SETTINGS)
+    if is_ours and compiled:
         optimizer.compile(print)
     optimizer.step()
     return lambda: [optimizer.step() for _ in range(MODELS[name][2])]
@@ -134,12 +133,10 @@ def main(argv=None) -> None:
             f"attention, T {length}", attention, length, "scaled_dot_product_attention", repeats
         )
     for name, (_, _, repeats) in MODELS.items():
-        for ours in ("cs_lm", "cs_lm, compiled"):
-            contestants = {
-                who: functools.partial(adamw, name, who)
-                for who in (ours, "fused torch.optim.AdamW")
-            }
-            in_turns(f"AdamW, {name}", contestants, rounds, repeats)
+        fused = "fused torch.optim.AdamW"
+        against(f"AdamW, {name}", adamw, name, fused, repeats)
+        compiled = functools.partial(adamw, compiled=True)
+        against(f"AdamW, compiled, {name}", compiled, name, fused, repeats)
         against(f"clipping, {name}", clipping, name, "clip_grad_norm_", repeats)
 
 

@@ -83,10 +83,10 @@ class AdamW(torch.optim.Optimizer):
     def compile(self, say: Callable[[str], None]) -> None:
         """Takes its steps from here on in one pass over memory, written by torch.compile.
 
-        say  gets a line where that fails; the steps are taken as before then
+        say  gets a line where that fails; the same function runs as it is then
         Cost: half a second of compiling for each parameter, at the first step on a machine.
         """
-        self._compiled = Compiled(_update, say)
+        self._compiled = Compiled(_adamw, say)
 
     def _next_step(self, parameter: Tensor) -> int:
         state = self.state[parameter]
@@ -108,7 +108,7 @@ class AdamW(torch.optim.Optimizer):
             group["eps"] * correction,
             group["lr"] / (1 - beta1**step) * correction,
         )
-        update = _update
+        update = _adamw
         if self._compiled is not None:  # numbers would be compiled in, and these change
             first = tensors[0][0]
             wide = torch.promote_types(first.dtype, torch.float32)
@@ -122,7 +122,7 @@ class AdamW(torch.optim.Optimizer):
 _NO_ROOT_OF_LESS = 1e-36
 
 
-def _update(
+def _adamw(
     parameters: list[Tensor],
     gradients: list[Tensor],
     means: list[Tensor],

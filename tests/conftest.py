@@ -26,3 +26,12 @@ def corpora() -> Path:
     if not folder:
         pytest.skip("CS_LM_CORPORA is not set: no folder with gpt2/ and tinyshakespeare.txt")
     return Path(folder)
+
+
+def no_compiler(_function):
+    """`torch.compile` on a machine that has no compiler."""
+
+    def compiled(*_arguments):
+        raise RuntimeError("\nNo compiler found\nand much more text")
+
+    return compiled

@@ -10,6 +10,7 @@ from cs_lm.config import ModelConfig, OptimConfig
 from cs_lm.model import TransformerLM
 from cs_lm.optim import AdamW, clip_gradients, parameter_groups
 from cs_lm.schedule import learning_rate
+from tests.conftest import no_compiler
 from tests.tolerances import MANY_UPDATES, close
 
 
@@ -62,13 +63,6 @@ def test_state_dict_round_trip_goes_on_identically():
     run(optimizer, first, 5, seed=2)
     run(other, second, 5, seed=2)
     assert all(torch.equal(a, b) for a, b in zip(first, second))
-
-
-def no_compiler(_function):
-    def compiled(*_arguments):
-        raise RuntimeError("No compiler found")
-
-    return compiled
 
 
 @pytest.mark.parametrize("has_compiler", [True, False])

@@ -19,6 +19,7 @@ from cs_lm.optim import AdamW, parameter_groups
 from cs_lm.schedule import num_training_steps
 from cs_lm.stop_signals import Stopped, StopSignals
 from cs_lm.training_step import autocast, train_step
+from tests.conftest import no_compiler
 from tests.tolerances import DEEP, close
 
 CONFIG = ModelConfig(12, 3, 20, 17, 2, 11)
@@ -91,12 +92,6 @@ def test_activation_checkpointing_with_frozen_parameters():
 
 
 def test_without_a_compiler_there_is_one_line_and_the_same_result(monkeypatch):
-    def no_compiler(_function):
-        def compiled(*_arguments):
-            raise RuntimeError("\nNo compiler found\nand much more text")
-
-        return compiled
-
     monkeypatch.setattr(torch, "compile", no_compiler)
     said = []
     function = Compiled(lambda x: x + 1, said.append)
