@@ -41,6 +41,27 @@ run() {
     exec "$venv/bin/python" "$@"
 }
 
+# train GIVEN... -- PRESET...: trains with the preset's flags, less those that were given.
+train() {
+    local given=() preset=() word other skip=no
+    while [ "$1" != -- ]; do given+=("$1") && shift; done
+    shift
+    for word in "$@"; do
+        if [[ $word == --* ]]; then
+            skip=no
+            for other in ${given[@]+"${given[@]}"}; do
+                case "${other%%=*}" in
+                "$word") skip=yes ;;
+                --rope_theta) [ "$word" != --theta ] || skip=yes ;;
+                --context_length) [ "$word" != --max_seq_length ] || skip=yes ;;
+                esac
+            done
+        fi
+        [ $skip = yes ] || preset+=("$word")
+    done
+    run run_clm.py "${preset[@]}" ${given[@]+"${given[@]}"}
+}
+
 case "${1:-}" in
 "" | --*) mode=default ;;
 *) mode="$1" && shift ;;
@@ -49,7 +70,7 @@ esac
 case "$mode" in
 default)
     set_up ui
-    run run_clm.py \
+    train "$@" -- \
         --corpus_size python-manual --vocab_size 2048 --special_tokens '<|endoftext|>' \
         --valid_fraction 0.1 --chunk_size 500000 --sampling random \
         --d_model 192 --num_heads 6 --d_ff 512 --num_layers 4 \
@@ -60,11 +81,11 @@ default)
         --device auto --dtype float32 --ops fast --seed 0 \
         --log_interval 10 --eval_interval 40 --eval_tokens 100000 \
         --save_interval 80 --sample_interval 80 --prompt "The " \
-        --out_dir runs/python-manual "$@"
+        --out_dir runs/python-manual
     ;;
 characters)
     set_up ui
-    run run_clm.py \
+    train "$@" -- \
         --vocab_size 256 --special_tokens --valid_fraction 0.1 --sampling epoch \
         --d_model 128 --num_heads 4 --d_ff 320 --num_layers 4 \
         --max_seq_length 64 --seq_length 64 --theta 1000 \
@@ -74,11 +95,11 @@ characters)
         --device auto --dtype float32 --ops fast --seed 0 \
         --log_interval 50 --eval_interval 500 --eval_tokens 1000000 \
         --save_interval 500 --sample_interval 1000 --prompt "The " \
-        --out_dir runs/characters "$@"
+        --out_dir runs/characters
     ;;
 lecture)
     set_up ui
-    run run_clm.py \
+    train "$@" -- \
         --corpus_path data/lecture.txt --corpus_size lecture --vocab_size 32000 \
         --special_tokens '<|endoftext|>' --valid_fraction 0.1 --chunk_size 500000 \
         --d_model 512 --num_heads 8 --d_ff 1344 --num_layers 8 \
@@ -89,7 +110,7 @@ lecture)
         --device auto --dtype float32 --ops fast --seed 0 \
         --log_interval 10 --eval_interval 250 --eval_tokens 100000 \
         --save_interval 500 --sample_interval 500 --prompt "The " \
-        --out_dir runs/lecture "$@"
+        --out_dir runs/lecture
     ;;
 test)
     set_up ui,test,parity

@@ -105,10 +105,14 @@ def load_checkpoint(
 
 
 def restore(
-    content: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+    content: dict[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    keep_settings: bool = False,
 ) -> None:
     """Puts what `read_checkpoint` gave into the model, the optimizer and torch's generators.
 
+    keep_settings  the optimizer's learning rate, decay and so on stay as they are now
     Raises: ValueError for a state of another model; nothing is changed then.
     """
     _check_shapes(content["model"], model)
@@ -116,7 +120,10 @@ def restore(
         _check_moments(content["optimizer"], optimizer)
     model.load_state_dict(content["model"])
     if optimizer is not None:
+        groups = [{**group, "params": None} for group in optimizer.param_groups]
         optimizer.load_state_dict(content["optimizer"])
+        for group, before in zip(optimizer.param_groups, groups if keep_settings else ()):
+            group.update(before, params=group["params"])
         _set_rng_state(content["rng"])
 
 

@@ -9,13 +9,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from cs_lm.checkpoint import copied, read_checkpoint
 from cs_lm.manifest import MANIFEST, HashingFile, check_file, read_manifest, write_manifest
-from cs_lm.whole_file import SettlingFile, put_folder
+from cs_lm.whole_file import WRITING, SettlingFile, put_folder
 
 STATE = "state.pt"
 FORMAT_VERSION = 1
@@ -23,9 +23,17 @@ FORMAT_VERSION = 1
 SAVE_AGAIN_S = (0, 1, 5)
 KINDS = ("step", "best")
 _NAME = re.compile(r"(step|best)-(\d{8,15})")
-_WRITING, _ASIDE = ".writing", ".aside"
+_ASIDE = ".aside"
 
 Say = Callable[[str], None]
+
+
+class Best(NamedTuple):
+    """loss [nats per token]; measured_on is None where an earlier version did not say it."""
+
+    step: int
+    loss: float
+    measured_on: dict[str, Any] | None
 
 
 class CheckpointManager:
@@ -119,34 +127,43 @@ class CheckpointManager:
         for old in self.steps()[self.keep_last :]:
             _remove(self.path(old))
 
-    def save_best(self, step: int, valid_loss: float) -> bool:
-        """Keeps the checkpoint of that step as the best, unless an earlier one is as good.
+    def save_best(
+        self, step: int, valid_loss: float, measured_on: dict[str, Any] | None = None
+    ) -> bool:
+        """Keeps the checkpoint of that step as the best, if its validation loss is the lowest.
 
+        measured_on  what the loss was measured on; the best of another measure is no rival
         Raises: OSError or ValueError when the step has no checkpoint that could be kept.
         """
-        best = self.best_loss()
-        if best is not None and not valid_loss < best:
+        best = self.best()
+        if best is not None and best.measured_on == measured_on and not valid_loss < best.loss:
             return False
         source = self.path(step)
         files, facts = self._verify(source, step, completely=False)
+        facts = {**facts, "valid_loss": valid_loss, "measured_on": measured_on}
         with _writing_folder(self.path(step, "best")) as writing:
             _link(source / STATE, writing / STATE)
-            write_manifest(writing, files, {**facts, "valid_loss": valid_loss})
+            write_manifest(writing, files, facts)
         for old in self.steps("best"):
             if old != step:
                 _remove(self.path(old, "best"))
         return True
 
-    def best_loss(self) -> float | None:
-        """The validation loss of the best checkpoint [nats per token]; None without one."""
+    def best(self) -> "Best | None":
+        """The lowest validation loss, and what it was measured on; None without one."""
         for step in self.steps("best"):
             try:
                 _, facts = self._verify(self.path(step, "best"), step, completely=False)
                 if math.isfinite(facts["valid_loss"]):
-                    return float(facts["valid_loss"])
+                    return Best(step, float(facts["valid_loss"]), facts.get("measured_on"))
             except (ValueError, OSError, KeyError, TypeError):
                 continue
         return None
+
+    def set_best_aside(self) -> None:
+        """For a course whose validation losses cannot be compared with it."""
+        for step in self.steps("best"):
+            self._set_aside(self.path(step, "best"))
 
     def go_on_from(self, step: int) -> None:
         """Sets aside what is newer than that step: damaged, or of a course that is left.
@@ -156,13 +173,15 @@ class CheckpointManager:
         for kind in KINDS:
             for other in self.steps(kind):
                 if other > step or (kind == "best" and not self._verifies(other, kind)):
-                    path = self.path(other, kind)
-                    aside = path.with_name(path.name + _ASIDE)
-                    shutil.rmtree(aside, ignore_errors=True)
-                    os.replace(path, aside)
+                    self._set_aside(self.path(other, kind))
         for path in list(self.folder.iterdir()) if self.folder.is_dir() else []:
-            if path.name.endswith(_WRITING) and _NAME.fullmatch(path.name.removesuffix(_WRITING)):
+            if path.name.endswith(WRITING) and _NAME.fullmatch(path.name.partition(".")[0]):
                 shutil.rmtree(path, ignore_errors=True)
+
+    def _set_aside(self, path: Path) -> None:
+        aside = path.with_name(path.name + _ASIDE)
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(path, aside)
 
     def _verifies(self, step: int, kind: str) -> bool:
         try:
@@ -184,7 +203,7 @@ class CheckpointManager:
 @contextmanager
 def _writing_folder(path: Path) -> Iterator[Path]:
     """A folder to write into, which gets its name when the block ends without an exception."""
-    writing = path.with_name(path.name + _WRITING)
+    writing = path.with_name(path.name + WRITING)
     shutil.rmtree(writing, ignore_errors=True)
     writing.mkdir(parents=True)
     try:
@@ -197,7 +216,7 @@ def _writing_folder(path: Path) -> Iterator[Path]:
 
 def _remove(path: Path) -> None:
     """The name first: what is left when this is cut short is no checkpoint."""
-    nameless = path.with_name(path.name + _WRITING)
+    nameless = path.with_name(path.name + WRITING)
     shutil.rmtree(nameless, ignore_errors=True)
     os.replace(path, nameless)
     shutil.rmtree(nameless, ignore_errors=True)
@@ -237,11 +256,11 @@ class BackgroundSaver:
         self.asked_step = content["iteration"]
         self._start(self._save, copied(content))
 
-    def save_best(self, step: int, valid_loss: float) -> bool:
+    def save_best(self, step: int, valid_loss: float, measured_on: dict[str, Any]) -> bool:
         """After the save of that step; whether it succeeded."""
         self.wait()
         if self.saved_step == step:
-            self._start(self._save_best, step, valid_loss)
+            self._start(self._save_best, step, valid_loss, measured_on)
         else:
             self._say(f"WARNING: step {step} is not kept as the best: it could not be saved")
         return self.saved_step == step
@@ -290,8 +309,8 @@ class BackgroundSaver:
                 f"WARNING: step {step} could not be saved ({error}); {self.kept}; it is tried again"
             )
 
-    def _save_best(self, step: int, valid_loss: float) -> None:
+    def _save_best(self, step: int, valid_loss: float, measured_on: dict[str, Any]) -> None:
         try:
-            self._manager.save_best(step, valid_loss)
+            self._manager.save_best(step, valid_loss, measured_on)
         except Exception as error:
             self._say(f"WARNING: step {step} could not be kept as the best ({error})")

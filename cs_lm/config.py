@@ -5,43 +5,24 @@ Command-line flags are generated from these fields (flags.py), checkpoints store
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from cs_lm.settings import is_unicode, not_positive, setting
+from cs_lm.settings import is_unicode, not_positive, not_unicode, setting
+from cs_lm.shared_settings import (
+    CORPUS_HELP,
+    STANDARD_INPUT,
+    as_paths,
+    device_setting,
+    document_separator_setting,
+    encoding_errors_setting,
+    special_tokens_setting,
+    text_field_setting,
+)
 
-DEFAULT_SPECIAL_TOKENS = ("<|endoftext|>",)
 DTYPES = ("float32", "bfloat16")
 NUM_BYTE_TOKENS = 256
 MOST_CONTEXT = 1 << 22  # tokens; tables of positions are as long, whatever the weights
 MAX_CHUNK_SIZE = 1 << 30  # tokens; one chunk is held in memory while it is written
-
-
-def device_setting() -> Any:
-    return setting(
-        "auto", "auto takes CUDA if present, else the CPU", choices=("auto", "cuda", "cpu", "mps")
-    )
-
-
-def checkpoint_setting() -> Any:
-    return setting("best", "which model of the run: best, last, or the step of a checkpoint")
-
-
-def checkpoint_problems(checkpoint: str) -> list[str]:
-    if checkpoint in ("best", "last") or (checkpoint.isdecimal() and len(checkpoint) <= 15):
-        return []
-    return [f"--checkpoint: got {checkpoint!r}, need best, last, or the step of a checkpoint"]
-
-
-def encoding_errors_setting() -> Any:
-    return setting(
-        "strict", "bytes that are not UTF-8: stop, or read as U+FFFD", choices=("strict", "replace")
-    )
-
-
-def special_tokens_setting() -> Any:
-    return setting(
-        DEFAULT_SPECIAL_TOKENS, "tokens that split documents and are never split themselves"
-    )
 
 
 class GPTSize(NamedTuple):
@@ -149,15 +130,19 @@ class GPT2Config:
 class DataConfig:
     """Where the text comes from and how it becomes tokens."""
 
-    corpus_path: str | None = setting(
-        None, "UTF-8 text to train on; without it, the Python language manual"
+    corpus_path: tuple[str, ...] = setting(
+        (), f"text to train on: {CORPUS_HELP}; without it, the Python language manual"
     )
-    valid_path: str | None = setting(None, "UTF-8 text to validate on, instead of a part")
+    valid_path: tuple[str, ...] = setting(
+        (), "text to validate on, instead of a part; as --corpus_path"
+    )
     valid_fraction: float = setting(
         0.1, "part of the corpus, at its end, kept for validation", "of tokens"
     )
     corpus_size: str | None = setting(
-        None, "label of the corpus: the store is data/<label>_chunks/; default: the file's name"
+        None,
+        "label of the corpus: its store is data/<label>_chunks-<fingerprint>/; default: the first "
+        "file's name; alone, it names a store that is there",
     )
     chunk_size: int = setting(500_000, "length of a file of the token store", "tokens")
     vocab_path: str | None = setting(
@@ -166,12 +151,20 @@ class DataConfig:
     merges_path: str | None = setting(None, "tokenizer's merges.txt, beside --vocab_path")
     special_tokens: tuple[str, ...] = special_tokens_setting()
     encoding_errors: str = encoding_errors_setting()
+    text_field: str = text_field_setting()
+    document_separator: str | None = document_separator_setting()
     sampling: str = setting(
         "random", "windows: any start, or each window once an epoch", choices=("random", "epoch")
     )
 
+    def __post_init__(self):
+        for name in ("corpus_path", "valid_path"):  # a single path, or None, is taken too
+            object.__setattr__(self, name, as_paths(getattr(self, name)))
+
     def problems(self) -> list[str]:
         found = not_positive(self)
+        if STANDARD_INPUT in self.corpus_path and STANDARD_INPUT in self.valid_path:
+            found.append("--corpus_path, --valid_path: got - for both; standard input is one text")
         if not 0 < self.valid_fraction < 1:
             found.append(
                 f"--valid_fraction: got {self.valid_fraction}, need a number between 0 and 1"
@@ -284,6 +277,11 @@ class RunConfig:
         None, "folder of the run: log, checkpoints, plot; default: runs/<label>"
     )
     tensorboard: bool = setting(False, "also write TensorBoard event files")
+    init_from: str | None = setting(
+        None,
+        "a new run that begins with these weights: folder of a run, one of its checkpoints, or "
+        "pretrained weights; shape and tokenizer come from there",
+    )
     resume: bool = setting(False, "continue the run in --out_dir with its saved settings")
     resume_step: int | None = setting(
         None, "with --resume: from the checkpoint of this step, not the newest", "step"
@@ -313,6 +311,8 @@ class RunConfig:
             )
         if self.resume_step is not None and not self.resume:
             found.append("--resume_step: has no effect without --resume; add it, or leave it out")
+        if self.init_from is not None and self.data.vocab_path is not None:
+            found.append("--vocab_path: has no effect beside --init_from, whose tokenizer is used")
         if self.compile and self.activation_checkpointing:
             found.append(
                 "--activation_checkpointing: does not go with --compile, which chooses itself what "
@@ -321,7 +321,7 @@ class RunConfig:
         if not self.prompt:
             found.append("--prompt: got an empty text, need at least one character")
         elif not is_unicode(self.prompt):
-            found.append(f"--prompt: got {self.prompt!r}, need text that UTF-8 can hold")
+            found.append(not_unicode("--prompt", self.prompt))
         return found
 
     def _problems_of_name(self) -> list[str]:

@@ -54,35 +54,52 @@ def as_autocast(*tensors: Tensor) -> list[Tensor]:
     return [x.to(product_dtype(x)) for x in tensors]
 
 
-def matrix_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
+def matrix_flops_per_s(device: torch.device, dtype: torch.dtype) -> float | None:
     """Floating-point operations a second of a large square matrix product: what can be had here.
 
-    Cost: the best of three products, of the first size that is not over at once; about a tenth of
-    a second, also on a CPU that has no instructions for bfloat16.
+    None where the device makes no such product.
+    Why the best of many, of several sizes: whatever else the machine is doing can only make a
+    product slower. While one core of two is busy, few of them are as quick as they can be.
+    Cost: about a tenth of a second, also on a CPU that has no instructions for bfloat16.
     """
 
-    def product_s(size: int) -> float:
-        matrix = torch.ones(size, size, device=device, dtype=dtype)
+    def product_s(matrix: Tensor) -> float:
         start_s = time.perf_counter()
         (matrix @ matrix)[0, 0].item()  # waits for the device
         return time.perf_counter() - start_s
 
-    size, largest = 128, 1024 if device.type == "cpu" else 4096
-    while (best_s := min(product_s(size) for _ in range(3))) < 0.005 and size < largest:
+    best, largest = 0.0, 1024 if device.type == "cpu" else 4096
+    end_s, size = time.perf_counter() + _MEASURED_S, 128
+    while size <= largest:
+        try:
+            matrix = torch.ones(size, size, device=device, dtype=dtype)
+            times = [product_s(matrix) for _ in range(5)]
+        except RuntimeError:  # what torch says of a product that a device does not have
+            return best or None
+        best = max(best, 2 * size**3 / min(times))
+        if 8 * 5 * min(times) > end_s - time.perf_counter():  # the next size takes so long
+            break
         size *= 2
-    return 2 * size**3 / best_s
+    while time.perf_counter() < end_s:
+        best = max(best, 2 * len(matrix) ** 3 / product_s(matrix))
+    return best
 
 
-def measured_speed(device: torch.device, dtype: str) -> tuple[float, str]:
+_MEASURED_S = 0.1
+
+
+def measured_speed(device: torch.device, dtype: str) -> tuple[float | None, str]:
     """`matrix_flops_per_s`, and in words, with that of float32 where the narrower dtype is slower.
 
     So it is on a CPU that has no instructions for bfloat16: by two orders of magnitude.
     """
     flops_per_s = matrix_flops_per_s(device, getattr(torch, dtype))
+    if flops_per_s is None:
+        return None, "not measured"
     text = f"{flops_per_s / 1e9:,.0f} GFLOP/s"
     if dtype != "float32":
         of_float32 = matrix_flops_per_s(device, torch.float32)
-        if of_float32 > 1.2 * flops_per_s:  # more than two measurements differ by
+        if of_float32 is not None and of_float32 > 1.2 * flops_per_s:  # more than two measurements
             text += f", in float32 {of_float32 / 1e9:,.0f}: --dtype float32 is quicker here"
     return flops_per_s, text
 

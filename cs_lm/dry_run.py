@@ -1,21 +1,14 @@
 """What a run would do and need, without doing it."""
 
 import math
-import os
 from pathlib import Path
 
 from cs_lm.config import GPT2Config, ModelConfig, RunConfig
+from cs_lm.corpus import find_corpus
 from cs_lm.counts import flops_per_token, num_block_product_weights, num_parameters
-from cs_lm.prepare import (
-    DATA,
-    EMBEDDED_LABEL,
-    check_length,
-    embedded_text,
-    find_corpus,
-    num_training_tokens,
-    reusable_store,
-)
+from cs_lm.prepare import check_length, num_training_tokens, reusable_store
 from cs_lm.schedule import learning_rate, num_training_steps
+from cs_lm.tokenizer import BPETokenizer
 
 FLOAT_BYTES = 4
 
@@ -42,14 +35,12 @@ def kept_floats(config: RunConfig) -> tuple[float, ...]:
     return of_d, of_f, of_ht, of_v
 
 
-def store_tokens(config: RunConfig) -> tuple[int, bool]:
+def store_tokens(config: RunConfig, tokenizer: BPETokenizer | None = None) -> tuple[int, bool]:
     """Tokens of the whole corpus, and whether that number is known rather than guessed."""
-    store = reusable_store(config)
+    store = reusable_store(config, tokenizer)
     if store is not None:
         return len(store), True
-    corpus = find_corpus(config)
-    embedded = corpus == DATA / f"{EMBEDDED_LABEL}.txt" and config.data.corpus_path is None
-    num_bytes = len(embedded_text().encode()) if embedded else os.path.getsize(corpus)
+    num_bytes = find_corpus(config, remember=False).description["bytes"]
     return max(1, int(num_bytes / guessed_bytes_per_token(config.model.vocab_size))), False
 
 
@@ -80,12 +71,13 @@ def memory_bytes(config: RunConfig) -> int:
     return int(FLOAT_BYTES * (state + copies + positions * per_position))
 
 
-def report(config: RunConfig, out_dir: Path) -> str:
+def report(config: RunConfig, out_dir: Path, tokenizer: BPETokenizer | None = None) -> str:
+    """tokenizer  of the run that goes on, where it is not made from the corpus"""
     model = config.model
-    all_tokens, known = store_tokens(config)
+    all_tokens, known = store_tokens(config, tokenizer)
     tokens = num_training_tokens(config, all_tokens)
     check_length("training", tokens, config)
-    if config.data.valid_path is None:
+    if not config.data.valid_path:
         check_length("validation", all_tokens - tokens, config)
     steps = num_training_steps(config, tokens)
     trained = steps * config.tokens_per_step

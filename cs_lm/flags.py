@@ -5,6 +5,8 @@ Values are converted after all flags have been read, so that every wrong one is 
 
 import argparse
 import difflib
+import re
+import sys
 import typing
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,11 +26,60 @@ class FlagParser(argparse.ArgumentParser):
         raise ValueError(f"{self.prog}: {message}; see --help")
 
     def parse_strictly(self, argv: Sequence[str] | None) -> argparse.Namespace:
-        """Raises: ValueError naming each unknown flag with the nearest known one."""
-        namespace, unknown = self.parse_known_args(argv)
+        """Raises: ValueError naming each unknown flag with the nearest known one, and each that is
+        given twice.
+        """
+        words = self._with_dashed_values(list(sys.argv[1:] if argv is None else argv))
+        namespace, unknown = self.parse_known_args(words)
+        problems = self._given_twice(words)
         if unknown:
-            raise ValueError("\n".join(self._unknown_messages(unknown)))
+            problems += self._unknown_messages(unknown)
+        if problems:
+            raise ValueError("\n".join(problems))
         return namespace
+
+    def _with_dashed_values(self, words: list[str]) -> list[str]:
+        """Values that begin with a dash, joined to their flag: argparse would take them for flags.
+
+        What looks like a long flag, and is nearly one, stays apart: it will be called unknown.
+        """
+        joined: list[str] = []
+        flag = None  # the one that the next words may belong to
+        for word in words:
+            is_value = not word.startswith("-") or not self._may_be_flag(word)
+            follows_joined = joined and flag is not None and joined[-1].startswith(f"{flag}=")
+            if flag is not None and is_value and (word.startswith("-") or follows_joined):
+                if joined[-1] == flag:
+                    joined.pop()
+                joined.append(f"{flag}={word}")
+            else:
+                joined.append(word)
+            action = self._option_string_actions.get(word)
+            if action is not None:
+                flag = word if action.nargs != 0 else None
+            elif flag is not None and not _is_list(self._option_string_actions[flag]):
+                flag = None
+        return joined
+
+    def _may_be_flag(self, word: str) -> bool:
+        name = word.partition("=")[0]
+        if name in self._option_string_actions:
+            return True
+        is_long = re.fullmatch(r"--?[a-z][\w-]*", name) is not None
+        return is_long and bool(difflib.get_close_matches(name, self._option_string_actions, n=1))
+
+    def _given_twice(self, words: list[str]) -> list[str]:
+        given: dict[str, list[str]] = {}
+        for word in words:
+            name = word.partition("=")[0]
+            action = self._option_string_actions.get(name)
+            if action is not None and not _is_list(action) and action.dest != "help":
+                given.setdefault(action.dest, []).append(name)
+        return [
+            f"{names[0]}: is given {len(names)} times ({', '.join(names)}); give it once"
+            for names in given.values()
+            if len(names) > 1
+        ]
 
     def _unknown_messages(self, unknown: list[str]) -> list[str]:
         flags = [word.split("=")[0] for word in unknown if word.startswith("-")]
@@ -40,6 +91,10 @@ class FlagParser(argparse.ArgumentParser):
             hint = f"did you mean {nearest[0]}?" if nearest else "see --help"
             messages.append(f"{flag}: unknown flag; {hint}")
         return messages
+
+
+def _is_list(action: argparse.Action) -> bool:
+    return action.nargs in ("*", "+")
 
 
 def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
@@ -59,7 +114,7 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
         else:
             options["metavar"] = _metavar(kind, each.metadata["choices"])
             if typing.get_origin(kind) is tuple:
-                options["nargs"] = "*"
+                options.update(action="extend", nargs="*" if each.default else "+")
         groups[owner].add_argument(*spellings, help=_help(each), **options)
 
 

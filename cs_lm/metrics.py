@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from cs_lm.speed import Speed
 from cs_lm.whole_file import write_whole
 
 SPARE_HELP = "install the extra with: pip install 'cs_lm[ui]'"
@@ -180,18 +181,20 @@ class Display:
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
 
-    def report(
-        self, step: int, loss: float, lr: float, norm: float, tokens_per_s: float,
-        utilisation: float, eta_s: float,
-    ):  # fmt: skip
+    def report(self, step: int, loss: float, lr: float, norm: float, speed: Speed) -> None:
+        part = f"{speed.model_flops_per_s / 1e9:,.1f} GFLOP/s"
+        if speed.utilisation is not None:
+            part = f"{speed.utilisation:.0%} of peak"
         shown = (
-            f"loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {tokens_per_s:,.0f} tokens/s "
-            f"({utilisation:.0%} of peak)"
+            f"loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {speed.tokens_per_s:,.0f} tokens/s "
+            f"({part})"
         )
         if self._bar is not None:
             self._bar.set_postfix_str(shown)
         else:
-            self.say(f"step {step}/{self._num_steps} | {shown} | ETA {format_duration(eta_s)}")
+            self.say(
+                f"step {step}/{self._num_steps} | {shown} | ETA {format_duration(speed.eta_s)}"
+            )
 
     def say(self, text: str) -> None:
         try:
@@ -199,6 +202,8 @@ class Display:
                 self._bar.write(text, file=self._file)
             else:
                 print(text, file=self._file, flush=True)
+        except UnicodeEncodeError:  # what a model writes may have characters that no console shows
+            self.say(shown_on(self._file, text))
         except BrokenPipeError:  # nobody reads any more: that is no reason to stop training
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._file.fileno())
         except OSError:  # a terminal that is gone, a full disk
@@ -208,6 +213,12 @@ class Display:
         with contextlib.suppress(OSError):
             if self._bar is not None:
                 self._bar.close()
+
+
+def shown_on(file: TextIO, text: str) -> str:
+    """The text with codes in the place of characters that the file's encoding does not have."""
+    encoding = file.encoding or "ascii"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def format_duration(seconds: float) -> str:

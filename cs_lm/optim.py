@@ -88,6 +88,10 @@ class AdamW(torch.optim.Optimizer):
         """
         self._compiled = Compiled(_adamw, say)
 
+    def num_updates(self) -> set[int]:
+        """How many updates the parameters have had: one number, but within an update."""
+        return {state["step"] for state in self.state.values()}
+
     def _next_step(self, parameter: Tensor) -> int:
         state = self.state[parameter]
         if not state:

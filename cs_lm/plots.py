@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cs_lm.metrics import SPARE_HELP, read_metrics
+from cs_lm.whole_file import writing_whole
 
 Record = dict[str, Any]
 AGAINST = ("step", "epoch", "tokens")
@@ -63,10 +64,9 @@ def plot_losses(
         axes.xaxis.set_major_formatter(_thousands_formatter())
     else:
         _add_tokens(axes, x.tokens_each)
-    png_path = Path(png_path)
-    png_path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(png_path, dpi=120)
-    return png_path
+    with writing_whole(png_path) as file:
+        figure.savefig(file, format="png", dpi=120)
+    return Path(png_path)
 
 
 def _of_kind(records: list[Record], kind: str) -> list[Record]:

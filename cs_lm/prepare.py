@@ -1,81 +1,45 @@
 """From a corpus to a tokenizer and token stores: what is missing is made, what fits is reused."""
 
 import json
-import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from cs_lm.cache import (
+    STORE,
+    TOKENIZER,
+    Say,
+    cache_path,
+    find_or_make,
+    in_use,
+    old_path,
+    paths_of,
+    set_aside,
+)
 from cs_lm.config import DataConfig, RunConfig
+from cs_lm.corpus import Corpus, find_corpus, find_valid_corpus, label_of
+from cs_lm.locks import FileLock
 from cs_lm.manifest import MANIFEST
 from cs_lm.token_store import MemmapManager, TokenRange, Tokens
 from cs_lm.tokenizer import BPETokenizer, train_bpe
 from cs_lm.tokenizer.parallel import ParallelEncoder
-from cs_lm.tokenizer.text_source import Progress, TextSource, describe_file
-from cs_lm.whole_file import write_whole
+from cs_lm.tokenizer.text_source import Progress, TextSource
+from cs_lm.whole_file import own_name, put_folder, write_whole
 
-DATA = Path("data")
-EMBEDDED_LABEL = "python-manual"
 SETTINGS = "settings.json"
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class PreparedData:
+    """measured_on  which tokens of which text are validated on, and with which tokenizer
+    locks        keep what is used from being removed
+    """
+
     tokenizer: BPETokenizer
     train: Tokens
     valid: Tokens
-
-
-def label_of(config: RunConfig) -> str:
-    """The name of the corpus in data/ and runs/."""
-    if config.data.corpus_size:
-        return config.data.corpus_size
-    return Path(config.data.corpus_path).stem if config.data.corpus_path else EMBEDDED_LABEL
-
-
-def store_folder(label: str) -> Path:
-    return DATA / f"{label}_chunks"
-
-
-def valid_store_folder(label: str) -> Path:
-    return DATA / f"{label}_chunks_valid"  # no label's own store has this name
-
-
-def embedded_text() -> str:
-    """The language manual that comes with CPython, one topic after another.
-
-    Raises: FileNotFoundError where this Python comes without it.
-    """
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:
-        raise FileNotFoundError(
-            "embedded corpus: this Python comes without pydoc_data.topics; give a text of your own "
-            "with --corpus_path"
-        ) from None
-    return "\n\n".join(topics[name] for name in sorted(topics))
-
-
-def find_corpus(config: RunConfig) -> Path | None:
-    """The file to train on, or None where only the label of an existing store is given.
-
-    Raises: FileNotFoundError for a missing file, or a label without a store.
-    """
-    data = config.data
-    if data.corpus_path is not None:
-        _check_text_file("--corpus_path", data.corpus_path)
-        return Path(data.corpus_path)
-    if data.corpus_size is None or data.corpus_size == EMBEDDED_LABEL:
-        return DATA / f"{EMBEDDED_LABEL}.txt"
-    if not store_folder(label_of(config)).is_dir():
-        raise FileNotFoundError(
-            f"--corpus_size: got {data.corpus_size!r}, but {store_folder(data.corpus_size)} holds "
-            "no token store; give --corpus_path to make it"
-        )
-    return None
+    measured_on: dict[str, Any] = field(default_factory=dict)
+    locks: tuple[FileLock, ...] = ()
 
 
 def prepare(
@@ -91,33 +55,41 @@ def prepare(
     progress   told how far the making has got
     Raises: ValueError or FileNotFoundError for texts, tokenizers and stores that cannot be used.
     """
-    data = config.data
-    corpus, source = _corpus_and_source(config)
-    if data.valid_path is not None:
-        _check_text_file("--valid_path", data.valid_path)
-    if tokenizer is None:
-        tokenizer = _tokenizer(config, corpus, source, say, progress)
-    folder = store_folder(label_of(config))
-    store = _store(config, corpus, source, folder, tokenizer, say, progress)
-    train, valid = _split(config, store, tokenizer, say, progress)
+    maker = _Maker(config, say, progress)
+    corpus, valid_corpus = find_corpus(config), find_valid_corpus(config)
+    if corpus is None:
+        store, tokenizer = _labelled(config, tokenizer)
+        lock = in_use(store.folder)
+        _check_vocabulary(config, tokenizer, say)
+        maker.open_store(store)
+    else:
+        if tokenizer is None:
+            tokenizer = maker.tokenizer(corpus)
+            _check_vocabulary(config, tokenizer, say)
+        store, lock = maker.store(corpus, tokenizer)
+    border = num_training_tokens(config, len(store))
+    valid_store, start, end, locks = store, border, len(store), (lock,)
+    if valid_corpus is not None:
+        valid_store, valid_lock = maker.store(valid_corpus, tokenizer)
+        start, end, locks = 0, len(valid_store), (lock, valid_lock)
+    train, valid = TokenRange(store, 0, border), TokenRange(valid_store, start, end)
     for name, tokens in (("training", train), ("validation", valid)):
         check_length(name, len(tokens), config)
-    return PreparedData(tokenizer, train, valid)
+    measured_on = {
+        "text": valid_store.source, "range": [start, end], "tokenizer": tokenizer.fingerprint,
+    }  # fmt: skip
+    return PreparedData(tokenizer, train, valid, measured_on, locks)
 
 
-def reusable_store(config: RunConfig) -> MemmapManager | None:
-    """The store that a run would train on, if it need not be made first."""
-    files, folder = _tokenizer_files(config), store_folder(label_of(config))
-    corpus, source = find_corpus(config), None
-    if corpus is not None:
-        if not corpus.is_file():
-            return None
-        source = describe_file(corpus, config.data.encoding_errors)
-    tokenizer = files.usable(_tokenizer_settings(config, source))
-    if tokenizer is None or not (folder / MANIFEST).is_file():
-        return None
-    store = MemmapManager(folder)
-    return store if _difference(store, tokenizer, source, config) is None else None
+def reusable_store(
+    config: RunConfig, tokenizer: BPETokenizer | None = None
+) -> MemmapManager | None:
+    """The store that a run would train on, if it need not be made first; nothing is written."""
+    corpus = find_corpus(config, remember=False)
+    if corpus is None:
+        return _labelled(config, tokenizer)[0]
+    tokenizer = tokenizer or _find_tokenizer(config, corpus)
+    return None if tokenizer is None else _find_store(config, corpus, tokenizer)
 
 
 def check_length(name: str, num_tokens: int, config: RunConfig) -> None:
@@ -129,152 +101,81 @@ def check_length(name: str, num_tokens: int, config: RunConfig) -> None:
         )
 
 
-def _corpus_and_source(config: RunConfig) -> tuple[Path | None, dict[str, Any] | None]:
-    corpus = find_corpus(config)
-    if corpus is None:
-        return None, None
-    if config.data.corpus_path is None:
-        _write_if_changed(corpus, embedded_text())
-    return corpus, describe_file(corpus, config.data.encoding_errors)
-
-
 def num_training_tokens(config: RunConfig, num_tokens: int) -> int:
     """How many of a store's tokens are trained on; the rest, at its end, is for validation."""
-    if config.data.valid_path is not None:
+    if config.data.valid_path:
         return num_tokens
     return num_tokens - int(num_tokens * config.data.valid_fraction)
 
 
-def _split(config, store: MemmapManager, tokenizer, say: Say, progress) -> tuple[Tokens, Tokens]:
-    data = config.data
-    if data.valid_path is not None:
-        source = describe_file(Path(data.valid_path), data.encoding_errors)
-        folder = valid_store_folder(label_of(config))
-        return store, _store(
-            config, Path(data.valid_path), source, folder, tokenizer, say, progress
-        )
-    border = num_training_tokens(config, len(store))
-    return TokenRange(store, 0, border), TokenRange(store, border, len(store))
-
-
-class _TokenizerFiles(NamedTuple):
-    vocab_path: Path
-    merges_path: Path
-    settings_path: Path | None  # None: the user's own files, whatever they were trained with
-
-    def usable(self, settings: dict[str, Any]) -> BPETokenizer | None:
-        """The tokenizer with these settings, as it was written; None where it is missing.
-
-        Raises: ValueError or FileNotFoundError for the user's own files, which are never replaced.
-        """
-        if self.settings_path is None:
-            exists = self.vocab_path.exists() or self.merges_path.exists()
-            return self._read(settings) if exists else None
-        stored = _read_json(self.settings_path)
-        if not isinstance(stored, dict):
-            return None
-        fingerprint = stored.pop("fingerprint", None)
-        if settings["source"] is not None and stored != settings:
-            return None
-        try:
-            tokenizer = self._read(settings)
-        except (ValueError, OSError):
-            return None
-        return tokenizer if tokenizer.fingerprint == fingerprint else None
-
-    def write(self, tokenizer: BPETokenizer, settings: dict[str, Any]) -> None:
-        if self.settings_path is not None:  # from here on, the files may be other ones
-            self.settings_path.unlink(missing_ok=True)
-        tokenizer.save(self.vocab_path, self.merges_path)
-        if self.settings_path is not None:
-            _write_json(self.settings_path, {**settings, "fingerprint": tokenizer.fingerprint})
-
-    def _read(self, settings: dict[str, Any]) -> BPETokenizer:
-        specials = settings["special_tokens"]
-        return BPETokenizer.from_files(self.vocab_path, self.merges_path, specials)
-
-
-def _tokenizer_files(config: RunConfig) -> _TokenizerFiles:
-    if config.data.vocab_path is not None:
-        return _TokenizerFiles(Path(config.data.vocab_path), Path(config.data.merges_path), None)
-    folder = DATA / f"{label_of(config)}_tokenizer"
-    return _TokenizerFiles(folder / "vocab.json", folder / "merges.txt", folder / SETTINGS)
-
-
-def _tokenizer_settings(config: RunConfig, source: dict[str, Any] | None) -> dict[str, Any]:
-    specials = list(config.data.special_tokens)
-    return {"vocab_size": config.model.vocab_size, "special_tokens": specials, "source": source}
-
-
-def _tokenizer(
-    config: RunConfig, corpus: Path | None, source, say: Say, progress: Progress | None
-) -> BPETokenizer:
-    files, settings = _tokenizer_files(config), _tokenizer_settings(config, source)
-    tokenizer = files.usable(settings)
-    if tokenizer is None:
-        if corpus is None:
-            raise FileNotFoundError(
-                f"tokenizer: {str(files.vocab_path)!r} is missing or damaged; give --corpus_path "
-                "to train it, or --vocab_path and --merges_path of the store's tokenizer"
-            )
-        if files.settings_path is not None and files.vocab_path.exists():
-            say(f"tokenizer: {files.vocab_path.parent} belongs to other settings, or is damaged")
-        tokenizer = _train_tokenizer(config, corpus, files, settings, say, progress)
-    if tokenizer.vocab_size > config.model.vocab_size:
+def _check_vocabulary(config: RunConfig, tokenizer: BPETokenizer, say: Say) -> None:
+    """Raises: ValueError for a model with fewer rows than the tokenizer has tokens."""
+    have, rows = tokenizer.vocab_size, config.model.vocab_size
+    if have > rows:
         raise ValueError(
-            f"--vocab_size: got {config.model.vocab_size}, need at least {tokenizer.vocab_size}: "
-            f"the tokenizer {str(files.vocab_path)!r} has that many tokens"
+            f"--vocab_size: got {rows}, need at least {have}: the tokenizer "
+            f"{config.data.vocab_path or ''!r} has that many tokens"
         )
-    if tokenizer.vocab_size < config.model.vocab_size:
+    if have < rows:
         say(
-            f"tokenizer: has {tokenizer.vocab_size:,} tokens; the model keeps "
-            f"{config.model.vocab_size:,} rows (--vocab_size {tokenizer.vocab_size} is enough)"
+            f"tokenizer: has {have:,} tokens; the model keeps {rows:,} rows (--vocab_size {have} "
+            "is enough)"
         )
-    return tokenizer
 
 
-def _train_tokenizer(
-    config: RunConfig,
-    corpus: Path,
-    files: _TokenizerFiles,
-    settings: dict[str, Any],
-    say: Say,
-    progress: Progress | None,
-) -> BPETokenizer:
-    say(f"tokenizer: training {config.model.vocab_size:,} tokens on {corpus}")
-    specials = config.data.special_tokens
-    vocab, merges = train_bpe(
-        corpus, config.model.vocab_size, specials,
-        encoding_errors=config.data.encoding_errors, progress=progress,
-    )  # fmt: skip
-    tokenizer = BPETokenizer(vocab, merges, specials)
-    files.write(tokenizer, settings)
-    say(f"tokenizer: wrote {files.vocab_path} and {files.merges_path}")
-    return tokenizer
+class _Maker:
+    """Makes what is missing, telling what it does."""
 
+    def __init__(self, config: RunConfig, say: Say, progress: Progress | None):
+        self._config, self._say, self._progress = config, say, progress
 
-def _store(
-    config, corpus: Path | None, source, folder: Path, tokenizer, say: Say, progress
-) -> MemmapManager:
-    store = MemmapManager(folder) if (folder / MANIFEST).is_file() else None
-    why = "is missing"
-    if store is not None:
-        why = _difference(store, tokenizer, source, config)
-        if why is None:
-            store.verify()
-            say(f"token store: {folder}, {len(store):,} tokens")
-            return store
-        if corpus is None:
-            raise ValueError(
-                f"token store: {folder} {why}; give --corpus_path to encode the text again, or "
-                "--vocab_path and --merges_path of the tokenizer it was made with"
+    def tokenizer(self, corpus: Corpus) -> BPETokenizer:
+        config = self._config
+        path = _tokenizer_path(config, corpus)
+
+        def make(_is_alone: bool) -> None:
+            self._say(f"tokenizer: training {config.model.vocab_size:,} tokens on {corpus.shown}")
+            specials = config.data.special_tokens
+            vocab, merges = train_bpe(
+                corpus.open(), config.model.vocab_size, specials, progress=self._progress
             )
-    say(f"token store: {folder} {why}, encoding {corpus}")
-    text = TextSource(corpus, config.data.encoding_errors)
-    store = encode_to_store(text, tokenizer, folder, config.data.chunk_size, progress=progress)
-    bytes_per_token = store.manifest["text_bytes"] / len(store)
-    say(f"token store: wrote {len(store):,} tokens, {bytes_per_token:.2f} bytes each, to {folder}")
-    return store
+            trained = BPETokenizer(vocab, merges, specials)
+            if config.data.vocab_path is not None:
+                trained.save(config.data.vocab_path, config.data.merges_path)
+                self._say(f"tokenizer: wrote {config.data.vocab_path} and "
+                          f"{config.data.merges_path}")  # fmt: skip
+                return
+            if path.exists():
+                self._say(f"tokenizer: {path} is damaged, and made again")
+                set_aside(path)
+            _write_tokenizer(trained, path, _tokenizer_settings(config, corpus))
+            self._say(f"tokenizer: wrote {path}")
+
+        return find_or_make(path, lambda: _find_tokenizer(config, corpus), make, self._say)[0]
+
+    def store(self, corpus: Corpus, tokenizer: BPETokenizer) -> tuple[MemmapManager, FileLock]:
+        config, path = self._config, _store_path(self._config, corpus, tokenizer)
+
+        def make(is_alone: bool) -> None:
+            self._say(f"token store: encoding {corpus.shown} to {path}")
+            made = encode_to_store(
+                corpus.open(), tokenizer, path, config.data.chunk_size, progress=self._progress,
+                is_alone=is_alone, expected=corpus.description,
+            )  # fmt: skip
+            bytes_per_token = made.manifest["text_bytes"] / len(made)
+            self._say(f"token store: wrote {len(made):,} tokens, {bytes_per_token:.2f} bytes each")
+
+        store, lock = find_or_make(
+            path, lambda: _find_store(config, corpus, tokenizer), make, self._say
+        )
+        if store.folder != path:  # of an earlier version, under another name
+            lock = in_use(store.folder)
+        self.open_store(store)
+        return store, lock
+
+    def open_store(self, store: MemmapManager) -> None:
+        store.verify_once()
+        self._say(f"token store: {store.folder}, {len(store):,} tokens")
 
 
 def encode_to_store(
@@ -284,57 +185,190 @@ def encode_to_store(
     chunk_size: int,
     num_workers: int | None = None,
     progress: Progress | None = None,
+    is_alone: bool = True,
+    expected: dict[str, Any] | None = None,
+    replace: bool = False,
 ) -> MemmapManager:
-    """A store encoded by several processes (None: all cores where the text is large)."""
+    """A store encoded by several processes (None: all cores where the text is large).
+
+    is_alone  nobody else can be writing to the folder: an encoding that was cut off is gone on with
+    expected  what the text was before it was read
+    replace   an older store gives way
+    Raises: ValueError when the text changed while it was read.
+    """
     encoder = ParallelEncoder(tokenizer, text.num_workers(num_workers))
     report = progress or (lambda *_: None)
+
+    def description() -> dict[str, Any]:
+        found = text.description()
+        if expected is not None and found != expected:
+            raise ValueError(
+                f"corpus: {', '.join(map(str, text.paths[:3]))} changed while it was read; start "
+                "again when nothing writes to it any more"
+            )
+        return found
+
     return MemmapManager.save_as_memmap(
-        text.read(), encoder, folder, chunk_size, text.description,
+        text.read(), encoder, folder, chunk_size, description,
         lambda num_tokens: report(
-            "encoding, bytes read", text.bytes_read, text.total_bytes, f"{num_tokens:,} tokens"
+            "encoding, bytes read", text.bytes_read, text.total_bytes,
+            f"{text.position}{num_tokens:,} tokens",
         ),
-        text.key(),
+        text.key() if is_alone else None, replace,
     )  # fmt: skip
 
 
-def _difference(store: MemmapManager, tokenizer, source, config: RunConfig) -> str | None:
+# ---- stores ----
+
+
+def _store_path(config: RunConfig, corpus: Corpus, tokenizer: BPETokenizer) -> Path:
+    facts = [corpus.description, tokenizer.fingerprint, config.data.chunk_size]
+    return cache_path(corpus.label, STORE, facts)
+
+
+def _find_store(config: RunConfig, corpus: Corpus, tokenizer: BPETokenizer) -> MemmapManager | None:
+    """Raises: ValueError for one that is damaged, and is never replaced: it may be in use."""
+    path = _store_path(config, corpus, tokenizer)
+    if (path / MANIFEST).is_file():
+        store = MemmapManager(path)
+        if (why := _difference(store, tokenizer, corpus, config)) is not None:
+            raise ValueError(f"token store: {path} {why}; delete the folder")
+        return store
+    for old in (old_path(corpus.label, STORE), old_path(label_of(config), f"{STORE}_valid")):
+        try:
+            store = MemmapManager(old)
+        except (ValueError, OSError):  # nothing that could be used
+            continue
+        if _difference(store, tokenizer, corpus, config) is None:
+            return store
+    return None
+
+
+def _labelled(
+    config: RunConfig, tokenizer: BPETokenizer | None
+) -> tuple[MemmapManager, BPETokenizer]:
+    """The store that only a label names, and the tokenizer that it was made with.
+
+    Raises: FileNotFoundError or ValueError where there is none that fits, or more than one.
+    """
+    label = label_of(config)
+    tokenizers = [tokenizer] if tokenizer is not None else _labelled_tokenizers(config, label)
+    fit: dict[str, tuple[MemmapManager, BPETokenizer]] = {}
+    reasons = []
+    for path in paths_of(label, STORE):
+        store = MemmapManager(path)
+        for one in tokenizers:
+            why = _difference(store, one, None, config)
+            if why is None:
+                fit.setdefault(json.dumps([store.source, store.chunk_size]), (store, one))
+            else:
+                reasons.append(f"{path} {why}")
+    if len(fit) > 1:
+        names = ", ".join(str(store.folder) for store, _ in fit.values())
+        raise ValueError(
+            f"--corpus_size: {label!r} names several token stores: {names}; give --corpus_path to "
+            "say which text is meant"
+        )
+    if not fit:
+        raise ValueError(
+            f"token store: {reasons[0]}; give --corpus_path to encode the text again, or "
+            "--vocab_path and --merges_path of the tokenizer it was made with"
+        )
+    return next(iter(fit.values()))
+
+
+def _difference(
+    store: MemmapManager, tokenizer: BPETokenizer, corpus: Corpus | None, config: RunConfig
+) -> str | None:
     """Why a store cannot be used, or None; without a corpus, default settings ask for nothing."""
     if store.fingerprint != tokenizer.fingerprint:
         return "was made with another tokenizer"
-    if source is not None and store.source != source:
+    if corpus is not None and store.source != corpus.description:
         return "was made from another text"
     data = config.data
-    if source is None and data.encoding_errors not in (
+    if corpus is None and data.encoding_errors not in (
         "strict",
         store.source.get("encoding_errors"),
     ):
         return "was made with --encoding_errors strict"
-    is_asked = source is not None or data.chunk_size != DataConfig.chunk_size
+    is_asked = corpus is not None or data.chunk_size != DataConfig.chunk_size
     if is_asked and store.chunk_size != data.chunk_size:
         return f"has chunks of {store.chunk_size} tokens"
     return None
 
 
-def _check_text_file(flag: str, path: str) -> None:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{flag}: got {path!r}, which is not a file; check the path")
-    if os.path.getsize(path) == 0:
-        raise ValueError(f"{flag}: {path!r} is empty; need a UTF-8 text file")
+# ---- tokenizers ----
 
 
-def _read_json(path: Path) -> Any:
+def _tokenizer_settings(config: RunConfig, corpus: Corpus | None) -> dict[str, Any]:
+    return {
+        "vocab_size": config.model.vocab_size, "special_tokens": list(config.data.special_tokens),
+        "source": None if corpus is None else corpus.description,
+    }  # fmt: skip
+
+
+def _tokenizer_path(config: RunConfig, corpus: Corpus) -> Path:
+    """Of the user's own files: only a name to lock."""
+    data = config.data
+    if data.vocab_path is None:
+        return cache_path(corpus.label, TOKENIZER, _tokenizer_settings(config, corpus))
+    return cache_path("files", TOKENIZER, str(Path(data.vocab_path).absolute()))
+
+
+def _find_tokenizer(config: RunConfig, corpus: Corpus) -> BPETokenizer | None:
+    """Raises: ValueError or FileNotFoundError for the user's own files, which are not replaced."""
+    data = config.data
+    if data.vocab_path is not None:
+        if not Path(data.vocab_path).exists() and not Path(data.merges_path).exists():
+            return None
+        return BPETokenizer.from_files(data.vocab_path, data.merges_path, data.special_tokens)
+    settings = _tokenizer_settings(config, corpus)
+    for folder in (_tokenizer_path(config, corpus), old_path(corpus.label, TOKENIZER)):
+        found = _read_tokenizer(folder, settings)
+        if found is not None:
+            return found
+    return None
+
+
+def _labelled_tokenizers(config: RunConfig, label: str) -> list[BPETokenizer]:
+    """Those that the settings allow. Raises: FileNotFoundError where there is none."""
+    data = config.data
+    if data.vocab_path is not None:
+        return [BPETokenizer.from_files(data.vocab_path, data.merges_path, data.special_tokens)]
+    settings = _tokenizer_settings(config, None)
+    folders = paths_of(label, TOKENIZER)
+    found = [_read_tokenizer(folder, settings) for folder in folders]
+    if not any(found):
+        raise FileNotFoundError(
+            f"tokenizer: data/ has none of label {label!r} with --vocab_size "
+            f"{config.model.vocab_size} and these --special_tokens that is whole; give "
+            "--corpus_path to train it, or --vocab_path and --merges_path of the store's tokenizer"
+        )
+    return [tokenizer for tokenizer in found if tokenizer is not None]
+
+
+def _read_tokenizer(folder: Path, settings: dict[str, Any]) -> BPETokenizer | None:
+    """The tokenizer with these settings, as it was written; None where it is missing or damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        stored = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        fingerprint = stored.pop("fingerprint")
+        if settings["source"] is None:
+            stored["source"] = None
+        if stored != settings:
+            return None
+        specials = settings["special_tokens"]
+        paths = folder / "vocab.json", folder / "merges.txt"
+        tokenizer = BPETokenizer.from_files(*paths, specials)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
+    return tokenizer if tokenizer.fingerprint == fingerprint else None
 
 
-def _write_json(path: Path, content: Any) -> None:
-    write_whole(path, json.dumps(content, indent=1).encode("utf-8"))
-
-
-def _write_if_changed(path: Path, text: str) -> None:
-    content = text.encode("utf-8")
-    if path.is_file() and path.read_bytes() == content:
-        return
-    write_whole(path, content)
+def _write_tokenizer(tokenizer: BPETokenizer, folder: Path, settings: dict[str, Any]) -> None:
+    writing = own_name(folder)
+    tokenizer.save(writing / "vocab.json", writing / "merges.txt")
+    content = {**settings, "fingerprint": tokenizer.fingerprint}
+    write_whole(writing / SETTINGS, json.dumps(content, indent=1).encode("utf-8"))
+    if _read_tokenizer(writing, settings) is None:
+        raise OSError(f"tokenizer: {str(writing)!r} does not read back as it was written")
+    put_folder(writing, folder, replace=False)

@@ -16,13 +16,12 @@ from cs_lm.config import MOST_CONTEXT, RunConfig
 from cs_lm.counts import num_parameters
 from cs_lm.fast_ops import FAST
 from cs_lm.language_model import LanguageModel, cast_weights
+from cs_lm.locks import locked
 from cs_lm.metrics import MetricsLog
 from cs_lm.optim import AdamW, parameter_groups
 from cs_lm.settings import all_problems, from_json, to_json
 from cs_lm.tokenizer import BPETokenizer
-from cs_lm.whole_file import locked, write_whole
-
-IMPORT = "import"  # what the log of a model from elsewhere begins with
+from cs_lm.whole_file import write_whole
 
 
 class RunFolder:
@@ -114,7 +113,7 @@ class RunFolder:
         self.save_tokenizer(tokenizer)
         log = MetricsLog(self.metrics)
         log.clear()
-        log.write(IMPORT, step=0, num_parameters=num_parameters(config.model))
+        log.write("import", step=0, num_parameters=num_parameters(config.model))
         optimizer = AdamW(parameter_groups(model, config.optim.weight_decay))
         content = checkpoint_content(
             model, optimizer, 0, config=to_json(config), trained_tokens=0, elapsed_s=0.0,
@@ -132,8 +131,8 @@ class RunFolder:
         if which == "last":
             content = self.checkpoints.read_newest(say)
         elif which == "best":
-            if not self.checkpoints.steps("best") and self._is_imported():
-                say("no validation yet since the import: the last checkpoint is taken")
+            if not self.checkpoints.steps("best"):
+                say("there is no best checkpoint yet, before a validation: the last one is taken")
                 return self.read("last", say)
             try:
                 content = self.checkpoints.read_newest(say, ["best"])
@@ -146,9 +145,10 @@ class RunFolder:
         _check_extras(content["extras"])
         return content
 
-    def _is_imported(self) -> bool:
+    def ends(self) -> list[int]:
+        """The steps at which its log says that all was done."""
         records = MetricsLog(self.metrics, lambda _: None).records()
-        return next((record["kind"] for record in records), None) == IMPORT
+        return [record["step"] for record in records if record["kind"] == "end"]
 
     def verify(self) -> list[str]:
         """A line for everything that is not as it was written; all of it is read.

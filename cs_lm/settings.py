@@ -89,8 +89,8 @@ def from_json(config_class: type, stored: dict[str, Any]) -> Any:
     for name, value in stored.items():
         if configs := configs_of(hints[name]):
             value = from_json(_matching(configs, value), value)
-        elif typing.get_origin(hints[name]) is tuple and isinstance(value, (list, tuple)):
-            value = tuple(value)
+        elif typing.get_origin(hints[name]) is tuple:  # earlier versions had one path, or none
+            value = (value,) if isinstance(value, str) else tuple(value or ())
         if not _is_of_type(value, hints[name]):
             raise ValueError(f"config: got {value!r} for {name}, need {hints[name]}")
         values[name] = value
@@ -120,6 +120,10 @@ def _is_of_type(value: Any, hint: Any) -> bool:
 def is_unicode(text: str) -> bool:
     """False for the lone surrogates that a terminal makes of bytes that are not UTF-8."""
     return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def not_unicode(where: str, text: str) -> str:
+    return f"{where}: got {text!r}, need text that UTF-8 can hold"
 
 
 def plain_type(hint: Any) -> Any:

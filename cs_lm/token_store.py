@@ -1,19 +1,25 @@
 """Token ids on disk: written while encoding, read by range, never held in memory as a whole."""
 
-import mmap
+import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from cs_lm.errors import UserError
 from cs_lm.manifest import MANIFEST, check_file, read_manifest, write_manifest
 from cs_lm.store_writer import JOURNAL, Encoder, Journal, write_chunks
-from cs_lm.whole_file import put_folder
+from cs_lm.whole_file import WRITING, own_name, put_folder, write_whole
 
 FORMAT_VERSION = 2
+VERIFIED = "verified.json"
+# A file that was changed less than this ago may be changed again without a new time of change.
+_SETTLED_NS = 100_000_000
 
 
 class Tokens(Protocol):
@@ -35,8 +41,8 @@ class MemmapManager:
     The manifest names dtype, number of tokens, chunk size, vocabulary size, the tokenizer's
     fingerprint, the text's length in bytes, its source, and for each chunk its length and SHA-256.
 
-    Each read maps its file for as long as it copies: a pass over a store larger than memory
-    leaves no pages behind in the process.
+    Each read opens its file for as long as it copies: a pass over a store larger than memory
+    leaves neither pages nor open files behind in the process.
     """
 
     def __init__(self, folder: str | Path):
@@ -50,7 +56,6 @@ class MemmapManager:
             raise FileNotFoundError(
                 f"token store: {str(self.folder)!r} holds no {MANIFEST}; encode a text there first"
             )
-        self._identity = _identity(path)
         try:
             self.files, self.manifest = read_manifest(self.folder)
             if self.manifest.get("format_version") != FORMAT_VERSION:
@@ -58,6 +63,8 @@ class MemmapManager:
             self._check_facts()
             for entry in self.files:
                 check_file(self.folder, entry, completely=False)
+            self._paths = [os.path.join(self.folder, entry.name) for entry in self.files]
+            self._identities = [_identity(os.stat(path)) for path in self._paths]
         except (ValueError, KeyError, TypeError) as error:
             raise self._damaged(error) from None
 
@@ -78,8 +85,8 @@ class MemmapManager:
         if sum(lengths) != num_bytes or set(lengths[:-1]) - {full} or not 0 < last[0] <= full:
             raise ValueError("its chunks have other lengths than its number of tokens asks for")
 
-    def _damaged(self, error: Exception | str) -> ValueError:
-        return ValueError(
+    def _damaged(self, error: Exception | str) -> UserError:
+        return UserError(
             f"token store: {str(self.folder)!r} is damaged: {error}; delete the folder and encode "
             "the text again"
         )
@@ -94,22 +101,25 @@ class MemmapManager:
         describe: Callable[[], dict[str, Any]] = dict,
         progress: Callable[[int], None] | None = None,
         text_key: Any = None,
+        replace: bool = True,
     ) -> "MemmapManager":
         """Encodes the joined texts into a store; memory holds one chunk, however long they are.
 
-        The folder appears, or takes the place of an older store, only when it is complete.
+        The folder appears, or takes the place of an older store, only when it is complete and all
+        of it was read again. Who else may write to it must be kept away (locks.py).
 
         describe  asked at the end what the text was, for the manifest
         progress  called with the number of tokens so far
         text_key  what tells this text from others, as JSON: an attempt that was ended, even by
                   SIGKILL, is then gone on with by the next one that is the same in all; None: it
                   leaves nothing behind
+        replace   False: a store that somebody else has made meanwhile stays
         Raises: ValueError when the texts are empty.
         """
         folder = Path(folder)
-        writing = folder.with_name(folder.name + ".writing")
         dtype = id_dtype(tokenizer.vocab_size)
         key = text_key and [FORMAT_VERSION, text_key, tokenizer.fingerprint, chunk_size]
+        writing = own_name(folder) if key is None else folder.with_name(folder.name + WRITING)
         journal = Journal(writing, key)
         if not journal.entries:
             shutil.rmtree(writing, ignore_errors=True)
@@ -126,8 +136,11 @@ class MemmapManager:
                 "source": describe(),
             }  # fmt: skip
             write_manifest(writing, journal.entries, facts)
-            put_folder(writing, folder)
-            (folder / JOURNAL).unlink(missing_ok=True)
+            store = cls(writing)
+            store.verify()
+            store._remember_verified()
+            (writing / JOURNAL).unlink(missing_ok=True)
+            put_folder(writing, folder, replace)
         except BaseException as error:
             if isinstance(error, OSError) and error.filename is None:
                 error.filename = str(writing)
@@ -175,28 +188,64 @@ class MemmapManager:
             except (ValueError, OSError) as error:
                 raise self._damaged(error) from None
 
-    def _read(self, chunk: int, offset: int, count: int) -> np.ndarray:
-        path = self.folder / self.files[chunk].name
-        if _identity(self.folder / MANIFEST) != self._identity:
-            raise ValueError(
-                f"token store: {str(self.folder)!r} was written anew while in use (a second run on "
-                "this text, with other settings?); give each its own --corpus_size"
-            )
+    def verify_once(self) -> None:
+        """`verify`, unless this store has been read since its files were last written.
+
+        What was read is remembered in the folder, by each file's length, time of change and number
+        on the disk.
+        Raises: as `verify`.
+        """
         try:
-            mapped = np.memmap(path, self.dtype, mode="r", offset=offset * self.dtype.itemsize,
-                               shape=(count,))  # fmt: skip
+            seen = json.loads((self.folder / VERIFIED).read_text(encoding="utf-8"))
+            if seen == [list(identity) for identity in self._identities]:
+                return
+        except (OSError, ValueError, RecursionError):
+            pass
+        began_ns = time.time_ns()
+        self.verify()
+        newest_ns = max(changed_ns for _, changed_ns, _ in self._identities)
+        if newest_ns < began_ns - _SETTLED_NS:
+            self._remember_verified()
+
+    def _remember_verified(self) -> None:
+        with suppress(OSError):  # a folder that is not ours to write in
+            write_whole(self.folder / VERIFIED, json.dumps(self._identities).encode("utf-8"))
+
+    def _read(self, chunk: int, offset: int, count: int) -> np.ndarray:
+        path, num_bytes = self._paths[chunk], count * self.dtype.itemsize
+        try:
+            number = os.open(path, _READ_FLAGS)
+            try:
+                if _identity(os.fstat(number)) != self._identities[chunk]:
+                    raise ValueError("it was written anew while in use")
+                data = _read_at(number, num_bytes, offset * self.dtype.itemsize)
+            finally:
+                os.close(number)
+            if len(data) != num_bytes:
+                raise ValueError("it is too short")
         except (OSError, ValueError) as error:
-            raise self._damaged(f"cannot read {str(path)!r} ({error})") from None
-        if hasattr(mmap, "MADV_RANDOM"):
-            # a hundred times quicker than reading what lies around, which the system does otherwise
-            mapped._mmap.madvise(mmap.MADV_RANDOM)
-        return np.array(mapped)
+            raise self._damaged(f"cannot read {path!r} ({error})") from None
+        return np.frombuffer(data, self.dtype)
 
 
-def _identity(path: Path) -> tuple[int, int]:
+_READ_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0)
+
+
+def _read_at(number: int, num_bytes: int, offset: int) -> bytes:
+    """Of a file that was just opened."""
+    if hasattr(os, "pread") and num_bytes < 1 << 30:
+        return os.pread(number, num_bytes, offset)
+    os.lseek(number, offset, os.SEEK_SET)
+    parts = []
+    while num_bytes and (part := os.read(number, min(num_bytes, 1 << 30))):
+        parts.append(part)
+        num_bytes -= len(part)
+    return b"".join(parts)
+
+
+def _identity(found: os.stat_result) -> tuple[int, int, int]:
     """Other for every file that takes the place of this one."""
-    found = os.stat(path)
-    return found.st_ino, found.st_mtime_ns
+    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 class TokenRange:

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import shlex
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -17,12 +16,13 @@ from cs_lm.checkpoint import checkpoint_content, restore
 from cs_lm.checkpoint_manager import BackgroundSaver
 from cs_lm.compiling import Compiled
 from cs_lm.config import OF_ONE_CALL, RunConfig
-from cs_lm.counts import flops_per_token, num_parameters
+from cs_lm.counts import num_parameters
 from cs_lm.decoding import DecodingConfig, generate_text
 from cs_lm.device import describe, keep_freed_memory, measured_speed, resolve_device, versions
-from cs_lm.evaluation import Evaluation, described, evaluate, gzip_bits_per_byte, token_byte_lengths
+from cs_lm.evaluation import Evaluation, evaluate, token_byte_lengths
 from cs_lm.fast_ops import OPS
 from cs_lm.language_model import LanguageModel, next_token_loss
+from cs_lm.measure import begin_best_anew, is_comparable, measure_of
 from cs_lm.metrics import (
     Display,
     MetricsLog,
@@ -34,9 +34,11 @@ from cs_lm.metrics import (
 from cs_lm.optim import AdamW, parameter_groups
 from cs_lm.plots import plotted
 from cs_lm.prepare import PreparedData
+from cs_lm.reporting import closing_lines, opening_line
 from cs_lm.run_folder import RunFolder
 from cs_lm.schedule import learning_rate, num_training_steps
-from cs_lm.settings import to_json
+from cs_lm.settings import from_json, to_json
+from cs_lm.speed import SpeedMeter
 from cs_lm.stop_signals import Stopped, StopSignals
 from cs_lm.token_store import Tokens
 from cs_lm.training_step import Batch, LossFunction, autocast, train_step
@@ -49,6 +51,7 @@ class Trainer:
     """A run: model, optimizer and data, from the first step or from its last checkpoint.
 
     checkpoint  what `RunFolder.read` gave, to go on from
+    weights     to begin a new run with
     Raises: ValueError when the checkpoint was trained with another tokenizer.
     """
 
@@ -58,6 +61,7 @@ class Trainer:
         data: PreparedData,
         folder: RunFolder,
         checkpoint: dict[str, Any] | None = None,
+        weights: dict[str, Tensor] | None = None,
     ):
         self.config, self.data, self.folder = config, data, folder
         self.device = resolve_device(config.device)
@@ -85,20 +89,22 @@ class Trainer:
         self.byte_lengths = token_byte_lengths(data.tokenizer.vocab)
         self.signals = StopSignals()
         self.flags = StepFlags()
-        self.sound = None
-        if config.on_nan == "stop":
-            self.sound = torch.ones((), dtype=torch.bool, device=self.device)
+        stops = config.on_nan == "stop"
+        self.sound = torch.ones((), dtype=torch.bool, device=self.device) if stops else None
         self.say = print  # until there is a display
         self.log = MetricsLog(folder.metrics, lambda text: self.say(text))
         folder.checkpoints.keep_last = config.keep_last
         events = folder.tensorboard if config.tensorboard else None
         self.tensorboard = TensorBoardLog(events, lambda text: self.say(text))
-        self.is_resumed = checkpoint is not None
-        self.step = self.trained_tokens = 0
-        self.trained_before_s = 0.0
+        self._updates_before_step: set[int] = set()
+        self.step, self.trained_tokens, self.trained_before_s = 0, 0, 0.0
         self.valid: dict[str, Any] | None = None  # what the last validation found
+        self.measure, self._is_comparable = measure_of(config, data), True
+        self._is_resumed = checkpoint is not None
         if checkpoint is not None:
             self._go_on_from(checkpoint)
+        elif weights is not None:
+            restore({"model": weights}, self.model)
 
     def fit(self) -> int:
         """Trains to the last step or to a stop signal; returns the exit status for the process.
@@ -124,13 +130,16 @@ class Trainer:
             return self._finish()
         except Stopped as stopped:
             return self._stop(stopped)
+        except BadNumbers:
+            raise
+        except Exception:
+            self._rescue()
+            raise
 
     @property
     def has_ended(self) -> bool:
         """Whether there is nothing left to do, not even what follows the last step."""
-        records = MetricsLog(self.log.path, lambda _: None).records()
-        ends = [record["step"] for record in records if record["kind"] == "end"]
-        return self.step > self.num_steps or self.step == self.num_steps in ends
+        return self.step > self.num_steps or self.step == self.num_steps in self.folder.ends()
 
     # ---- begin and end ----
 
@@ -141,19 +150,17 @@ class Trainer:
                 "--resume: the run was trained with another tokenizer than the one given now; use "
                 "that one, or start a new run in another --out_dir"
             )
-        settings = [
-            {name: value for name, value in group.items() if name != "params"}
-            for group in self.optimizer.param_groups
-        ]
-        restore(checkpoint, self.model, self.optimizer)
-        for group, chosen in zip(self.optimizer.param_groups, settings):
-            group.update(chosen)  # weight decay, betas and eps may be other ones from here on
+        restore(checkpoint, self.model, self.optimizer, keep_settings=True)
+        before = from_json(RunConfig, extras["config"])
+        checkpoints = self.folder.checkpoints
+        self._is_comparable = is_comparable(checkpoints, self.measure, before, self.config)
+        self._updates_before_step = self.optimizer.num_updates()
         self.step = checkpoint["iteration"]
         self.trained_tokens = extras["trained_tokens"]
         self.trained_before_s = extras["elapsed_s"]
 
     def _begin(self) -> None:
-        config, resumed = self.config, self.is_resumed
+        config, resumed = self.config, self._is_resumed
         self.display = Display(self.num_steps, self.step)
         self.say = self.display.say
         self.folder.checkpoints.go_on_from(self.step)
@@ -167,25 +174,23 @@ class Trainer:
         self.saver = BackgroundSaver(
             self.folder.checkpoints, self.say, self.step if resumed else -1, self.log.sync
         )
-        self.peak_flops_per_s, speed = measured_speed(self.device, config.dtype)
+        peak_flops_per_s, speed = measured_speed(self.device, config.dtype)
+        self.meter = SpeedMeter(config, self.step, self.num_steps, peak_flops_per_s)
         self.log.write(
             "resume" if resumed else "config", step=self.step, num_steps=self.num_steps,
             train_tokens=len(self.data.train), valid_tokens=len(self.data.valid),
             num_parameters=num_parameters(config.model),
             tokenizer_fingerprint=self.data.tokenizer.fingerprint, config=to_json(config),
             versions=versions(), device=describe(self.device),
-            peak_flops_per_s=self.peak_flops_per_s,
+            peak_flops_per_s=peak_flops_per_s,
         )  # fmt: skip
-        self.say(
-            f"{'resuming' if resumed else 'training'}: "
-            f"{num_parameters(config.model) / 1e6:.2f} M parameters on {describe(self.device)}, "
-            f"{config.dtype} (matrix products: {speed}), "
-            f"{config.ops} ops; steps {self.step} to {self.num_steps} of "
-            f"{config.tokens_per_step:,} tokens; {self.folder.path}"
-        )
+        where = f"{describe(self.device)}, {config.dtype} (matrix products: {speed})"
+        steps = self.step, self.num_steps
+        opening = opening_line(config, "resuming" if resumed else "training", where, steps)
+        self.say(f"{opening}; {self.folder.path}")
+        if not self._is_comparable:
+            begin_best_anew(self.folder.checkpoints, self.say)
         self.watch = Stopwatch()
-        self._session_first_step = self._logged_step = self.step
-        self._logged_s = 0.0
 
     def _catch_up(self) -> None:
         """What should have followed the step that a run goes on from, and is not in its log."""
@@ -194,7 +199,7 @@ class Trainer:
         at_step = {r["kind"]: r for r in self.logged if r["step"] == self.step}
         is_last = self.step == self.num_steps
         with self.watch.pause():
-            if "valid" in at_step:
+            if "valid" in at_step and self._is_comparable:
                 self.valid = at_step["valid"]
                 self._keep_if_best()
             elif self._validation_is_due(is_last):
@@ -213,30 +218,30 @@ class Trainer:
         self.say(plotted(self.folder.metrics, self.folder.plot))
         return stopped.exit_status
 
+    def _rescue(self) -> None:
+        """Saves what an unexpected exception has left whole, if it came between two updates."""
+        if self.optimizer.num_updates() != self._updates_before_step:
+            self.say(f"the exception came within an update of weights: {self.saver.kept}")
+            return
+        try:
+            self._look_for_bad_steps(wait=True)
+            if self.saver.save_surely(self._save):
+                self.say(f"step {self.step} of {self.num_steps} is saved: --resume goes on from it")
+        except Exception as error:  # the first one is what has to be shown
+            self.say(f"step {self.step} could not be saved ({error}); {self.saver.kept}")
+
     def _finish(self) -> int:
         if not self.saver.save_surely(self._save):
             return NOT_SAVED
         elapsed_s = self.trained_before_s + self.watch.elapsed_s
-        summary: dict[str, Any] = {"elapsed_s": elapsed_s}
-        if self.valid is not None:
-            summary["bits_per_byte"] = self.valid["bits_per_byte"]
-        self.log.write("end", step=self.step, **summary)
+        summary = {} if self.valid is None else {"bits_per_byte": self.valid["bits_per_byte"]}
+        self.log.write("end", step=self.step, elapsed_s=elapsed_s, **summary)
         self.say(
             f"done: {self.step} steps, {self.trained_tokens:,} tokens, "
             f"{format_duration(elapsed_s)} of training"
         )
-        if self.valid is not None:
-            scored = self.data.valid, self.data.tokenizer.vocab
-            lengths = self.config.seq_length, self.config.eval_tokens
-            self.say(described(self.valid, gzip_bits_per_byte(*scored, *lengths)))
-        checkpoints = self.folder.checkpoints
-        best = "".join(f", the best is step {step}" for step in checkpoints.steps("best"))
-        self.say(f"checkpoints: {checkpoints.path(self.step)}{best}")
-        self.say(plotted(self.folder.metrics, self.folder.plot))
-        self.say(
-            f"more text: python -m cs_lm generate --out_dir {self.folder.path} "
-            f"--prompt {shlex.quote(self.config.prompt)}"
-        )
+        about = self.config, self.data, self.folder, self.step, self.valid
+        self.say("\n".join(closing_lines(*about)))
         return 0
 
     # ---- one step and what follows it ----
@@ -250,6 +255,7 @@ class Trainer:
         self.lr = learning_rate(self.step, self.num_steps, config.optim)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
+        self._updates_before_step = self.optimizer.num_updates()
         seed = seed_of_step(config.seed, self.step)  # all that the step draws follows from it
         torch.manual_seed(seed)
         self.model.seed_dropout(seed)
@@ -259,6 +265,7 @@ class Trainer:
         )  # fmt: skip
         self.flags.add(self.step, self.loss.isfinite() & self.norm.isfinite())
         self.step += 1
+        self._updates_before_step = self.optimizer.num_updates()
         self.trained_tokens += config.tokens_per_step
 
     def _loss_unless_stopped(self, model: LanguageModel, x: Tensor, y: Tensor):
@@ -294,20 +301,13 @@ class Trainer:
 
     def _report(self) -> None:
         loss, norm, elapsed_s = self.loss.item(), self.norm.item(), self.watch.elapsed_s
-        steps = self.step - self._logged_step
-        tokens_per_s = steps * self.config.tokens_per_step / (elapsed_s - self._logged_s)
-        self._logged_step, self._logged_s = self.step, elapsed_s
-        s_per_step = elapsed_s / (self.step - self._session_first_step)
-        eta_s = (self.num_steps - self.step) * s_per_step
-        flops = flops_per_token(self.config.model, self.config.seq_length)
-        model_flops_per_s = tokens_per_s * flops
-        utilisation = model_flops_per_s / self.peak_flops_per_s
-        self.display.report(self.step, loss, self.lr, norm, tokens_per_s, utilisation, eta_s)
-        is_spike = math.isfinite(loss) and self.is_spike(loss)
+        speed = self.meter.look(self.step, elapsed_s)
+        self.display.report(self.step, loss, self.lr, norm, speed)
+        spike = {"spike": True} if math.isfinite(loss) and self.is_spike(loss) else {}
         self._record(
-            "train", loss_nats=loss, lr=self.lr, grad_norm=norm, tokens_per_s=tokens_per_s,
-            model_flops_per_s=model_flops_per_s, utilisation=utilisation,
-            elapsed_s=self.trained_before_s + elapsed_s, **({"spike": True} if is_spike else {}),
+            "train", loss_nats=loss, lr=self.lr, grad_norm=norm, tokens_per_s=speed.tokens_per_s,
+            model_flops_per_s=speed.model_flops_per_s, utilisation=speed.utilisation,
+            elapsed_s=self.trained_before_s + elapsed_s, **spike,
         )  # fmt: skip
 
     def _look_for_bad_steps(self, wait: bool) -> None:
@@ -384,9 +384,9 @@ class Trainer:
         )  # fmt: skip
 
     def _keep_if_best(self) -> bool:
-        loss, best = self.valid["loss_nats"], self.folder.checkpoints.best_loss()
-        is_best = loss is not None and math.isfinite(loss) and (best is None or loss < best)
-        return is_best and self.saver.save_best(self.step, loss)
+        loss, best = self.valid["loss_nats"], self.folder.checkpoints.best()
+        is_best = loss is not None and math.isfinite(loss) and (best is None or loss < best.loss)
+        return is_best and self.saver.save_best(self.step, loss, self.measure)
 
     def _sample(self) -> None:
         choice = DecodingConfig(max_new_tokens=SAMPLE_TOKENS, seed=self.config.seed)

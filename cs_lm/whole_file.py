@@ -1,5 +1,6 @@
-"""Files that are there whole or not at all, and folders that one process uses at a time."""
+"""Files and folders that are there whole or not at all, whoever else writes at the same time."""
 
+import itertools
 import os
 import shutil
 import sys
@@ -7,6 +8,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+_COUNT = itertools.count()
+WRITING = ".writing"  # what a name ends in until all of it is on the disk
+
+
+def own_name(path: Path) -> Path:
+    """A temporary name beside the path that nothing else uses: not a process, not a thread."""
+    return path.with_name(
+        f"{path.name}.{os.getpid()}-{next(_COUNT)}-{os.urandom(3).hex()}{WRITING}"
+    )
 
 
 @contextmanager
@@ -17,7 +28,7 @@ def writing_whole(path: str | Path) -> Iterator[BinaryIO]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    writing = path.with_name(path.name + ".writing")
+    writing = own_name(path)
     try:
         with open(writing, "wb") as file:
             yield file
@@ -78,42 +89,18 @@ def sync_folder(folder: Path) -> None:
             os.close(number)
 
 
-def put_folder(new: Path, folder: Path) -> None:
-    """Renames a complete folder to its name; an older one there makes room first."""
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
+def put_folder(new: Path, folder: Path, replace: bool = True) -> None:
+    """Renames a complete folder to its name; an older one there makes room first.
+
+    replace  False: an older one stays, and the new one goes
+    """
     sync_folder(new)
+    if folder.exists() and not replace:
+        shutil.rmtree(new)
+        return
+    old = own_name(folder)
     if folder.exists():
         os.replace(folder, old)
     os.replace(new, folder)
     sync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[bool]:
-    """Holds the file's lock while entered; False, at once, where another process holds it.
-
-    The system gives the lock up with the process, however that ends: nothing is left to clear.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as file:
-        try:
-            _lock(file)
-        except OSError:
-            yield False
-        else:
-            yield True
-
-
-if sys.platform == "win32":
-    import msvcrt
-
-    def _lock(file: BinaryIO) -> None:
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-
-else:
-    import fcntl
-
-    def _lock(file: BinaryIO) -> None:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

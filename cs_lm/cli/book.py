@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cs_lm.cache import keep_text
 from cs_lm.cli import train
 from cs_lm.cli.errors import readable_errors
-from cs_lm.config import device_setting
+from cs_lm.corpus import embedded_text
 from cs_lm.flags import parse_config
 from cs_lm.metrics import read_metrics
 from cs_lm.plots import plot_losses
-from cs_lm.prepare import DATA, embedded_text
 from cs_lm.run_folder import RunFolder
 from cs_lm.settings import not_positive, setting
-from cs_lm.whole_file import write_whole
+from cs_lm.shared_settings import device_setting
 
 NUM_CHARACTERS = 20_479
 # Of the model, and of the training; constant learning rate, no clipping.
@@ -77,9 +77,7 @@ def flags_of_run(config: BookConfig, goes_on: bool) -> list[str]:
 
 
 def _stand_in() -> Path:
-    path = DATA / "book-stand-in.txt"
-    write_whole(path, embedded_text()[:NUM_CHARACTERS].encode("utf-8"))
-    return path
+    return keep_text("book-stand-in", embedded_text()[:NUM_CHARACTERS].encode("utf-8"))
 
 
 def comparison(records: list[dict[str, Any]]) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from cs_lm.cli.errors import readable_errors
 
 COMMANDS = {
+    "train": "train a language model on a text; the same as run_clm.py",
     "train-tokenizer": "learn a byte-pair vocabulary from a text",
     "tokenizer-report": "how a tokenizer cuts a text, and how it comes to a word's tokens",
     "encode": "turn a text into a token store",
@@ -17,6 +18,7 @@ COMMANDS = {
     "export-weights": "a trained model for other programs",
     "book": "the books' experiment: GPT-2's shape on a short story, beside the published losses",
     "plot": "draw the losses of a run",
+    "cache": "what lies in data/: sizes and last uses; removes what is named",
     "verify": "read token stores and runs completely: is all of it as it was written?",
     "selfcheck": "compare every hand-written operation with torch's on this machine",
 }
@@ -27,10 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         width = max(map(len, COMMANDS))
-        print("usage: python -m cs_lm <command> [--help]\n\ncommands:")
+        print("usage: cs-lm <command> [--help]\n\ncommands:")
         for name, does in COMMANDS.items():
             print(f"  {name:<{width}}  {does}")
-        print("\nTraining is `python run_clm.py`.")
+        print("\n`python -m cs_lm` is the same as cs-lm.")
         return 0
     if argv[0] not in COMMANDS:
         nearest = difflib.get_close_matches(argv[0], COMMANDS, n=1)

@@ -4,22 +4,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cs_lm.cli.errors import readable_errors
+from cs_lm.cli.errors import readable_errors, say_on_stderr
 from cs_lm.cli.progress import ProgressLine
-from cs_lm.config import MAX_CHUNK_SIZE, encoding_errors_setting, special_tokens_setting
+from cs_lm.config import MAX_CHUNK_SIZE
+from cs_lm.corpus import text_of
+from cs_lm.errors import UserError
 from cs_lm.flags import parse_config
+from cs_lm.locks import wait_for
 from cs_lm.manifest import MANIFEST
 from cs_lm.prepare import encode_to_store
 from cs_lm.settings import setting
+from cs_lm.shared_settings import (
+    corpora_setting,
+    document_separator_setting,
+    encoding_errors_setting,
+    special_tokens_setting,
+    text_field_setting,
+)
 from cs_lm.tokenizer import BPETokenizer
-from cs_lm.tokenizer.text_source import TextSource
 
 
 @dataclass(frozen=True)
 class EncodeConfig:
-    corpus_path: tuple[str, ...] = setting(
-        (), "UTF-8 text to encode: files, read as one text, or - for standard input; required"
-    )
+    corpus_path: tuple[str, ...] = corpora_setting("text to encode")
     vocab_path: str = setting("vocab.json", "the tokenizer's vocabulary")
     merges_path: str = setting("merges.txt", "the tokenizer's merges")
     special_tokens: tuple[str, ...] = special_tokens_setting()
@@ -27,6 +34,8 @@ class EncodeConfig:
     num_workers: int | None = setting(None, "processes; default: all cores for a large text")
     chunk_size: int = setting(500_000, "length of a file of the store", "tokens")
     encoding_errors: str = encoding_errors_setting()
+    text_field: str = text_field_setting()
+    document_separator: str | None = document_separator_setting()
     overwrite: bool = setting(False, "replace an existing store")
 
     def problems(self) -> list[str]:
@@ -54,12 +63,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokenizer = BPETokenizer.from_files(
         config.vocab_path, config.merges_path, config.special_tokens
     )
-    text = TextSource(config.corpus_path, config.encoding_errors)
-    progress = ProgressLine()
-    store = encode_to_store(
-        text, tokenizer, Path(config.store), config.chunk_size, config.num_workers, progress
-    )
-    progress.close()
+    text = text_of(config.corpus_path, config, config.special_tokens)
+    progress, folder = ProgressLine(), Path(config.store)
+    lock = wait_for(
+        folder.with_name(f".{folder.name}.lock"), shared=False,
+        on_wait=lambda: say_on_stderr(f"waiting: another process is writing {folder}"),
+    )  # fmt: skip
+    try:
+        if (folder / MANIFEST).is_file() and not config.overwrite:
+            raise UserError(f"--store: {str(folder)!r} exists; add --overwrite, or name another")
+        store = encode_to_store(
+            text, tokenizer, folder, config.chunk_size, config.num_workers, progress,
+            is_alone=lock.is_real, replace=config.overwrite,
+        )  # fmt: skip
+    finally:
+        lock.close(remove=True)
+        progress.close()
     text_bytes = store.manifest["text_bytes"]
     print(
         f"{len(store):,} tokens from {text_bytes:,} bytes ({text_bytes / len(store):.2f} bytes a "

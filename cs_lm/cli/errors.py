@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from cs_lm.stop_signals import Stopped, stopping_at_once
 Main = Callable[[Sequence[str] | None], int]
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """torch's allocators raise a RuntimeError, on the CPU one without a class of its own."""
     is_cpu = "alloc" in str(error) and "memory" in str(error)
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or is_cpu
@@ -20,6 +21,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 def readable_errors(main: Main) -> Main:
     @functools.wraps(main)
     def guarded(argv: Sequence[str] | None = None) -> int:
+        _show_whatever_the_console_lacks()
         try:
             with stopping_at_once():
                 return main(argv)
@@ -27,7 +29,7 @@ def readable_errors(main: Main) -> Main:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             first_line = str(error).partition("\n")[0]
             print(
@@ -44,6 +46,13 @@ def readable_errors(main: Main) -> Main:
             return stopped.exit_status
 
     return guarded
+
+
+def _show_whatever_the_console_lacks() -> None:
+    """Characters that a console cannot show become codes: no text ends a command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def print_error(error: Exception) -> None:

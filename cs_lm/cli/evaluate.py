@@ -6,30 +6,35 @@ from dataclasses import dataclass
 import numpy as np
 
 from cs_lm.cli.errors import readable_errors, say_on_stderr
-from cs_lm.config import (
-    checkpoint_problems,
-    checkpoint_setting,
-    device_setting,
-    encoding_errors_setting,
-)
+from cs_lm.corpus import text_of
 from cs_lm.device import resolve_device
 from cs_lm.evaluation import evaluate, token_byte_lengths
 from cs_lm.flags import parse_config
 from cs_lm.run_folder import RunFolder, load_trained
 from cs_lm.settings import setting
+from cs_lm.shared_settings import (
+    checkpoint_problems,
+    checkpoint_setting,
+    corpora_setting,
+    device_setting,
+    document_separator_setting,
+    encoding_errors_setting,
+    text_field_setting,
+)
 from cs_lm.token_store import ArrayTokens
-from cs_lm.tokenizer.text_source import read_text
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
     out_dir: str = setting("", "folder of the run; required")
-    text_path: str = setting("", "UTF-8 text to score; required")
+    text_path: tuple[str, ...] = corpora_setting("text to score")
     checkpoint: str = checkpoint_setting()
     seq_length: int | None = setting(None, "window; default: the run's --seq_length", "tokens")
     batch_size: int = setting(16, "windows in one forward pass; changes the speed alone")
     max_tokens: int | None = setting(None, "score about this many; default: all", "tokens")
     encoding_errors: str = encoding_errors_setting()
+    text_field: str = text_field_setting()
+    document_separator: str | None = document_separator_setting()
     device: str = device_setting()
 
     def problems(self) -> list[str]:
@@ -54,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--seq_length: got {seq_length}, need at most the model's context "
             f"({trained.config.model.context_length})"
         )
-    blocks = trained.tokenizer.encode_blocks(read_text(config.text_path, config.encoding_errors))
+    text = text_of(config.text_path, config, trained.tokenizer.special_tokens)
+    blocks = trained.tokenizer.encode_blocks(text.read())
     ids = np.concatenate([np.asarray(block, np.int64) for block in blocks])
     result = evaluate(
         trained.model,

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 
 from cs_lm.cli.errors import readable_errors, say_on_stderr
-from cs_lm.config import checkpoint_problems, checkpoint_setting
 from cs_lm.flags import parse_config
 from cs_lm.run_folder import RunFolder, load_trained
 from cs_lm.settings import setting
+from cs_lm.shared_settings import checkpoint_problems, checkpoint_setting
 from cs_lm.weights.writing import FORMATS, write_weights
 
 

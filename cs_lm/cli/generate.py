@@ -12,13 +12,15 @@ from pathlib import Path
 
 import torch
 
-from cs_lm.cli.errors import readable_errors, say_on_stderr
-from cs_lm.config import DTYPES, checkpoint_problems, checkpoint_setting, device_setting
+from cs_lm.cli.errors import print_error, readable_errors, say_on_stderr
+from cs_lm.config import DTYPES
 from cs_lm.decoding import DecodingConfig, generate_text
 from cs_lm.device import resolve_device
+from cs_lm.errors import UserError
 from cs_lm.flags import parse_config
 from cs_lm.run_folder import RunFolder, TrainedModel, load_trained
-from cs_lm.settings import setting
+from cs_lm.settings import is_unicode, not_unicode, setting
+from cs_lm.shared_settings import checkpoint_problems, checkpoint_setting, device_setting
 from cs_lm.stop_signals import Stopped, stopping_at_once
 
 
@@ -40,6 +42,8 @@ class GenerateConfig:
             found.append("--prompt, --prompt_file: got both; give one of the two")
         if self.prompt == "":
             found.append("--prompt: got an empty text, need at least one character")
+        if self.prompt is not None and not is_unicode(self.prompt):
+            found.append(not_unicode("--prompt", self.prompt))
         if self.prompt_file is not None and not Path(self.prompt_file).is_file():
             found.append(f"--prompt_file: got {self.prompt_file!r}, which is not a file")
         return found + checkpoint_problems(self.checkpoint) + self.decoding.problems()
@@ -65,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     print("prompt, then Enter; Ctrl-C ends an answer, an empty line all", file=sys.stderr)
     while line := _ask():
+        if not is_unicode(line):
+            print_error(UserError(not_unicode("prompt", line)))
+            continue
         try:
             with stopping_at_once():
                 _write(trained, line, config.decoding)
@@ -84,10 +91,13 @@ def _decoded(where: str, content: bytes) -> str:
 
 
 def _ask() -> str:
-    try:
-        return input("> ")
-    except EOFError:
-        return ""
+    while True:
+        try:
+            return input("> ")
+        except EOFError:
+            return ""
+        except UnicodeDecodeError as error:
+            print_error(UserError(f"prompt: is not UTF-8 at byte offset {error.start}; once more"))
 
 
 def _write(trained: TrainedModel, prompt: str, decoding: DecodingConfig) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cs_lm import ops
 from cs_lm.cli.errors import readable_errors
-from cs_lm.config import DTYPES, device_setting
+from cs_lm.config import DTYPES
 from cs_lm.device import resolve_device
 from cs_lm.fast_block import transformer_block
 from cs_lm.fast_ops import FAST
@@ -23,6 +23,7 @@ from cs_lm.layers import RoPE
 from cs_lm.ops import CLEAR
 from cs_lm.optim import AdamW, clip_gradients
 from cs_lm.settings import setting
+from cs_lm.shared_settings import device_setting
 
 # The difference that rounding explains, relative to the largest entry.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}

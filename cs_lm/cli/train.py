@@ -3,12 +3,13 @@
 import difflib
 import importlib.util
 import os
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from cs_lm.cli.errors import print_error, readable_errors
+from cs_lm.cli.errors import is_out_of_memory, print_error, readable_errors, say_on_stderr
 from cs_lm.cli.progress import ProgressLine
 from cs_lm.config import (
     DEFAULT_MODEL,
@@ -19,10 +20,13 @@ from cs_lm.config import (
     RunConfig,
     named_run,
 )
+from cs_lm.corpus import check_corpora, label_of, with_pipe_kept
 from cs_lm.device import resolve_device
+from cs_lm.errors import UserError
 from cs_lm.flags import FlagParser, add_flags, config_from_flags, read_flags
+from cs_lm.init_from import read_start
 from cs_lm.metrics import SPARE_HELP
-from cs_lm.prepare import find_corpus, label_of, prepare
+from cs_lm.prepare import prepare
 from cs_lm.run_folder import RunFolder, saved_config
 from cs_lm.settings import flag_of, has_setting, replace, settings_of
 
@@ -30,10 +34,9 @@ DESCRIPTION = """\
 Trains a Transformer language model on a text. A tokenizer and the encoded text are
 made in data/ where they are missing; the run lands in runs/<label> or --out_dir.
 Units stand in [brackets]."""
-_FIXED_SETTINGS = {
-    "model_name", "special_tokens", "vocab_path", "merges_path", "valid_path", "valid_fraction",
-}  # fmt: skip
-BAD_NUMBERS = 3  # exit status
+_FIXED_FROM_START = frozenset(("model_name", "special_tokens", "vocab_path", "merges_path"))
+_FIXED_SETTINGS = _FIXED_FROM_START | {"valid_path", "valid_fraction"}
+UNEXPECTED, BAD_NUMBERS = 1, 3  # exit status
 # Settings that say what to do now rather than what the run is.
 _OF_THIS_CALL = {*OF_ONE_CALL, "out_dir"}
 
@@ -46,25 +49,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     given, wrong_values = read_flags(namespace, RunConfig)
     if given.get("resume"):
         return _resume(namespace, given, wrong_values)
-    model_name = given.get("model_name", DEFAULT_MODEL)
-    if model_name not in (DEFAULT_MODEL, *GPT_SIZES):  # what goes with it cannot be said
-        names = (DEFAULT_MODEL, *GPT_SIZES)
-        near = [name for name in names if name.startswith(model_name)]
-        near = near or difflib.get_close_matches(model_name, names, n=1) or names
-        raise ValueError(f"--model: got {model_name!r}, need one of {', '.join(near)}")
-    base = named_run(model_name)
+    start = None
+    if given.get("init_from") is None:
+        base = _named_base(given)
+    else:
+        start = read_start(given["init_from"], say_on_stderr)
+        base = start.base
+        _refuse_what_cannot_change(base, given, "--init_from has", _FIXED_FROM_START)
     config = config_from_flags(base, namespace, _problems_of_this_machine)
     folder = RunFolder(config.out_dir or Path("runs") / label_of(config))
     _check_writable(folder.path)
     folder.refuse_a_run()
+    tokenizer = None if start is None else start.tokenizer
     if config.dry_run:
-        return _print_dry_run(config, folder)
-    return _train(config, folder, None)
+        return _print_dry_run(config, folder, tokenizer)
+    config = with_pipe_kept(config)
+    data = _prepared(config, tokenizer)
+    with folder.only_here():
+        folder.refuse_a_run()  # one that began and ended meanwhile
+        weights = None if start is None else start.weights
+        return _fit(lambda: _trainer()(config, data, folder, weights=weights))
+
+
+def _named_base(given: dict[str, Any]) -> RunConfig:
+    model_name = given.get("model_name", DEFAULT_MODEL)
+    names = (DEFAULT_MODEL, *GPT_SIZES)
+    if model_name not in names:  # what goes with it cannot be said
+        near = [name for name in names if name.startswith(model_name)]
+        near = near or difflib.get_close_matches(model_name, names, n=1) or names
+        raise ValueError(f"--model: got {model_name!r}, need one of {', '.join(near)}")
+    return named_run(model_name)
 
 
 def _resume(namespace, given: dict[str, Any], wrong_values: list[str]) -> int:
     if wrong_values:
         raise ValueError("\n".join(wrong_values))
+    if given.get("init_from") is not None:
+        raise UserError("--init_from: begins a new run; leave it out, or --resume")
     asked = replace(RunConfig(), given)
     wrong_step = [line for line in asked.problems() if line.startswith("--resume_step")]
     if wrong_step:
@@ -79,23 +100,28 @@ def _go_on(folder: RunFolder, namespace, given: dict[str, Any]) -> int:
     step = given.get("resume_step")
     checkpoint = folder.read("last" if step is None else str(step))
     saved = saved_config(checkpoint)
-    _refuse_what_cannot_change(saved, given, began=checkpoint["iteration"] > 0)
+    # no text has decided yet what the best of an imported model is
+    fixed = _FIXED_SETTINGS if checkpoint["iteration"] > 0 else _FIXED_FROM_START
+    _refuse_what_cannot_change(saved, given, "the run to resume has", fixed)
     config = config_from_flags(saved, namespace, _problems_of_this_machine)
     for name in sorted(set(given) - _OF_THIS_CALL):
         before, now = _value(saved, name), given[name]
         if before != now:
-            print(f"resume: --{name} is {now!r} from here on, it was {before!r}")
+            print(f"resume: --{name} is {_shown(now)} from here on, it was {_shown(before)}")
+    tokenizer = folder.load_tokenizer()
     if config.dry_run:
-        return _print_dry_run(config, folder)
-    return _train(config, folder, checkpoint)
+        return _print_dry_run(config, folder, tokenizer)
+    config = with_pipe_kept(config)
+    data = _prepared(config, tokenizer)
+    held = [checkpoint]  # the trainer copies it: what is read need not stay in memory meanwhile
+    del checkpoint
+    return _fit(lambda: _trainer()(config, data, folder, held.pop()))
 
 
-def _refuse_what_cannot_change(saved: RunConfig, given: dict[str, Any], began: bool) -> None:
-    """The model and its tokenizer are what they are, and so is the text that decides the best.
-
-    began  False for an imported model, for which no text has decided anything yet
-    """
-    fixed = _FIXED_SETTINGS if began else _FIXED_SETTINGS - {"valid_path", "valid_fraction"}
+def _refuse_what_cannot_change(
+    saved: RunConfig, given: dict[str, Any], whose: str, fixed: frozenset[str]
+) -> None:
+    """The model and its tokenizer are what they are, and so is the text that decides the best."""
     wrong = []
     for name, (owner, each) in settings_of(RunConfig).items():
         if name not in given or not has_setting(saved, name):
@@ -104,11 +130,15 @@ def _refuse_what_cannot_change(saved: RunConfig, given: dict[str, Any], began: b
             before = _value(saved, name)
             if name != "drop_rate" and given[name] != before:
                 wrong.append(
-                    f"{flag_of(each)}: got {given[name]}, but the run to resume has {before}; "
+                    f"{flag_of(each)}: got {_shown(given[name])}, but {whose} {_shown(before)}; "
                     "leave the flag out, or start a new run in another --out_dir"
                 )
     if wrong:
         raise ValueError("\n".join(wrong))
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
 
 
 def _value(config: RunConfig, name: str) -> Any:
@@ -121,15 +151,11 @@ def _value(config: RunConfig, name: str) -> Any:
 def _problems_of_this_machine(config: RunConfig) -> list[str]:
     """What only shows when files and devices are looked at."""
     found = []
-    checks = [lambda: resolve_device(config.device), lambda: find_corpus(config)]
-    for check in checks:
-        try:
-            check()
-        except (ValueError, OSError) as error:
-            found.append(str(error))
-    valid_path = config.data.valid_path
-    if valid_path is not None and not Path(valid_path).is_file():
-        found.append(f"--valid_path: got {valid_path!r}, which is not a file; check the path")
+    try:
+        resolve_device(config.device)
+    except ValueError as error:
+        found.append(str(error))
+    found += check_corpora(config)
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         found.append(f"--tensorboard: needs the package tensorboard; {SPARE_HELP}")
     return found
@@ -145,35 +171,34 @@ def _check_writable(folder: Path) -> None:
         )
 
 
-def _print_dry_run(config: RunConfig, folder: RunFolder) -> int:
+def _print_dry_run(config: RunConfig, folder: RunFolder, tokenizer) -> int:
     from cs_lm.dry_run import report
 
-    print(report(config, folder.path))
+    print(report(config, folder.path, tokenizer))
     print("dry run: settings are fine, nothing was written")
     return 0
 
 
-def _train(config: RunConfig, folder: RunFolder, checkpoint: dict[str, Any] | None) -> int:
+def _trainer() -> type:
     from cs_lm.train import Trainer
 
-    tokenizer = folder.load_tokenizer() if checkpoint is not None else None
+    return Trainer
+
+
+def _prepared(config: RunConfig, tokenizer):
     progress = ProgressLine()
 
     def say(text: str) -> None:
         progress.close()
         print(text, flush=True)
 
-    data = prepare(config, say, tokenizer, progress)
-    if checkpoint is not None:
-        return _fit(Trainer(config, data, folder, checkpoint))
-    with folder.only_here():
-        folder.refuse_a_run()  # one that began and ended meanwhile
-        return _fit(Trainer(config, data, folder))
+    return prepare(config, say, tokenizer, progress)
 
 
-def _fit(trainer) -> int:
+def _fit(make_trainer: Callable[[], Any]) -> int:
     from cs_lm.bad_numbers import BadNumbers
 
+    trainer = make_trainer()
     if trainer.has_ended:
         print(
             f"resume: the run is at step {trainer.step} of {trainer.num_steps} already; raise "
@@ -185,3 +210,8 @@ def _fit(trainer) -> int:
     except BadNumbers as error:
         print_error(error)
         return BAD_NUMBERS
+    except Exception as error:
+        if isinstance(error, UserError) or is_out_of_memory(error):
+            raise
+        traceback.print_exc()
+        return UNEXPECTED

@@ -6,9 +6,18 @@ from pathlib import Path
 
 from cs_lm.cli.errors import readable_errors
 from cs_lm.cli.progress import ProgressLine
-from cs_lm.config import encoding_errors_setting, special_tokens_setting
+from cs_lm.corpus import text_of
+from cs_lm.errors import UserError
 from cs_lm.flags import parse_config
+from cs_lm.locks import wait_for
 from cs_lm.settings import setting
+from cs_lm.shared_settings import (
+    corpora_setting,
+    document_separator_setting,
+    encoding_errors_setting,
+    special_tokens_setting,
+    text_field_setting,
+)
 from cs_lm.tokenizer import BPETokenizer, train_bpe
 
 _SHOWN_BYTES = 40
@@ -16,15 +25,15 @@ _SHOWN_BYTES = 40
 
 @dataclass(frozen=True)
 class TrainTokenizerConfig:
-    corpus_path: tuple[str, ...] = setting(
-        (), "UTF-8 text to learn from: files, read as one text, or - for standard input; required"
-    )
+    corpus_path: tuple[str, ...] = corpora_setting("text to learn from")
     vocab_size: int = setting(32000, "tokens, bytes and special tokens included")
     vocab_path: str = setting("vocab.json", "where the vocabulary goes")
     merges_path: str = setting("merges.txt", "where the merges go")
     special_tokens: tuple[str, ...] = special_tokens_setting()
     num_workers: int | None = setting(None, "processes; default: all cores for a large text")
     encoding_errors: str = encoding_errors_setting()
+    text_field: str = text_field_setting()
+    document_separator: str | None = document_separator_setting()
     overwrite: bool = setting(False, "replace existing files")
 
     def problems(self) -> list[str]:
@@ -48,19 +57,28 @@ class TrainTokenizerConfig:
 @readable_errors
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(TrainTokenizerConfig, "python -m cs_lm train-tokenizer", __doc__, argv)
+    text = text_of(config.corpus_path, config, config.special_tokens)
     progress = ProgressLine()
     vocab, merges = train_bpe(
-        config.corpus_path,
-        config.vocab_size,
-        config.special_tokens,
-        config.num_workers,
-        config.encoding_errors,
-        progress,
+        text, config.vocab_size, config.special_tokens, config.num_workers, progress=progress
     )
     progress.close()
     tokenizer = BPETokenizer(vocab, merges, config.special_tokens)
-    tokenizer.save(config.vocab_path, config.merges_path)
+    _save(tokenizer, config)
     longest = max(vocab.values(), key=len)[:_SHOWN_BYTES].decode("utf-8", "replace")
     print(f"{len(vocab):,} tokens, {len(merges):,} merges; longest token {longest!r}")
     print(f"wrote {config.vocab_path} and {config.merges_path}")
     return 0
+
+
+def _save(tokenizer: BPETokenizer, config: TrainTokenizerConfig) -> None:
+    """Both files under one lock: two processes must not leave one of each."""
+    path = Path(config.vocab_path)
+    lock = wait_for(path.with_name(f".{path.name}.lock"), shared=False, on_wait=lambda: None)
+    try:
+        problems = config.problems()  # what another process has made meanwhile
+        if problems:
+            raise UserError("\n".join(problems))
+        tokenizer.save(config.vocab_path, config.merges_path)
+    finally:
+        lock.close(remove=True)

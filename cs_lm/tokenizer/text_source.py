@@ -1,55 +1,66 @@
-"""Text from files or a pipe as a stream of strings, with the byte offset where it is not UTF-8."""
+"""The text of a corpus as a stream of strings, from files of several kinds or a pipe."""
 
-import codecs
 import hashlib
-import io
 import os
-import select
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from cs_lm.tokenizer.corpus_files import (
+    PARQUET,
+    STANDARD_INPUT,
+    TEXT,
+    PathOrPaths,
+    Piece,
+    RawReader,
+    decoded,
+    find_files,
+    is_pipe,
+    kind_of,
+    texts_of_parquet,
+    texts_of_records,
+    unpacked,
+)
 
 BLOCK_BYTES = 1 << 20
-STANDARD_INPUT = "-"
-_LOOK_AGAIN_S = 0.2
+TEXT_FIELD = "text"
 # From this length on, several processes are worth their start.
 LARGE_BYTES = 16 << 20
 
-PathOrPaths = str | Path | Sequence[str | Path]
 # phase, what is done of it, the total (None: unknown), a remark
 Progress = Callable[[str, int, int | None, str], None]
 
 
 class TextSource:
-    """One or more UTF-8 files, or standard input ("-"), read as one text: as `cat` joins them.
+    """Files, or standard input ("-"), read as one text.
 
+    paths             files, folders and patterns, as `find_files` takes them
+    encoding_errors   "strict" stops at the first byte that is not UTF-8,
+                      "replace" puts U+FFFD in its place
+    separator         what stands between two documents: files, or records in them
+    text_field        the name of a record's text
     bytes_read, total_bytes  how far the reading has got; the total of a pipe is None
-    encoding_errors          "strict" stops at the first byte that is not UTF-8,
-                             "replace" puts U+FFFD in its place
     Raises: FileNotFoundError for a missing file, ValueError for an empty one.
     """
 
     def __init__(
-        self, paths: PathOrPaths, encoding_errors: str = "strict", block_bytes: int = BLOCK_BYTES
+        self,
+        paths: PathOrPaths,
+        encoding_errors: str = "strict",
+        block_bytes: int = BLOCK_BYTES,
+        separator: str = "",
+        text_field: str = TEXT_FIELD,
     ):
-        self.paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
+        self.paths = find_files(paths)
         self._encoding_errors, self._block_bytes = encoding_errors, block_bytes
-        self._digest = hashlib.sha256()
-        self.bytes_read = 0
-        sizes = [self._checked_size(path) for path in self.paths]
+        self._separator, self._text_field = separator, text_field
+        self._digests: list[str] = []
+        self._kinds: list[str] = []
+        self.bytes_read = self._bytes_before = 0
+        sizes = [None if is_pipe(path) else os.path.getsize(path) for path in self.paths]
         self.total_bytes = None if None in sizes else sum(sizes)
-
-    def _checked_size(self, path: str | Path) -> int | None:
-        if path == STANDARD_INPUT or Path(path).is_fifo():
-            return None
-        if not Path(path).is_file():
-            raise FileNotFoundError(
-                f"corpus: got {str(path)!r}, which is not a file; check the path given"
-            )
-        if Path(path).stat().st_size == 0:
-            raise ValueError(f"corpus: {str(path)!r} is empty; need a UTF-8 text file")
-        return Path(path).stat().st_size
 
     def key(self) -> list | None:
         """What tells the text from others without reading it; None for a pipe."""
@@ -57,7 +68,7 @@ class TextSource:
             return None
         found = [os.stat(path) for path in self.paths]
         files = [[one.st_size, one.st_mtime_ns] for one in found]
-        return [files, self._encoding_errors]
+        return [files, self._encoding_errors, self._separator, self._text_field]
 
     def num_workers(self, asked: int | None) -> int:
         """As many as asked; else all cores for a large text or a pipe."""
@@ -66,61 +77,109 @@ class TextSource:
         is_large = self.total_bytes is None or self.total_bytes > LARGE_BYTES
         return (os.cpu_count() or 1) if is_large else 1
 
+    @property
+    def position(self) -> str:
+        """Which of several files is being read; nothing for one alone."""
+        at, count = min(len(self._digests) + 1, len(self.paths)), len(self.paths)
+        return f"file {at:,} of {count:,}, " if count > 1 else ""
+
     def read(self) -> Iterator[str]:
         """The text in blocks, exactly as stored: no newline is translated.
 
-        Raises: ValueError for bytes that are not UTF-8, or nothing at all from a pipe.
-        Cost: one block in memory, however long the text.
+        Raises: ValueError for bytes that are not UTF-8, records without a text, or nothing at all.
+        Cost: one block or record in memory, however long the text.
         """
+        self._digests, self._kinds, self.bytes_read = [], [], 0
+        is_first = True
         for path in self.paths:
-            if path == STANDARD_INPUT:
-                yield from self._decoded(sys.stdin.buffer, "standard input")
-            else:
-                with open(path, "rb") as file:
-                    yield from self._decoded(file, repr(str(path)))
-        if self.bytes_read == 0:
-            raise ValueError("corpus: got nothing from the pipe; need UTF-8 text")
+            self._bytes_before = self.bytes_read
+            for text, begins in self._pieces(path):
+                if begins and self._separator and not is_first:
+                    yield self._separator
+                is_first = False
+                yield text
+        if is_first:
+            shown = "the pipe" if self.total_bytes is None else "the files"
+            raise ValueError(f"corpus: got nothing from {shown}; need UTF-8 text")
 
     def description(self) -> dict[str, Any]:
-        """What has been read, once it has: the text's length and hash, not the files' names."""
-        return _description(self.bytes_read, self._digest.hexdigest(), self._encoding_errors)
+        """What has been read, once it has: lengths and hashes, not the files' names."""
+        return self._described(self.bytes_read)
 
-    def _decoded(self, file: io.BufferedIOBase, shown: str) -> Iterator[str]:
-        decoder = codecs.getincrementaldecoder("utf-8")(self._encoding_errors)
-        bytes_of_file = 0
-        while True:
-            _wait_for_input(file)
-            block = file.read1(self._block_bytes)
-            held_back = len(decoder.getstate()[0])  # bytes of a character cut by the last block
-            try:
-                text = decoder.decode(block, final=not block)
-            except UnicodeDecodeError as error:
-                offset = bytes_of_file - held_back + error.start
-                raise ValueError(
-                    f"corpus: {shown} is not UTF-8 at byte offset {offset} "
-                    f"(0x{error.object[error.start]:02x}); convert it to UTF-8, or pass "
-                    "--encoding_errors replace to read such bytes as U+FFFD"
-                ) from None
-            bytes_of_file += len(block)
+    def describe(self, sha256_of: Callable[[Path], str] | None = None) -> dict[str, Any]:
+        """`description` without decoding; the files are looked into, and hashed by `sha256_of`."""
+        self._digests, self._kinds = [], []
+        for path in self.paths:
+            with _opened(path) as file:
+                self._kinds.append(kind_of(unpacked(RawReader(file, len), repr(str(path))), path))
+            self._digests.append((sha256_of or sha256_of_file)(Path(path)))
+        return self._described(self.total_bytes)
+
+    def _described(self, num_bytes: int | None) -> dict[str, Any]:
+        found = {"bytes": num_bytes, "encoding_errors": self._encoding_errors}
+        if len(self.paths) == 1 and self._kinds == [TEXT]:
+            return {**found, "sha256": self._digests[0]}
+        together = hashlib.sha256("\n".join(self._digests).encode("ascii")).hexdigest()
+        return {
+            **found, "sha256": together, "files": len(self.paths), "text_field": self._text_field,
+            "document_separator": self._separator,
+        }  # fmt: skip
+
+    def _pieces(self, path: str | Path) -> Iterator[Piece]:
+        shown = "standard input" if path == STANDARD_INPUT else repr(str(path))
+        digest = hashlib.sha256()
+
+        def note(block: memoryview) -> None:
+            digest.update(block)
             self.bytes_read += len(block)
-            self._digest.update(block)
+
+        with _opened(path) as file:
+            raw = RawReader(file, note)
+            content = unpacked(raw, shown)
+            kind = kind_of(content, path)
+            if kind == PARQUET:
+                yield from self._pieces_of_parquet(path)
+                self._digests.append(sha256_of_file(Path(path)))
+            else:
+                parts = decoded(content, shown, self._encoding_errors, self._block_bytes)
+                if kind == TEXT:
+                    yield from map(Piece, parts, _first_alone())
+                else:
+                    for text in texts_of_records(parts, shown, self._text_field):
+                        if text:
+                            yield Piece(text, True)
+                while raw.read(BLOCK_BYTES):  # what lies behind the end of what was unpacked
+                    pass
+                self._digests.append(digest.hexdigest())
+        self._kinds.append(kind)
+
+    def _pieces_of_parquet(self, path: str | Path) -> Iterator[Piece]:
+        if is_pipe(path):
+            raise ValueError("corpus: Parquet cannot be read from a pipe; name the file")
+        size = os.path.getsize(path)
+
+        def report(part: float) -> None:
+            self.bytes_read = self._bytes_before + int(part * size)
+
+        for text in texts_of_parquet(path, self._text_field, report):
             if text:
-                yield text
-            if not block:
-                return
+                yield Piece(text, True)
+        report(1.0)
 
 
-def _wait_for_input(file: io.BufferedIOBase) -> None:
-    """Returns when a read would not block.
+def _first_alone() -> Iterator[bool]:
+    yield True
+    while True:
+        yield False
 
-    A read that is under way hears of Ctrl-C only when more comes from the pipe, if the interrupt
-    arrived between two of its system calls; between two looks, Python sees to it.
-    """
-    try:
-        while os.name == "posix" and not select.select([file], [], [], _LOOK_AGAIN_S)[0]:
-            pass
-    except io.UnsupportedOperation:  # no file of the operating system: never blocks
-        pass
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[BinaryIO]:
+    if path == STANDARD_INPUT:
+        yield sys.stdin.buffer
+        return
+    with open(path, "rb", buffering=0) as file:
+        yield file
 
 
 def read_text(path: PathOrPaths, encoding_errors: str = "strict") -> Iterator[str]:
@@ -128,12 +187,13 @@ def read_text(path: PathOrPaths, encoding_errors: str = "strict") -> Iterator[st
     return TextSource(path, encoding_errors).read()
 
 
-def describe_file(path: Path, encoding_errors: str) -> dict[str, Any]:
-    """`TextSource.description` of a file, without decoding it."""
+def sha256_of_file(path: Path) -> str:
     with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return _description(path.stat().st_size, digest, encoding_errors)
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _description(num_bytes: int, sha256: str, encoding_errors: str) -> dict[str, Any]:
-    return {"bytes": num_bytes, "sha256": sha256, "encoding_errors": encoding_errors}
+def separator_for(asked: str | None, special_tokens: Sequence[str]) -> str:
+    """What stands between documents where nothing is asked: the first special token."""
+    if asked is not None:
+        return asked
+    return special_tokens[0] if special_tokens else "\n\n"

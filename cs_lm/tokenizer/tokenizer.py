@@ -15,9 +15,10 @@ import numpy as np
 from cs_lm.tokenizer import fast_bpe
 from cs_lm.tokenizer.bpe import Pair
 from cs_lm.tokenizer.byte_names import name_of_token, token_of_name
+from cs_lm.tokenizer.corpus_files import PathOrPaths
 from cs_lm.tokenizer.merge_table import MergeTable
 from cs_lm.tokenizer.pretokenizer import SpecialTokenSplitter, split_words
-from cs_lm.tokenizer.text_source import PathOrPaths, Progress, TextSource
+from cs_lm.tokenizer.text_source import Progress, TextSource, separator_for
 from cs_lm.tokenizer.word_counts import count_words
 from cs_lm.tokenizer.word_encoder import AtOnce, WordEncoder
 from cs_lm.whole_file import write_whole
@@ -38,7 +39,7 @@ _IDS_AT_ONCE = 1 << 13  # in decoding: what they lead to stays in the processor'
 
 
 def train_bpe(
-    input_path: PathOrPaths,
+    input_path: PathOrPaths | TextSource,
     vocab_size: int,
     special_tokens: Sequence[str] = (),
     num_workers: int | None = None,
@@ -52,7 +53,8 @@ def train_bpe(
     `special_tokens`: not on the number of workers, nor on PYTHONHASHSEED. A text with too few
     pairs gives a smaller vocabulary than asked.
 
-    input_path   a file, several that are read as one text, or "-" for standard input
+    input_path   a file, several, a folder, a pattern, or "-" for standard input: read as one text,
+                 with the first special token between two documents; or the source of a text
     num_workers  processes that count words; None takes all cores for a text over 16 MiB, else 1
     progress     called with a phase, what is done of it, its total and a remark
     Raises: ValueError when vocab_size is below 256 + special tokens, or the file is empty or not
@@ -65,7 +67,10 @@ def train_bpe(
             f"--vocab_size: got {vocab_size}, need at least {least} "
             f"(256 bytes + {len(special_tokens)} special tokens); raise it"
         )
-    source = TextSource(input_path, encoding_errors)
+    source = input_path
+    if not isinstance(source, TextSource):
+        separator = separator_for(None, special_tokens)
+        source = TextSource(source, encoding_errors, separator=separator)
     progress = progress or (lambda *_: None)
     counts = count_words(
         source.read(),
@@ -73,7 +78,7 @@ def train_bpe(
         source.num_workers(num_workers),
         lambda num_different: progress(
             "counting words, bytes read", source.bytes_read, source.total_bytes,
-            f"{num_different:,} different words",
+            f"{source.position}{num_different:,} different words",
         ),
     )  # fmt: skip
     merges = fast_bpe.train_merges(

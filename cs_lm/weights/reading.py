@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from cs_lm.build_model import build_model
-from cs_lm.config import DEFAULT_SPECIAL_TOKENS
 from cs_lm.counts import Config, num_parameters
 from cs_lm.dropout import new_state
 from cs_lm.gpt2 import GPT2LM
 from cs_lm.language_model import LanguageModel
 from cs_lm.layers import RoPE
 from cs_lm.model import TransformerLM
+from cs_lm.shared_settings import DEFAULT_SPECIAL_TOKENS
 from cs_lm.tokenizer import BPETokenizer
 from cs_lm.tokenizer.interchange import read_tokenizer_json
 from cs_lm.weights.configs import read_config

@@ -1,5 +1,6 @@
 """Our weights in the layouts of other programs."""
 
+import errno
 import json
 import math
 import os
@@ -10,8 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cs_lm.config import DEFAULT_SPECIAL_TOKENS, GPT2Config
+from cs_lm.config import GPT2Config
+from cs_lm.errors import UserError
 from cs_lm.language_model import LanguageModel
+from cs_lm.shared_settings import DEFAULT_SPECIAL_TOKENS
 from cs_lm.tokenizer import BPETokenizer
 from cs_lm.weights.configs import written_config
 from cs_lm.weights.layouts import LAYOUTS, Entry, Layout
@@ -40,8 +43,9 @@ def write_weights(
     """
     folder = Path(os.path.abspath(folder))
     is_empty = folder.is_dir() and not any(folder.iterdir())
+    is_there = UserError(f"--to: {str(folder)!r} is there already; name a new folder")
     if os.path.lexists(folder) and not is_empty:
-        raise ValueError(f"--to: {str(folder)!r} is there already; name a new folder")
+        raise is_there
     layout = "gpt2" if isinstance(model.config, GPT2Config) else "llama"
     if file_format == "tensorflow":
         layout = "openai"
@@ -56,9 +60,14 @@ def write_weights(
         _write_settings(model, layout, tokenizer, writing)
         writing.chmod(0o777 & ~_umask())
         sync_folder(writing)
-        if is_empty:
-            folder.rmdir()  # Windows does not rename onto it
-        os.replace(writing, folder)
+        try:
+            if is_empty:
+                folder.rmdir()  # Windows does not rename onto it
+            os.replace(writing, folder)
+        except OSError as error:  # another process was quicker
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                raise is_there from None
+            raise
         sync_folder(folder.parent)
     except BaseException:
         shutil.rmtree(writing, ignore_errors=True)

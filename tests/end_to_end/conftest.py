@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,24 @@ TINY = [
 # fmt: on
 
 
+def laid_over(argv: Sequence[str | Path]) -> list[str | Path]:
+    """Each flag once, with the values that it was given last: a command refuses it twice."""
+    values: dict[str | Path, list[str | Path]] = {}
+    for word in argv:
+        if str(word).startswith("--"):
+            values.pop(word, None)
+            values[word] = []
+        else:
+            values[[*values][-1]].append(word)
+    return [word for flag, its in values.items() for word in (flag, *its)]
+
+
 def run_script(folder: Path, *argv: str, **options) -> subprocess.CompletedProcess:
     """`python run_clm.py` as a user starts it, in a folder of its own."""
     return subprocess.run(
-        [sys.executable, ROOT / "run_clm.py", *argv],
+        [sys.executable, ROOT / "run_clm.py", *laid_over(argv)],
         cwd=folder, capture_output=True, text=True, encoding="utf-8",
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"}, **options,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, **options,
     )  # fmt: skip
 
 

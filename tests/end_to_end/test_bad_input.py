@@ -5,7 +5,7 @@ import pytest
 from cs_lm.cli.commands import main as command
 from cs_lm.cli.train import main as train
 from cs_lm.tokenizer import BPETokenizer
-from tests.end_to_end.conftest import TINY, run_script, write_corpus
+from tests.end_to_end.conftest import TINY, laid_over, run_script, write_corpus
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +18,7 @@ def in_a_folder(tmp_path, monkeypatch):
 
 
 TRAIN_CASES = [
-    ("--corpus_path no.txt", "--corpus_path: got 'no.txt', which is not a file; check the path"),
+    ("--corpus_path no.txt", "--corpus_path: got 'no.txt', which is not a file, folder or"),
     ("--corpus_path empty.txt", "--corpus_path: 'empty.txt' is empty; need a UTF-8 text file"),
     ("--corpus_path latin.txt", "not UTF-8 at byte offset 3 (0xe9); convert it to UTF-8, or pass "
                                 "--encoding_errors replace"),
@@ -46,7 +46,7 @@ def test_training(argv, message, capsys, tmp_path):
     given = argv.split()
     if not argv.startswith("--corpus_path"):
         given += ["--corpus_path", "animals.txt"]
-    assert train([*TINY, "--max_steps", "2", *given]) == 2
+    assert train(laid_over([*TINY, "--max_steps", "2", *given])) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], lines
     assert not (tmp_path / "runs").exists() and not list(tmp_path.rglob("*.writing"))
@@ -64,12 +64,12 @@ def test_every_wrong_argument_at_once(capsys):
 
 def test_encoding_errors_is_the_way_out(capsys):
     argv = [*TINY, "--corpus_path", "latin.txt", "--encoding_errors", "replace", "--max_steps", "2"]
-    assert train([*argv, "--seq_length", "4"]) == 0
+    assert train(laid_over([*argv, "--seq_length", "4"])) == 0
     assert "done: 2 steps" in capsys.readouterr().out
 
 
 COMMAND_CASES = [
-    ("trian", "got command 'trian'; need one of"),
+    ("trian", "got command 'trian'; did you mean train?"),
     ("encod", "got command 'encod'; did you mean encode?"),
     ("train-tokenizer", "--corpus_path: is missing; name a UTF-8 text file"),
     ("train-tokenizer --corpus_path animals.txt --vocab_size 9", "--vocab_size: got 9, need at"),
@@ -113,7 +113,7 @@ def test_store_of_another_tokenizer(tmp_path, capsys):
     BPETokenizer({i: bytes([i]) for i in range(256)}, []).save("v.json", "m.txt")
     capsys.readouterr()
     argv = ["--corpus_size", "animals", "--vocab_path", "v.json", "--merges_path", "m.txt"]
-    assert train([*TINY, *argv, "--out_dir", "other"]) == 2
+    assert train(laid_over([*TINY, *argv, "--out_dir", "other"])) == 2
     assert "was made with another tokenizer; give --corpus_path" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
 
@@ -122,5 +122,6 @@ def test_a_script_prints_no_traceback(tmp_path):
     result = run_script(tmp_path, "--corpus_path", "no.txt")
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr == (
-        "error: --corpus_path: got 'no.txt', which is not a file; check the path\n"
+        "error: --corpus_path: got 'no.txt', which is not a file, folder or pattern; check the "
+        "path\n"
     )

@@ -45,7 +45,8 @@ def test_the_experiment_by_command(work, monkeypatch, capsys):
     shown = capsys.readouterr().out
     for name in ("loss-epoch.png", "perplexity-tokens.png"):
         assert (work / "run" / name).read_bytes().startswith(b"\x89PNG")
-    assert len((work / "data/book-stand-in.txt").read_text(encoding="utf-8")) == 20_479
+    (story,) = (work / "data").glob("book-stand-in_text-*.txt")
+    assert len(story.read_text(encoding="utf-8")) == 20_479
     valid = [r for r in read_metrics(work / "run" / "metrics.jsonl") if r["kind"] == "valid"]
     assert [r["step"] for r in valid] == [1, 5, 10, 15, 18]
     *_, first, middle, last = shown.splitlines()

@@ -78,7 +78,7 @@ def generate_in_a_process(standard_input: str, *argv: str) -> subprocess.Complet
         [sys.executable, "-m", "cs_lm", "generate", "--out_dir", RUN, "--max_new_tokens", "9",
          *argv],
         input=standard_input, capture_output=True, text=True, encoding="utf-8",
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
 
 

@@ -77,7 +77,7 @@ def test_the_script_passes_signals_on(number, tmp_path):
     process = subprocess.Popen(
         ["bash", tmp_path / "run_clm.sh", *flags], stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, start_new_session=True, encoding="utf-8",
-        env={**os.environ, "CS_LM_VENV": str(venv), "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"},
+        env={**os.environ, "CS_LM_VENV": str(venv), "PYTHONPATH": str(ROOT)},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     for line in process.stdout:

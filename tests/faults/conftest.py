@@ -21,4 +21,5 @@ def work(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def no_plot(monkeypatch):
     """It takes longer than a tiny run."""
-    monkeypatch.setattr("cs_lm.train.plotted", lambda *_: "no plot")
+    for module in ("train", "reporting"):
+        monkeypatch.setattr(f"cs_lm.{module}.plotted", lambda *_: "no plot")

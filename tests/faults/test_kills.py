@@ -23,5 +23,6 @@ def test_killed_200_times():
     print(result.stdout)
     assert found["kills"] == KILLS and found["left_half_written"] > 0
     assert found["runs_ended_equal"] > 0  # of those that began; how many depends on the machine
-    # one interval, and the steps of a second one while its save is being written
-    assert found["most_steps_lost"] < 2 * found["save_interval"]
+    # one interval, and all of a second one while its save is being written: its last step is logged
+    # before the next save waits for that
+    assert found["most_steps_lost"] <= 2 * found["save_interval"]

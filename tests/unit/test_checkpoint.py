@@ -108,7 +108,7 @@ def test_best_is_never_overwritten_by_a_worse_one(tmp_path):
     assert not validate(2, 2.5) and not validate(3, float("nan")) and not validate(4, 2.0)
     manager = CheckpointManager(tmp_path)
     assert not validate(5, 2.1)
-    assert manager.steps("best") == [1] and manager.best_loss() == 2.0
+    assert manager.steps("best") == [1] and manager.best().loss == 2.0
     assert validate(6, 1.9)
     assert manager.steps("best") == [6] and manager.read(6, "best")["iteration"] == 6
     assert manager.steps() == [6, 5]
@@ -150,12 +150,12 @@ def test_a_best_one_that_is_damaged_or_of_a_course_that_was_left(tmp_path):
     (tmp_path / "best-00000002" / "state.pt").unlink()
     (tmp_path / "best-00000002" / "state.pt").write_bytes(content)
     manager.go_on_from(2)
-    assert manager.best_loss() is None and manager.read_newest(pytest.fail)["iteration"] == 2
+    assert manager.best() is None and manager.read_newest(pytest.fail)["iteration"] == 2
     manager.save_best(2, 2.0)
     files, facts = read_manifest(tmp_path / "best-00000002")
     del facts["valid_loss"]
     write_manifest(tmp_path / "best-00000002", files, facts)
-    assert manager.best_loss() is None
+    assert manager.best() is None
 
 
 def test_a_step_that_is_named_must_verify(tmp_path):

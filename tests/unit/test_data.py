@@ -235,7 +235,7 @@ def test_batches_reach_cuda():
 def test_a_store_that_was_replaced_is_not_read_as_the_old_one(tmp_path):
     old = save(tmp_path / "s")
     save(tmp_path / "s", text=TEXT[::-1])
-    with pytest.raises(ValueError, match="was written anew while in use .* --corpus_size"):
+    with pytest.raises(ValueError, match="was written anew while in use"):
         old.load_by_range(0, 5)
 
 

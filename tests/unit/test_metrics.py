@@ -6,6 +6,7 @@ import pytest
 from cs_lm import metrics
 from cs_lm.metrics import Display, MetricsLog, Stopwatch, format_duration, read_metrics
 from cs_lm.plots import plot_losses
+from cs_lm.speed import Speed
 
 
 def test_log_round_trip(tmp_path):
@@ -60,7 +61,7 @@ def test_plain_lines_when_not_a_terminal():
     out = io.StringIO()
     display = Display(20, 0, out)
     display.update(5)
-    display.report(5, 2.5, 1e-3, 0.75, 12345.6, 0.517, 61)
+    display.report(5, 2.5, 1e-3, 0.75, Speed(12345.6, 3e9, 0.517, 61))
     display.say("hello")
     display.close()
     assert out.getvalue().splitlines() == [
@@ -80,7 +81,7 @@ def test_bar_on_a_terminal():
     out = Terminal()
     display = Display(20, 0, out)
     display.update(5)
-    display.report(5, 2.5, 1e-3, 0.75, 12345.6, 0.517, 61)
+    display.report(5, 2.5, 1e-3, 0.75, Speed(12345.6, 3e9, 0.517, 61))
     display.say("validation")
     display.close()
     assert "5/20" in out.getvalue() and "validation\n" in out.getvalue()

@@ -1,10 +1,11 @@
 import os
+import shutil
 
 import pytest
 
-from cs_lm import prepare as module
 from cs_lm.config import DataConfig, ModelConfig, RunConfig
-from cs_lm.prepare import embedded_text, find_corpus, label_of, prepare
+from cs_lm.corpus import embedded_text, find_corpus, label_of
+from cs_lm.prepare import prepare
 from cs_lm.settings import replace as replaced
 from cs_lm.token_store import MemmapManager
 from cs_lm.tokenizer import BPETokenizer
@@ -36,7 +37,7 @@ def whole_text(data) -> str:
 
 def test_makes_what_is_missing_and_uses_it_again():
     data, said = prepared()
-    assert "training 270 tokens on cats.txt" in said and "is missing, encoding cats.txt" in said
+    assert "training 270 tokens on cats.txt" in said and "encoding cats.txt" in said
     assert whole_text(data) == TEXT
     assert len(data.valid) == int(0.1 * (len(data.train) + len(data.valid)))
     again, said = prepared()
@@ -45,22 +46,29 @@ def test_makes_what_is_missing_and_uses_it_again():
 
 
 @pytest.mark.parametrize(
-    "changes, expected",
+    "changes, is_new",
     [
-        ({"vocab_size": 280}, "belongs to other settings, or is damaged | tokenizer: training"),
-        (
-            {"special_tokens": ("<|x|>",)},
-            "belongs to other settings, or is damaged | tokenizer: training",
-        ),
-        ({"chunk_size": 100}, "has chunks of 500000 tokens, encoding cats.txt"),
-        ({"encoding_errors": "replace"}, "was made from another text"),
+        ({"vocab_size": 280}, ("tokenizer", "chunks")),
+        ({"special_tokens": ("<|x|>",)}, ("tokenizer", "chunks")),
+        ({"chunk_size": 100}, ("chunks",)),
+        ({"encoding_errors": "replace"}, ("tokenizer", "chunks")),
     ],
 )
-def test_other_settings_make_it_anew(changes, expected):
-    prepared()
-    data, said = prepared(**changes)
-    assert expected in said
+def test_other_settings_share_nothing_and_replace_nothing(changes, is_new, tmp_path):
+    first, _ = prepared()
+    before = contents(tmp_path / "data")
+    data, _ = prepared(**changes)
     assert whole_text(data) == TEXT
+    after = contents(tmp_path / "data")
+    assert before.items() <= after.items(), "what was there is as it was"
+    made = {path.parent.name.split("-")[0] for path in after.keys() - before.keys()}
+    assert made == {f"cats_{kind}" for kind in is_new}
+    assert whole_text(first) == TEXT
+
+
+def contents(folder):
+    files = [p for p in folder.rglob("*") if p.is_file() and ".locks" not in p.parts]
+    return {path: path.read_bytes() for path in files}
 
 
 def test_another_text_under_the_same_name_makes_it_anew(tmp_path):
@@ -101,7 +109,8 @@ def test_a_store_of_another_tokenizer_is_refused(tmp_path):
     BPETokenizer({i: bytes([i]) for i in range(256)}, []).save("v.json", "m.txt")
     with pytest.raises(ValueError, match="was made with another tokenizer; give --corpus_path to"):
         prepared(corpus_path=None, corpus_size="cats", vocab_path="v.json", merges_path="m.txt")
-    assert len(MemmapManager("data/cats_chunks")) > 0, "and kept"
+    (store,) = (tmp_path / "data").glob("cats_chunks-*")
+    assert len(MemmapManager(store)) > 0, "and kept"
 
 
 def test_text_shorter_than_a_window(tmp_path):
@@ -119,17 +128,20 @@ def test_bad_text_leaves_nothing_half_written(tmp_path, content, message):
     (tmp_path / "new.txt").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         prepared(corpus_path="new.txt")
-    assert not [p for p in tmp_path.rglob("*") if "new" in p.name and p.name != "new.txt"]
+    left = [p for p in tmp_path.rglob("*") if "new" in p.name and p.parent.name != ".locks"]
+    assert [p.name for p in left] == ["new.txt"]
 
 
 def test_embedded_text(monkeypatch):
     text = embedded_text()
     assert len(text) > 300_000 and "statement" in text
     assert label_of(RunConfig()) == "python-manual"
-    assert find_corpus(RunConfig()).as_posix() == "data/python-manual.txt"
+    corpus = find_corpus(RunConfig())
+    assert "".join(corpus.open().read()) == text
+    assert corpus.open().describe() == corpus.description
     monkeypatch.setitem(__import__("sys").modules, "pydoc_data.topics", None)
     with pytest.raises(FileNotFoundError, match="give a text of your own with --corpus_path"):
-        module.embedded_text()
+        embedded_text()
 
 
 def test_settings_are_not_ignored_without_a_corpus():
@@ -142,11 +154,30 @@ def test_settings_are_not_ignored_without_a_corpus():
             prepared(corpus_path=None, corpus_size="cats", **changes)
 
 
-def test_a_tokenizer_half_replaced_is_never_taken_for_the_older_one(monkeypatch):
-    prepared()
-    with monkeypatch.context() as patched:
-        patched.setattr(module, "_write_json", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            prepared(vocab_size=260)
+def test_a_damaged_tokenizer_is_made_again():
+    first, _ = prepared()
+    (merges,) = [*__import__("pathlib").Path("data").glob("cats_tokenizer-*/merges.txt")]
+    merges.write_bytes(merges.read_bytes()[:-9])
     data, said = prepared()
-    assert "training 270 tokens" in said and data.tokenizer.vocab_size == 270
+    assert "is damaged, and made again" in said
+    assert data.tokenizer.fingerprint == first.tokenizer.fingerprint
+
+
+def test_what_an_earlier_version_made_is_used(tmp_path):
+    """One folder for each label, with the same files in it."""
+    text = whole_text(prepared(valid_path="cats.txt")[0])
+    for path in (tmp_path / "data").glob("cats_*-*"):
+        path.rename(path.with_name(path.name.rpartition("-")[0]))
+    shutil.copytree(tmp_path / "data" / "cats_chunks", tmp_path / "data" / "cats_chunks_valid")
+    again, said = prepared(valid_path="cats.txt")
+    assert "training" not in said and "encoding" not in said
+    assert whole_text(again) == text
+    assert not list((tmp_path / "data").glob("cats_*-*"))
+
+
+def test_a_label_of_several_texts_is_refused(tmp_path):
+    prepared()
+    (tmp_path / "cats.txt").write_text(TEXT + "more", encoding="utf-8")
+    prepared()
+    with pytest.raises(ValueError, match="label|several token stores: .*; give --corpus_path to"):
+        prepared(corpus_path=None, corpus_size="cats")

@@ -12,7 +12,7 @@ import pytest
 
 from cs_lm.tokenizer import BPETokenizer, train_bpe
 from cs_lm.tokenizer.parallel import ParallelEncoder
-from cs_lm.tokenizer.text_source import TextSource, describe_file
+from cs_lm.tokenizer.text_source import TextSource
 from cs_lm.tokenizer.word_counts import count_words
 
 END = "<|endoftext|>"
@@ -76,7 +76,7 @@ def test_vocab_size_below_bytes_and_specials(tmp_path):
 @pytest.mark.parametrize(
     "content, error, message",
     [
-        (None, FileNotFoundError, "not a file; check the path"),
+        (None, FileNotFoundError, "not a file, folder or pattern"),
         (b"", ValueError, "is empty; need a UTF-8 text file"),
         (b"caf\xc3\xa9 \xff oops", ValueError, r"not UTF-8 at byte offset 6 .*--encoding_errors"),
         (b"ends inside \xf0\x9f", ValueError, r"not UTF-8 at byte offset 12 "),
@@ -314,11 +314,15 @@ def test_several_files_and_a_pipe_are_one_text(small, tmp_path, monkeypatch):
     assert "".join(source.read()) == TEXT
     assert (source.bytes_read, source.total_bytes) == (len(data), len(data))
     whole = write(tmp_path / "whole.txt", TEXT)
-    assert source.description() == describe_file(whole, "strict")
+    assert source.description() == TextSource([first, second]).describe()
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
     pipe = TextSource("-")
     assert pipe.total_bytes is None and "".join(pipe.read()) == TEXT
-    assert train_bpe([first, second], 300) == train_bpe(whole, 300)
+    assert train_bpe(TextSource([first, second]), 300) == train_bpe(whole, 300)
+    between = write(tmp_path / "between.txt", TEXT[:12] + "<|x|>" + TEXT[12:])
+    first.write_text(TEXT[:12], encoding="utf-8", newline="")
+    second.write_text(TEXT[12:], encoding="utf-8", newline="")
+    assert train_bpe([first, second], 300, ["<|x|>"]) == train_bpe(between, 300, ["<|x|>"])
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"")))
     with pytest.raises(ValueError, match="got nothing from the pipe"):
         list(TextSource("-").read())

@@ -1,0 +1,83 @@
+"""`cs-lm cache`: what lies in data/, and, by command only, what of it to remove.
+
+Every text, tokenizer and token store there can be made again by the command that made it. What a
+process is using stays.
+"""
+
+import datetime
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cs_lm.cache import DATA, CacheEntry, entries, remove
+from cs_lm.cli.errors import readable_errors
+from cs_lm.errors import UserError
+from cs_lm.flags import parse_config
+from cs_lm.settings import setting
+
+_DAY_S = 86_400
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    remove: tuple[str, ...] = setting((), "names of what is to go, as the list has them")
+    unused_days: float | None = setting(None, "remove what has not been used for as long", "days")
+
+    def problems(self) -> list[str]:
+        if self.unused_days is not None and not 0 <= self.unused_days < math.inf:
+            return [f"--unused_days: got {self.unused_days}, need 0 or more"]
+        if self.unused_days is not None and self.unused_days >= 1e9:
+            return [f"--unused_days: got {self.unused_days}, need less than 1e9"]
+        return []
+
+
+@readable_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    config = parse_config(CacheConfig, "cs-lm cache", __doc__, argv)
+    found = list(entries())
+    unknown = set(config.remove) - {entry.path.name for entry in found}
+    if unknown:
+        raise UserError(
+            f"--remove: got {', '.join(sorted(unknown))}, which is not in {DATA}; "
+            "`cs-lm cache` lists what is"
+        )
+    if not config.remove and config.unused_days is None:
+        _show(found)
+        return 0
+    before_s = -math.inf
+    if config.unused_days is not None:
+        before_s = time.time() - _DAY_S * config.unused_days
+    chosen = [e for e in found if e.path.name in config.remove or e.used_s < before_s]
+    in_use = []
+    for entry in chosen:
+        if remove(entry):
+            print(f"removed {entry.path} ({_size(entry.num_bytes)})")
+        else:
+            in_use.append(str(entry.path))
+    if not chosen:
+        print("nothing has been unused for so long")
+    if in_use:
+        raise UserError(f"cache: a process is using {', '.join(in_use)}; nothing of it was removed")
+    return 0
+
+
+def _show(found: list[CacheEntry]) -> None:
+    if not found:
+        print(f"{DATA.resolve()} holds no text, tokenizer or token store that was made there")
+        return
+    width = max(len(entry.path.name) for entry in found)
+    print(f"{'in ' + str(DATA):<{width}}  {'what':<24}  {'size':>9}  last use")
+    for entry in found:
+        used = datetime.datetime.fromtimestamp(entry.used_s).strftime("%Y-%m-%d %H:%M")
+        kind = entry.kind if entry.is_complete else f"unfinished {entry.kind}"
+        print(f"{entry.path.name:<{width}}  {kind:<24}  {_size(entry.num_bytes):>9}  {used}")
+    print(f"{'together':<{width}}  {'':<24}  {_size(sum(e.num_bytes for e in found)):>9}")
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} TB"

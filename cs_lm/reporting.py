@@ -1,0 +1,39 @@
+"""What a run says of itself when it begins and when it is done."""
+
+import shlex
+from typing import Any
+
+from cs_lm.config import RunConfig
+from cs_lm.counts import num_parameters
+from cs_lm.evaluation import described, gzip_bits_per_byte
+from cs_lm.plots import plotted
+from cs_lm.prepare import PreparedData
+from cs_lm.run_folder import RunFolder
+
+
+def opening_line(config: RunConfig, begins: str, where: str, steps: tuple[int, int]) -> str:
+    """begins  "training" or "resuming"; where  device, precision and speed in words"""
+    first, last = steps
+    return (
+        f"{begins}: {num_parameters(config.model) / 1e6:.2f} M parameters on {where}, "
+        f"{config.ops} ops; steps {first} to {last} of {config.tokens_per_step:,} tokens"
+    )
+
+
+def closing_lines(
+    config: RunConfig, data: PreparedData, folder: RunFolder, step: int, valid: dict | None
+) -> list[str]:
+    """valid  what the last validation found"""
+    lines = []
+    if valid is not None:
+        scored: tuple[Any, ...] = data.valid, data.tokenizer.vocab
+        lengths = config.seq_length, config.eval_tokens
+        lines.append(described(valid, gzip_bits_per_byte(*scored, *lengths)))
+    best = "".join(f", the best is step {step}" for step in folder.checkpoints.steps("best"))
+    return [
+        *lines,
+        f"checkpoints: {folder.checkpoints.path(step)}{best}",
+        plotted(folder.metrics, folder.plot),
+        f"more text: python -m cs_lm generate --out_dir {folder.path} "
+        f"--prompt {shlex.quote(config.prompt)}",
+    ]

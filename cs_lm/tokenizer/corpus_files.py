@@ -1,0 +1,329 @@
+"""Files of a corpus: which ones a name stands for, and the documents in each, by its content.
+
+Plain text is one document a file. JSON lines, a JSON list and Parquet hold one document a record.
+Each of them may be packed with gzip, bzip2, xz or zstd.
+"""
+
+import bz2
+import codecs
+import glob
+import gzip
+import io
+import json
+import lzma
+import os
+import re
+import select
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+STANDARD_INPUT = "-"
+SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".parquet")
+PACKED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
+TEXT, RECORDS, PARQUET = "text", "records", "parquet"
+
+_BUFFER_BYTES = 1 << 20
+_PEEKED_BYTES = 1 << 16
+_LOOK_AGAIN_S = 0.2
+_ROWS_AT_ONCE = 256
+_MAGIC_BYTES = 6
+_NOT_TEXT = {b"PK\x03\x04": "a zip archive", b"%PDF-": "a PDF", b"\x7fELF": "a program"}
+_NEXT_VALUE = re.compile(r"[, \t\r\n]*")
+_UNPACKING_ERRORS = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
+PathOrPaths = str | Path | Sequence[str | Path]
+
+
+class Piece(NamedTuple):
+    """Some text, and whether a document begins with it."""
+
+    text: str
+    begins: bool
+
+
+def find_files(given: PathOrPaths, flag: str = "corpus") -> list[str | Path]:
+    """The files that paths stand for: a file itself, a folder or a pattern its files by name.
+
+    Of a folder: files below it whose names end in one of SUFFIXES, packed or not, and in no part
+    begin with a dot. Paths keep their order; files of a folder or pattern are sorted by name.
+    Raises: FileNotFoundError where there is nothing, ValueError for an empty file given alone.
+    """
+    given = [given] if isinstance(given, (str, Path)) else list(given)
+    found: list[str | Path] = []
+    for one in given:
+        path = Path(one)
+        if is_pipe(one) or path.is_file():
+            found.append(one)
+        elif path.is_dir():
+            inside = [file for file in path.rglob("*") if _is_of_corpus(file, path)]
+            if not inside:
+                raise FileNotFoundError(
+                    f"{flag}: the folder {str(one)!r} has no file that ends in "
+                    f"{', '.join(SUFFIXES)} (or that and {', '.join(PACKED_SUFFIXES)})"
+                )
+            found += sorted(inside, key=Path.as_posix)
+        elif glob.has_magic(str(one)):
+            names = sorted(n for n in glob.glob(str(one), recursive=True) if os.path.isfile(n))
+            if not names:
+                raise FileNotFoundError(f"{flag}: no file fits the pattern {str(one)!r}")
+            found += names
+        else:
+            raise FileNotFoundError(
+                f"{flag}: got {str(one)!r}, which is not a file, folder or pattern; check the path"
+            )
+    if len(found) == 1 and not is_pipe(found[0]) and os.path.getsize(found[0]) == 0:
+        raise ValueError(f"{flag}: {str(found[0])!r} is empty; need a UTF-8 text file")
+    return found
+
+
+def is_pipe(path: str | Path) -> bool:
+    return path == STANDARD_INPUT or Path(path).is_fifo()
+
+
+def _is_of_corpus(path: Path, folder: Path) -> bool:
+    name = path.name
+    for suffix in PACKED_SUFFIXES:
+        name = name.removesuffix(suffix)
+    is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    return name.endswith(SUFFIXES) and not is_hidden and path.is_file()
+
+
+class RawReader(io.RawIOBase):
+    """A file's bytes as they lie, told to `note` as they are read.
+
+    A read that is under way hears of Ctrl-C only when more comes from a pipe, if the interrupt
+    arrived between two of its system calls; between two looks, Python sees to it.
+    """
+
+    def __init__(self, file: BinaryIO, note: Callable[[memoryview], None]):
+        self._file, self._note = file, note
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        self._wait()
+        view = memoryview(buffer)
+        if isinstance(self._file, io.RawIOBase):
+            count = self._file.readinto(view) or 0
+        else:
+            block = self._file.read1(len(view))
+            count = len(block)
+            view[:count] = block
+        self._note(view[:count])
+        return count
+
+    def _wait(self) -> None:
+        try:
+            while os.name == "posix" and not select.select([self._file], [], [], _LOOK_AGAIN_S)[0]:
+                pass
+        except (io.UnsupportedOperation, ValueError):  # no file of the system: never blocks
+            pass
+
+
+def unpacked(raw: RawReader, shown: str) -> io.BufferedReader:
+    """What a file holds, packed or not.
+
+    Raises: ValueError for a zip archive and the like, or where the package for zstd is missing.
+    """
+    packed = io.BufferedReader(raw, _BUFFER_BYTES)
+    magic = packed.peek(_MAGIC_BYTES)
+    for begin, kind in _NOT_TEXT.items():
+        if magic.startswith(begin):
+            raise ValueError(f"corpus: {shown} is {kind}; need text, or text in one of the formats "
+                             f"{', '.join(SUFFIXES)}")  # fmt: skip
+    if magic.startswith(b"\x1f\x8b"):
+        return io.BufferedReader(gzip.GzipFile(fileobj=packed), _BUFFER_BYTES)
+    if magic.startswith(b"BZh"):
+        return io.BufferedReader(bz2.BZ2File(packed), _BUFFER_BYTES)
+    if magic.startswith(b"\xfd7zXZ\x00"):
+        return io.BufferedReader(lzma.LZMAFile(packed), _BUFFER_BYTES)
+    if magic.startswith(b"\x28\xb5\x2f\xfd"):
+        try:
+            import zstandard
+        except ImportError:
+            raise ValueError(
+                f"corpus: {shown} is packed with zstd, which needs the package zstandard; install "
+                "the extra with: pip install 'cs_lm[corpora]'"
+            ) from None
+        reader = zstandard.ZstdDecompressor().stream_reader(packed, read_across_frames=True)
+        return io.BufferedReader(reader, _BUFFER_BYTES)
+    return packed
+
+
+def kind_of(content: io.BufferedReader, path: str | Path) -> str:
+    """TEXT, RECORDS or PARQUET, by how the content begins; JSON also by the name's end."""
+    begin = content.peek(_PEEKED_BYTES)[:_PEEKED_BYTES]
+    if begin.startswith(b"PAR1"):
+        return PARQUET
+    name = str(path)
+    for suffix in PACKED_SUFFIXES:
+        name = name.removesuffix(suffix)
+    begin = begin.removeprefix(codecs.BOM_UTF8).lstrip()
+    if name.endswith((".jsonl", ".json", ".ndjson")) or re.match(rb"\[\s*\{\s*\"", begin):
+        return RECORDS
+    return RECORDS if _are_json_lines(begin) else TEXT
+
+
+def _are_json_lines(begin: bytes) -> bool:
+    """Whether the first two lines, as far as they are known, are objects."""
+    lines = [line for line in begin.split(b"\n") if line.strip()][:2]
+    whole, cut = (lines, []) if len(begin) < _PEEKED_BYTES or len(lines) > 1 else ([], lines)
+    if cut:
+        return re.match(rb"\{\s*\"(?:[^\"\\]|\\.)*\"\s*:", cut[0]) is not None
+    try:
+        return bool(whole) and isinstance(json.loads(whole[0]), dict) and whole[-1][:1] == b"{"
+    except ValueError:
+        return False
+
+
+def decoded(
+    content: io.BufferedReader, shown: str, encoding_errors: str, block_bytes: int
+) -> Iterator[str]:
+    """UTF-8 text in blocks, exactly as stored: no newline is translated.
+
+    Raises: ValueError naming the offset of bytes that are not UTF-8, or a packed file that broke.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")(encoding_errors)
+    num_before = 0
+    while True:
+        try:
+            block = content.read1(block_bytes)
+        except _UNPACKING_ERRORS as error:
+            raise ValueError(
+                f"corpus: {shown} cannot be unpacked ({error}); is it whole?"
+            ) from None
+        held_back = len(decoder.getstate()[0])  # bytes of a character cut by the last block
+        try:
+            text = decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            offset = num_before - held_back + error.start
+            raise ValueError(
+                f"corpus: {shown} is not UTF-8 at byte offset {offset} "
+                f"(0x{error.object[error.start]:02x}); convert it to UTF-8, or pass "
+                "--encoding_errors replace to read such bytes as U+FFFD"
+            ) from None
+        num_before += len(block)
+        if text:
+            yield text
+        if not block:
+            return
+
+
+def texts_of_records(parts: Iterator[str], shown: str, text_field: str) -> Iterator[str]:
+    """The text of each record of JSON lines, or of a JSON list.
+
+    Raises: ValueError naming the first record that is no JSON, or has no text under that name.
+    """
+    for number, value in enumerate(_json_values(parts, shown), start=1):
+        yield _text_of(value, f"record {number} of {shown}", text_field)
+
+
+def _text_of(record: Any, shown: str, text_field: str) -> str:
+    if isinstance(record, str):
+        return record
+    text = record.get(text_field) if isinstance(record, dict) else None
+    if isinstance(text, str):
+        return text
+    if isinstance(record, dict):
+        names = [name for name, value in record.items() if isinstance(value, str)]
+        has = f"it has text in {', '.join(names[:8]) or 'no field'}"
+    else:
+        has = f"it is a {type(record).__name__}"
+    raise ValueError(f"corpus: {shown} has no text in its field {text_field!r}; {has}; name the "
+                     "field with --text_field")  # fmt: skip
+
+
+def _json_values(parts: Iterator[str], shown: str) -> Iterator[Any]:
+    held = ""
+    for part in parts:
+        held = (held + part).lstrip("\ufeff \t\r\n")
+        if held:
+            break
+    if held.startswith("["):
+        yield from _values_of_list(held[1:], parts, shown)
+        return
+    number, is_ended = 0, False
+    while not is_ended:
+        part = next(parts, None)
+        is_ended = part is None
+        lines = (held + (part or "")).split("\n")
+        held = "" if is_ended else lines.pop()
+        for line in lines:
+            number += 1
+            if not line.strip():
+                continue
+            try:
+                yield json.loads(line)
+            except (ValueError, RecursionError):
+                if number == 1 and line.strip() == "{":  # one object over several lines
+                    rest = "\n".join([*lines, held])
+                    yield from _values_of_list(rest, parts, shown)
+                    return
+                raise ValueError(
+                    f"corpus: line {number} of {shown} is no JSON; need one JSON object a line, or "
+                    "one list of them"
+                ) from None
+
+
+def _values_of_list(held: str, parts: Iterator[str], shown: str) -> Iterator[Any]:
+    """Values with commas between, up to the bracket or the end; one of them in memory at a time."""
+    decoder, number, at = json.JSONDecoder(), 0, 0
+    while True:
+        at = _NEXT_VALUE.match(held, at).end()
+        if at == len(held):
+            part = next(parts, None)
+            if part is None:
+                return
+            held, at = part, 0
+            continue
+        if held[at] == "]":
+            return
+        number += 1
+        while True:
+            try:
+                value, at = decoder.raw_decode(held, at)
+                break
+            except (ValueError, RecursionError):
+                # it may be cut here: as much again is read, so that long ones are not read often
+                more = [part for _, part in zip(range(1 + len(held) // _BUFFER_BYTES), parts)]
+                if not more:
+                    raise ValueError(
+                        f"corpus: record {number} of {shown} is no JSON, or is cut short"
+                    ) from None
+                held, at = "".join([held[at:], *more]), 0
+        yield value
+
+
+def texts_of_parquet(
+    path: str | Path, text_field: str, report: Callable[[float], None]
+) -> Iterator[str]:
+    """The texts in one column; `report` is told which part of the rows has been read.
+
+    Raises: ValueError naming a column that is missing, or the package that is.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(
+            f"corpus: {str(path)!r} is Parquet, which needs the package pyarrow; install the extra "
+            "with: pip install 'cs_lm[corpora]'"
+        ) from None
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if text_field not in names:
+                raise ValueError(f"it has no column {text_field!r}, but {', '.join(names)}; name "
+                                 "the column with --text_field")  # fmt: skip
+            num_rows, num_read = file.metadata.num_rows, 0
+            for batch in file.iter_batches(_ROWS_AT_ONCE, columns=[text_field]):
+                for text in batch.column(0).to_pylist():
+                    if text is not None:
+                        yield _text_of(text, f"a row of {str(path)!r}", text_field)
+                num_read += batch.num_rows
+                report(num_read / num_rows)
+    except (ValueError, OSError, pyarrow.ArrowException) as error:
+        first_line = str(error).partition("\n")[0].removeprefix("corpus: ")
+        raise ValueError(f"corpus: {str(path)!r} cannot be read: {first_line}") from None
