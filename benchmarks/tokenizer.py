@@ -1,6 +1,7 @@
 """The tokenizer beside tiktoken, tokenizers and rustbpe: training, encoding, decoding.
 
     python -m benchmarks.tokenizer TEXT [--rounds 5] [--vocab_size 32000]
+    python -m benchmarks.tokenizer --words FOLDER      # long words, GPT-2's vocabulary for example
 
 TEXT is a file of some 100 MB; encoding takes its first 20 MB. Every contestant starts in a fresh
 process with nothing remembered; reading files and loading vocabularies is not timed, but for the
@@ -10,6 +11,8 @@ whole commands. What a `tiktoken` is given: the same vocabulary, the same patter
 import argparse
 import functools
 import os
+import random
+import string
 import tempfile
 from pathlib import Path
 
@@ -126,12 +129,60 @@ def batch_tiktoken(path: str, folder: str):
     return lambda: encoding.encode_ordinary_batch(pieces, num_threads=2)
 
 
+LONG_WORDS = {
+    "digits": "0123456789", "DNA": "ACGT", "hex": "abcdef", "ten letters": "etaoinshrd",
+    "base64": string.ascii_letters, "CJK": "".join(map(chr, range(0x4E00, 0x9FFF))),
+    "signs": "!#$%&()*+,-./:;<=>?@[]^_{|}~", "one letter": "a", "one sign": "=",
+}  # fmt: skip
+LONG_WORD_BYTES = 1_000_000
+
+
+def long_word(letters: str, num_bytes: int = LONG_WORD_BYTES) -> str:
+    """Drawn from the letters, without a place where the split pattern would cut it."""
+    drawn = random.Random(0).choices(letters, k=num_bytes // len(letters[0].encode("utf-8")))
+    return "".join(drawn)
+
+
+def long_word_ours(folder: str, letters: str, num_bytes: int = LONG_WORD_BYTES):
+    tokenizer, text = ours(folder), long_word(letters, num_bytes)
+    tokenizer.encode(text[:5000])  # tables that are made once
+    return lambda: tokenizer.encode(text)
+
+
+def long_word_tiktoken(folder: str, letters: str):
+    encoding, text = tiktoken_encoding(folder), long_word(letters)
+    return lambda: encoding.encode_ordinary(text)
+
+
+def one_word(folder: str, rounds: int) -> None:
+    """One word of a million bytes of each kind; and of ten million digits beside a million."""
+    for name, letters in LONG_WORDS.items():
+        contestants = {
+            "cs_lm": functools.partial(long_word_ours, folder, letters),
+            "tiktoken": functools.partial(long_word_tiktoken, folder, letters),
+        }
+        in_turns(f"one word of 1 MB, {name}", contestants, rounds)
+    longer = {
+        f"cs_lm, {size:,} bytes": functools.partial(long_word_ours, folder, "0123456789", size)
+        for size in (10 * LONG_WORD_BYTES, LONG_WORD_BYTES)
+    }
+    in_turns("one word ten times as long", longer, rounds)
+
+
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("text")
+    parser.add_argument("text", nargs="?")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--vocab_size", type=int, default=32000)
+    parser.add_argument(
+        "--words",
+        metavar="FOLDER",
+        help="only long words, with vocab.json and merges.txt in FOLDER",
+    )
     chosen = parser.parse_args(argv)
+    if chosen.words:
+        one_word(chosen.words, chosen.rounds)
+        return
     size = os.path.getsize(chosen.text)
     on_text = functools.partial(functools.partial, path=chosen.text)
     trained = {
@@ -163,6 +214,7 @@ def main(argv=None) -> None:
         }.items():  # fmt: skip
             bound = {name: on_text(f, folder=folder) for name, f in contestants.items()}
             in_turns(question, bound, chosen.rounds)
+        one_word(folder, chosen.rounds)
 
 
 def _save_vocabulary(path: str, vocab_size: int, folder: str) -> None:

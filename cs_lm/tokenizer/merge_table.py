@@ -1,6 +1,7 @@
 """`bpe.encode_word` for many words at a time: all words take their next merge together."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
 
@@ -8,7 +9,9 @@ from cs_lm.tokenizer.bpe import Pair, as_single_bytes
 
 _NO_RANK = np.iinfo(np.int32).max
 _BITS = 32
+_SECOND = (1 << _BITS) - 1
 _LEAST_SHARE = 1 / 64
+_WINDOWS_BYTES = 1 << 15
 
 
 class MergeTable:
@@ -32,6 +35,11 @@ class MergeTable:
         self._merged = np.array([symbol_of[a + b] for a, b in merges], np.int32)
         self._ids = np.array([ids.get(token, -1) for token in tokens], np.int32)
         self._tokens = tokens
+        # of pairs of bytes, which every word begins as: found without a search
+        self._byte_ranks = np.full(1 << 16, _NO_RANK, np.int32)
+        are_bytes = np.flatnonzero((pairs >> _BITS < 256) & ((pairs & _SECOND) < 256))
+        self._byte_ranks[pairs[are_bytes] >> _BITS << 8 | pairs[are_bytes] & _SECOND] = are_bytes
+        self._lengths = np.array([len(token) for token in tokens], np.int64)
 
     def encode_words(
         self, words: Sequence[bytes], bytes_at_once: int = 1 << 14
@@ -56,6 +64,55 @@ class MergeTable:
         symbols, _ = self._merge([word], _LEAST_SHARE)
         return [self._tokens[symbol] for symbol in symbols.tolist()]
 
+    def encode_windows(self, words: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids of all words, their lengths in bytes, and how many ids each word has."""
+        words_of: dict[bytes, int] = {}
+        places = [words_of.setdefault(word, len(words_of)) for word in words]
+        symbols, counts = [], []
+        for portion in _portions(list(words_of), _WINDOWS_BYTES):
+            found, num_symbols = self._merge(portion)
+            symbols.append(found)
+            counts.append(num_symbols)
+        if not words:
+            return np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.int64)
+        symbols, counts = np.concatenate(symbols), np.concatenate(counts)
+        if len(words_of) < len(words):
+            ends = np.cumsum(counts)
+            starts, counts = (ends - counts)[places], counts[places]
+            first = np.cumsum(counts) - counts
+            symbols = symbols[np.repeat(starts - first, counts) + np.arange(counts.sum())]
+        return self._ids[symbols], self._lengths[symbols], counts
+
+    def ids_of_bytes(self, symbols: np.ndarray) -> np.ndarray:
+        return self._ids[symbols]
+
+    def sure_borders(self, word: bytes) -> np.ndarray:
+        """Places in (0, n) that no merge crosses: none joins a token that ends in the byte before
+        with one that begins with the byte behind.
+        """
+        data = np.frombuffer(word, np.uint8).astype(np.int32)
+        return np.flatnonzero(~self._crossed[data[:-1] << 8 | data[1:]]) + 1
+
+    @cached_property
+    def _crossed(self) -> np.ndarray:
+        """For each two bytes, whether a merge puts one behind the other."""
+        last = np.array([token[-1] for token in self._tokens], np.int64)
+        first = np.array([token[0] for token in self._tokens], np.int64)
+        crossed = np.zeros(1 << 16, bool)
+        crossed[last[self._pairs >> _BITS] << 8 | first[self._pairs & _SECOND]] = True
+        return crossed
+
+    @cached_property
+    def is_proper(self) -> bool:
+        """Whether merges are as training finds them: each token made once, after its parts."""
+        made = {symbol: rank for rank, symbol in enumerate(self._merged.tolist())}
+        if len(made) != len(self._merged) or min(made, default=256) < 256:
+            return False
+        ranks = np.full(len(self._tokens), -1, np.int64)
+        ranks[self._merged] = np.arange(len(self._merged))
+        parts = np.stack((self._pairs >> _BITS, self._pairs & _SECOND))
+        return bool((ranks[parts] < self._ranks).all())
+
     def _merge(
         self, words: Sequence[bytes], least_share: float = 0.0
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -70,8 +127,8 @@ class MergeTable:
         is_last = np.zeros(len(symbols), bool)
         is_last[borders[1:] - 1] = True
         ranks = np.full(len(symbols), _NO_RANK, np.int32)  # of the pair that begins here
-        if len(symbols) and len(self._pairs):
-            self._look_up(np.arange(len(symbols)), symbols, is_last, ranks)
+        ranks[:-1] = self._byte_ranks[symbols[:-1] << 8 | symbols[1:]]
+        ranks[is_last] = _NO_RANK
         while len(symbols):
             best = np.minimum.reduceat(ranks, borders[:-1])
             best[best == _NO_RANK] = -1

@@ -1,11 +1,10 @@
 """Several processes encode the blocks of one text; the ids come back in its order."""
 
 from collections.abc import Iterable, Iterator
-from multiprocessing.queues import Queue
 
 import numpy as np
 
-from cs_lm.tokenizer.processes import WorkerGroup
+from cs_lm.tokenizer.processes import Results, Tasks, WorkerGroup
 from cs_lm.tokenizer.tokenizer import BPETokenizer
 
 
@@ -48,7 +47,7 @@ class ParallelEncoder:
                 num_given += 1
 
 
-def _encode(tasks: Queue, results: Queue, _index: int, tokenizer: BPETokenizer) -> None:
+def _encode(tasks: Tasks, results: Results, tokenizer: BPETokenizer) -> None:
     while (task := tasks.get()) is not None:
         index, block = task
         results.put((index, tokenizer.encode_block(block)))

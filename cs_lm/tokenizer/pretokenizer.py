@@ -27,6 +27,11 @@ def split_words(text: str) -> list[str]:
     return _WORDS.findall(text)
 
 
+def without_surrogates(text: str) -> str:
+    """Two that make a pair become its character, others U+FFFD: as tiktoken has it."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 class SpecialTokenSplitter:
     """Cuts text at special tokens; where several fit at one place, the longest wins.
 
@@ -44,6 +49,21 @@ class SpecialTokenSplitter:
     def split(self, text: str) -> list[str]:
         """Ordinary text at even places, special tokens at odd ones."""
         return self._pattern.split(text) if self._pattern else [text]
+
+    def watched(self, parts: Iterable[str]) -> Iterator[str]:
+        """The same parts. Raises: ValueError for a special token in them, also across two parts."""
+        longest = len(self._tokens[0]) if self._tokens else 1
+        before = ""
+        for part in parts:
+            seen = before + part
+            if self._pattern and (match := self._pattern.search(seen)):
+                raise ValueError(
+                    f"encode: the text holds the special token {match[0]!r}, which is not allowed "
+                    "here; pass it in allowed_special to encode it as one, or leave it out of "
+                    "disallowed_special to encode its letters"
+                )
+            before = seen[len(seen) - longest + 1 :] if longest > 1 else ""
+            yield part
 
     def safe_cut(self, text: str) -> int:
         """A position before which nothing can change, however the text goes on.

@@ -5,21 +5,26 @@ import hashlib
 import itertools
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from cs_lm.tokenizer import fast_bpe
 from cs_lm.tokenizer.bpe import Pair
 from cs_lm.tokenizer.byte_names import name_of_token, token_of_name
-from cs_lm.tokenizer.corpus_files import PathOrPaths
+from cs_lm.tokenizer.long_words import encode_long_word
 from cs_lm.tokenizer.merge_table import MergeTable
-from cs_lm.tokenizer.pretokenizer import SpecialTokenSplitter, split_words
-from cs_lm.tokenizer.text_source import Progress, TextSource, separator_for
-from cs_lm.tokenizer.word_counts import count_words
+from cs_lm.tokenizer.pretokenizer import (
+    SPLIT_PATTERN as GPT2_PATTERN,
+)
+from cs_lm.tokenizer.pretokenizer import (
+    SpecialTokenSplitter,
+    split_words,
+    without_surrogates,
+)
 from cs_lm.tokenizer.word_encoder import AtOnce, WordEncoder
 from cs_lm.whole_file import write_whole
 
@@ -34,59 +39,12 @@ MAX_WORDS = 1 << 17
 # Below this length, and for so many different words (13 MB), texts are encoded without arrays.
 SHORT_TEXT_CHARS = 1 << 10
 MAX_SHORT_WORDS = 1 << 16
-_LONG_WORD_BYTES = 1 << 12
+# From this length on, a word is encoded in windows (long_words.py).
+LONG_WORD_BYTES = 1 << 9
+_SHOWN_BYTES = 80
+Specials = Collection[str] | Literal["all"]
+chain = itertools.chain.from_iterable
 _IDS_AT_ONCE = 1 << 13  # in decoding: what they lead to stays in the processor's cache
-
-
-def train_bpe(
-    input_path: PathOrPaths | TextSource,
-    vocab_size: int,
-    special_tokens: Sequence[str] = (),
-    num_workers: int | None = None,
-    encoding_errors: str = "strict",
-    progress: Progress | None = None,
-) -> tuple[dict[int, bytes], list[Pair]]:
-    """The vocabulary and merges that byte-pair encoding learns from a text.
-
-    Ids 0 to 255 are the bytes, then the merged tokens in the order they were learnt, then the
-    special tokens. The result depends on nothing but the text, `vocab_size` and
-    `special_tokens`: not on the number of workers, nor on PYTHONHASHSEED. A text with too few
-    pairs gives a smaller vocabulary than asked.
-
-    input_path   a file, several, a folder, a pattern, or "-" for standard input: read as one text,
-                 with the first special token between two documents; or the source of a text
-    num_workers  processes that count words; None takes all cores for a text over 16 MiB, else 1
-    progress     called with a phase, what is done of it, its total and a remark
-    Raises: ValueError when vocab_size is below 256 + special tokens, or the file is empty or not
-    UTF-8; FileNotFoundError when it is missing.
-    """
-    special_tokens = list(dict.fromkeys(special_tokens))
-    least = 256 + len(special_tokens)
-    if vocab_size < least:
-        raise ValueError(
-            f"--vocab_size: got {vocab_size}, need at least {least} "
-            f"(256 bytes + {len(special_tokens)} special tokens); raise it"
-        )
-    source = input_path
-    if not isinstance(source, TextSource):
-        separator = separator_for(None, special_tokens)
-        source = TextSource(source, encoding_errors, separator=separator)
-    progress = progress or (lambda *_: None)
-    counts = count_words(
-        source.read(),
-        special_tokens,
-        source.num_workers(num_workers),
-        lambda num_different: progress(
-            "counting words, bytes read", source.bytes_read, source.total_bytes,
-            f"{source.position}{num_different:,} different words",
-        ),
-    )  # fmt: skip
-    merges = fast_bpe.train_merges(
-        counts, vocab_size - least, lambda done, wanted: progress("merging", done, wanted, "")
-    )
-    tokens = [bytes([byte]) for byte in range(256)] + [a + b for a, b in merges]
-    tokens += [token.encode("utf-8") for token in special_tokens]
-    return dict(enumerate(dict.fromkeys(tokens))), merges
 
 
 # Ids are places in a list: one id that is out of all proportion would take all memory.
@@ -100,9 +58,12 @@ class BPETokenizer:
     merges          pairs of tokens, earliest learnt first
     special_tokens  never split, never merged with text; one that is missing from the vocabulary
                     is appended to it; where several fit at one place, the longest wins
+    Threads may share a tokenizer.
     Raises: ValueError for two ids with the same bytes, a token without any, an id outside
     [0, MAX_VOCAB_SIZE), a merge outside the vocabulary or there twice.
     """
+
+    split_pattern = GPT2_PATTERN
 
     def __init__(
         self,
@@ -136,6 +97,7 @@ class BPETokenizer:
             if self._ranks.setdefault(pair, rank) != rank:
                 raise ValueError(f"merges: merge {rank} of {pair} stands there twice; need it once")
         self._splitter = SpecialTokenSplitter(self.special_tokens)
+        self._splitters: dict[frozenset[str], SpecialTokenSplitter] = {}  # for some of them
         # None behind the tokens, where negative ids would count from the end
         self._tokens = [*map(self.vocab.get, range(self.vocab_size)), *[None] * (1 << 17)]
         self._merges = MergeTable(self._ranks, self._ids)
@@ -150,7 +112,7 @@ class BPETokenizer:
 
     def __reduce__(self):
         """For another process, only what the rest follows from."""
-        return BPETokenizer, (self.vocab, self.merges, self.special_tokens)
+        return type(self), (self.vocab, self.merges, self.special_tokens)
 
     @classmethod
     def from_files(
@@ -221,7 +183,9 @@ class BPETokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over vocabulary, merges and special tokens: equal where all encodings are."""
+        """SHA-256 over vocabulary, merges, special tokens and split pattern: equal where all
+        encodings are.
+        """
         if self._fingerprint is None:
             digest = hashlib.sha256()
             for token_id, token in sorted(self.vocab.items()):
@@ -230,19 +194,45 @@ class BPETokenizer:
                 digest.update(b"%d:%s%d:%s" % (len(a), a, len(b), b))
             for special in sorted(t.encode("utf-8") for t in self.special_tokens):
                 digest.update(b"special %d:%s" % (len(special), special))
+            if self.split_pattern != GPT2_PATTERN:  # fingerprints are older than the choice
+                digest.update(b"pattern %s" % self.split_pattern.encode("utf-8"))
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
-    def encode(self, text: str) -> list[int]:
-        """The token ids of a text; `decode` gives the text back."""
+    def encode(
+        self,
+        text: str,
+        *,
+        allowed_special: Specials = "all",
+        disallowed_special: Specials = (),
+    ) -> list[int]:
+        """The token ids of a text; `decode` gives the text back.
+
+        allowed_special     special tokens that the text may hold: all by default, as in a corpus
+        disallowed_special  those that are an error; "all" is all that are not allowed
+        What merely spells a special token, and is in neither, is encoded as other text is. So a
+        chat encodes what a user typed with allowed_special=(), and tiktoken's own default is
+        allowed_special=(), disallowed_special="all".
+        Surrogates that make no pair become U+FFFD, as in tiktoken.
+        Raises: ValueError for a disallowed special token in the text.
+        """
+        splitter = self._splitter_for(allowed_special)
+        self._refuse_special([text], allowed_special, disallowed_special)
         if len(text) <= SHORT_TEXT_CHARS:
-            return self._encode_short(text)
-        return np.concatenate(list(self.encode_blocks([text]))).tolist()
+            try:
+                return self._encode_short(text, splitter)
+            except UnicodeEncodeError:
+                return self._encode_short(without_surrogates(text), splitter)
+        blocks = splitter.safe_blocks([text], BLOCK_CHARS)
+        return np.concatenate([self.encode_block(block, splitter) for block in blocks]).tolist()
 
     def encode_blocks(
         self, parts: Iterable[str], block_chars: int = BLOCK_CHARS
     ) -> Iterator[np.ndarray]:
-        """The ids (int32) of the joined parts, block by block, from a stream of any cutting."""
+        """The ids (int32) of the joined parts, block by block, from a stream of any cutting.
+
+        Special tokens are those of the tokenizer, all of them.
+        """
         yield from self.encode_each(self.safe_blocks(parts, block_chars))
 
     def encode_each(self, blocks: Iterable[str]) -> Iterator[np.ndarray]:
@@ -253,19 +243,59 @@ class BPETokenizer:
         """The joined parts in blocks that `encode_block` may encode one by one."""
         return self._splitter.safe_blocks(parts, block_chars)
 
-    def encode_iterable(self, iterable: Iterable[str]) -> Iterator[int]:
-        """The ids of `encode("".join(iterable))`, one by one.
+    def encode_iterable(
+        self,
+        iterable: Iterable[str],
+        *,
+        allowed_special: Specials = "all",
+        disallowed_special: Specials = (),
+    ) -> Iterator[int]:
+        """The ids of `encode("".join(iterable))` with the same settings, one by one.
 
         Cost: under 1 MB, however long the text; where the vocabulary does not know its alphabet
         and almost each byte is a token of its own, 2.5 MB.
         """
-        chain = itertools.chain.from_iterable
-        groups = _groups(self.safe_blocks(iterable, _STREAM_BLOCK_CHARS), _STREAM_BYTES)
-        encoded = (
-            self._words.encode(chain(map(self._segments, blocks)), _STREAM_AT_ONCE)
-            for blocks in groups
-        )
+        splitter = self._splitter_for(allowed_special)
+        parts = self._refuse_special(iterable, allowed_special, disallowed_special)
+        groups = _groups(splitter.safe_blocks(parts, _STREAM_BLOCK_CHARS), _STREAM_BYTES)
+        encoded = (self._encode_group(blocks, splitter) for blocks in groups)
         return chain(ids.tolist() for ids in chain(encoded))
+
+    def _encode_group(self, blocks: list[str], splitter: SpecialTokenSplitter) -> list[np.ndarray]:
+        def segments() -> Iterator[str | int]:
+            return chain(self._segments(block, splitter) for block in blocks)
+
+        try:
+            return self._words.encode(segments(), _STREAM_AT_ONCE)
+        except UnicodeEncodeError:
+            blocks[:] = map(without_surrogates, blocks)
+            return self._words.encode(segments(), _STREAM_AT_ONCE)
+
+    def _splitter_for(self, allowed: Specials) -> SpecialTokenSplitter:
+        """Raises: ValueError for what is no special token of this tokenizer."""
+        if allowed == "all":
+            return self._splitter
+        chosen = frozenset(allowed)
+        if chosen not in self._splitters:
+            unknown = sorted(chosen.difference(self._special_ids))
+            if unknown:
+                raise ValueError(
+                    f"allowed_special: got {unknown[0]!r}, need special tokens of the tokenizer: "
+                    f"{', '.join(self.special_tokens) or 'it has none'}"
+                )
+            self._splitters[chosen] = SpecialTokenSplitter(sorted(chosen))
+        return self._splitters[chosen]
+
+    def _refuse_special(
+        self, parts: Iterable[str], allowed: Specials, disallowed: Specials
+    ) -> Iterable[str]:
+        """The same parts, looked through. Of a list, at once; of another iterable, as it comes."""
+        if disallowed == "all":
+            disallowed = () if allowed == "all" else set(self.special_tokens) - set(allowed)
+        if not disallowed:
+            return parts
+        found = SpecialTokenSplitter(sorted(disallowed)).watched(parts)
+        return list(found) if isinstance(parts, list) else found
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids; bytes that are not UTF-8 become U+FFFD.
@@ -294,21 +324,25 @@ class BPETokenizer:
                     f"(0 to {self.vocab_size - 1}); was the text encoded with another tokenizer?"
                 ) from None
 
-    def encode_block(self, text: str) -> np.ndarray:
+    def encode_block(self, text: str, splitter: SpecialTokenSplitter | None = None) -> np.ndarray:
         """`encode` to an array (int32)."""
-        parts = self._words.encode(self._segments(text))
+        splitter = splitter or self._splitter
+        try:
+            parts = self._words.encode(self._segments(text, splitter))
+        except UnicodeEncodeError:
+            parts = self._words.encode(self._segments(without_surrogates(text), splitter))
         return np.concatenate(parts) if parts else np.zeros(0, np.int32)
 
-    def _segments(self, text: str) -> Iterator[str | int]:
+    def _segments(self, text: str, splitter: SpecialTokenSplitter) -> Iterator[str | int]:
         """Ordinary text, and ids in the place of special tokens."""
-        for place, segment in enumerate(self._splitter.split(text)):
+        for place, segment in enumerate(splitter.split(text)):
             if segment:
                 yield self._special_ids[segment] if place % 2 else segment
 
-    def _encode_short(self, text: str) -> list[int]:
+    def _encode_short(self, text: str, splitter: SpecialTokenSplitter) -> list[int]:
         """Word by word, by the pattern itself: quicker than arrays for a line or two."""
         ids: list[int] = []
-        for segment in self._segments(text):
+        for segment in self._segments(text, splitter):
             if isinstance(segment, int):
                 ids.append(segment)
                 continue
@@ -322,14 +356,22 @@ class BPETokenizer:
         return ids
 
     def _encode_word(self, word: bytes) -> list[int]:
-        if len(word) < _LONG_WORD_BYTES:
-            tokens = fast_bpe.encode_word(word, self._ranks)
-        else:
-            tokens = fast_bpe.merge_tokens(self._merges.begin_word(word), self._ranks)
+        if len(word) >= LONG_WORD_BYTES and self._merges.is_proper:
+            ids = encode_long_word(word, self._merges, self._encode_whole)
+            if ids.min() >= 0:
+                return ids.tolist()
+        return self._ids_of(fast_bpe.encode_word(word, self._ranks), word)
+
+    def _encode_whole(self, word: bytes) -> tuple[np.ndarray, np.ndarray]:
+        tokens = fast_bpe.merge_tokens(self._merges.begin_word(word), self._ranks)
+        lengths = np.array(list(map(len, tokens)), np.int64)
+        return np.array(self._ids_of(tokens, word), np.int32), lengths
+
+    def _ids_of(self, tokens: list[bytes], word: bytes) -> list[int]:
         try:
             return [self._ids[token] for token in tokens]
         except KeyError as error:
-            shown = word.decode("utf-8", "replace")
+            shown = word[:_SHOWN_BYTES].decode("utf-8", "replace")
             raise ValueError(
                 f"encode: byte {error.args[0]!r} of {shown!r} is not in the vocabulary; "
                 "need a vocabulary with all 256 bytes"

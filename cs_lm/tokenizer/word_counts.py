@@ -2,13 +2,11 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from multiprocessing import get_context
-from multiprocessing.queues import Queue
 
 import numpy as np
 
 from cs_lm.tokenizer.pretokenizer import SpecialTokenSplitter
-from cs_lm.tokenizer.processes import WorkerGroup
+from cs_lm.tokenizer.processes import Results, Tasks, WorkerGroup
 from cs_lm.tokenizer.word_borders import cut, word_slices
 from cs_lm.tokenizer.word_numbers import WordNumbers
 
@@ -82,22 +80,25 @@ def _count_in_processes(
     blocks: Iterable[str], special_tokens, num_workers: int, report: Report
 ) -> Counter[bytes]:
     """Each process takes blocks as it gets done with them, and gives its sum at the end."""
-    met = get_context("spawn").Array("q", num_workers, lock=False)
-    total: Counter[bytes] = Counter()
-    with WorkerGroup(num_workers, _work, special_tokens, met) as workers:
+    met, total, num_left = 0, Counter(), num_workers
+    with WorkerGroup(num_workers, _work, special_tokens) as workers:
         for block in blocks:
             workers.put(block)
-            report(max(met))
+            met = max([met, *workers.ready()])
+            report(met)
         for _ in range(num_workers):
             workers.put(None)
-        for _ in range(num_workers):
-            total.update(workers.get())
+        while num_left:
+            found = workers.get()
+            if isinstance(found, Counter):
+                total.update(found)
+                num_left -= 1
     return total
 
 
-def _work(tasks: Queue, results: Queue, index: int, special_tokens: Sequence[str], met) -> None:
+def _work(tasks: Tasks, results: Results, special_tokens: Sequence[str]) -> None:
     tally = WordTally(special_tokens)
     while (block := tasks.get()) is not None:
         tally.add(block)
-        met[index] = tally.num_different
+        results.put(tally.num_different)
     results.put(tally.counts())

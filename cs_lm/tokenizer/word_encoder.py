@@ -1,5 +1,6 @@
 """Ids of ordinary text, a block at a time: words are numbered, and each is encoded once."""
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -40,12 +41,14 @@ class WordEncoder:
     encode_word  ids of one word; raises ValueError for a byte that the vocabulary lacks
     max_words    different words remembered before all are forgotten, 8 or more; memory for them,
                  64 bytes each, is claimed at the start and never grows
+    Threads may share it: one encodes at a time.
     """
 
     def __init__(
         self, merges: MergeTable, encode_word: Callable[[bytes], list[int]], max_words: int
     ):
         self._merges, self._encode_word, self._max_words = merges, encode_word, max_words
+        self._lock = threading.Lock()
         self._numbers = WordNumbers(max_words)
         self._first = np.zeros(max_words, np.int32)
         self._length = np.zeros(max_words, np.int32)
@@ -62,11 +65,12 @@ class WordEncoder:
         The words of all texts are numbered before the new ones are encoded: the more of them there
         are, the less time each one takes.
         """
-        try:
-            return list(self._encode(segments, at_once))
-        except BaseException:  # an interrupt, too, may come between a number and its word
-            self._forget()
-            raise
+        with self._lock:
+            try:
+                return list(self._encode(segments, at_once))
+            except BaseException:  # an interrupt, too, may come between a number and its word
+                self._forget()
+                raise
 
     def _encode(self, segments: Iterable[str | int], at_once: AtOnce) -> Iterator[np.ndarray]:
         waiting = []

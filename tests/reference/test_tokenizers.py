@@ -1,6 +1,7 @@
 """Our tokenizer beside tiktoken and the tokenizers library, on GPT-2's vocabulary and real text."""
 
 import lzma
+import random
 
 import pytest
 
@@ -37,6 +38,30 @@ def test_equal_to_tiktoken(gpt2, shakespeare):
     )
     for text in (AWKWARD, shakespeare, "=" * 5000, " " * 5000, "北" * 3000):
         assert gpt2.encode(text) == theirs.encode(text, allowed_special="all")
+    for letters in ("0123456789", "ACGT", "etaoin", "".join(map(chr, range(0x4E00, 0x5E00)))):
+        word = "".join(random.Random(0).choices(letters, k=20_000))
+        assert gpt2.encode(word) == theirs.encode(word)
+
+
+def test_special_tokens_and_surrogates_as_tiktoken_has_them(gpt2):
+    tiktoken = pytest.importorskip("tiktoken", reason="tiktoken is not installed")
+    ranks = {token: i for i, token in gpt2.vocab.items() if token != END.encode()}
+    theirs = tiktoken.Encoding(
+        "gpt2", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={END: 50256}
+    )
+    for text in (AWKWARD, "a\ud800b\udc00", "\ud83d\ude42"):
+        for settings in (
+            {"allowed_special": "all"},
+            {"allowed_special": set(), "disallowed_special": ()},
+            {"allowed_special": {END}, "disallowed_special": "all"},
+        ):
+            expected = theirs.encode(text, **settings)
+            assert gpt2.encode(text, **settings) == expected
+            assert list(gpt2.encode_iterable([text], **settings)) == expected
+    settings = {"allowed_special": set(), "disallowed_special": "all"}
+    for one in (theirs, gpt2):
+        with pytest.raises(ValueError, match="endoftext"):
+            one.encode(AWKWARD, **settings)
 
 
 def test_tokenizers_reads_our_files(shakespeare, tmp_path):
