@@ -57,7 +57,8 @@ def waiting(num_tokens: int, is_prepared: bool):
     source = BatchSource(
         store, batch_size, sizes["context_length"], 0, "random", torch.device("cpu")
     )
-    batches = Prefetcher(source) if is_prepared else source
+    received = lambda copied: copied.received()  # noqa: E731
+    batches = Prefetcher(source.copied, received) if is_prepared else source
     batches(0)
 
     def timed() -> Found:

@@ -91,11 +91,14 @@ def write_bad_step(
     model: LanguageModel,
     loss_function: LossFunction,
     precision: AbstractContextManager,
+    seed: int,
 ) -> None:
     """Computes a step's micro-batches again and writes what came of each, layer by layer.
 
+    seed  what the step's dropout followed from
     The gradients that this leaves in the model are of no use.
     """
+    model.seed_dropout(seed)
     batches = []
     for number in batch_numbers:
         loss = gradients_of(model, [source(number)], loss_function, precision)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -83,20 +83,34 @@ def permuted(places: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarray:
     return values.astype(np.int64)
 
 
+class Copied(NamedTuple):
+    """Rows (B, T + 1) on their way to the device; `event` is None where they are there."""
+
+    rows: Tensor
+    event: torch.cuda.Event | None = None
+
+    def received(self) -> tuple[Tensor, Tensor]:
+        """x and y = x shifted by one, both (B, T), for the stream of whoever calls this.
+
+        The host does not wait: the stream does, before it uses them.
+        """
+        if self.event is not None:
+            stream = torch.cuda.current_stream(self.rows.device)
+            stream.wait_event(self.event)
+            self.rows.record_stream(stream)  # their memory is not given away before that
+        return self.rows[:, :-1], self.rows[:, 1:]
+
+
 def load_windows(
     tokens: Tokens, starts: np.ndarray, seq_length: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """x and y = x shifted by one, both (B, T) int64, from windows at the given positions.
+    """x and y = x shifted by one, both (B, T) int64, from windows at the given positions."""
+    return Copied(_windows(tokens, starts, seq_length).to(device)).received()
 
-    On CUDA the copy runs beside the computation, from pinned memory.
-    """
+
+def _windows(tokens: Tokens, starts: np.ndarray, seq_length: int) -> Tensor:
     windows = np.stack([tokens.load_by_range(s, s + seq_length + 1) for s in starts.tolist()])
-    rows = torch.from_numpy(windows.astype(np.int64))  # (B, T + 1)
-    if device.type == "cuda":
-        rows = rows.pin_memory().to(device, non_blocking=True)
-    else:
-        rows = rows.to(device)
-    return rows[:, :-1], rows[:, 1:]
+    return torch.from_numpy(windows.astype(np.int64))  # (B, T + 1)
 
 
 def seed_of_step(seed: int, step: int) -> int:
@@ -119,21 +133,42 @@ class BatchSource:
         self._tokens, self._seq_length, self._device = tokens, seq_length, device
         # a batch's number -> where its windows begin
         self.starts = SAMPLERS[sampling](tokens, batch_size, seq_length, seed)
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, index: int) -> tuple[Tensor, Tensor]:
-        return load_windows(self._tokens, self.starts(index), self._seq_length, self._device)
+        return self.copied(index).received()
+
+    def copied(self, index: int) -> Copied:
+        """For any thread. On CUDA the copy runs beside the computation, from pinned memory, on a
+        stream of its own.
+        """
+        rows = _windows(self._tokens, self.starts(index), self._seq_length)
+        if self._stream is None:
+            return Copied(rows.to(self._device))
+        # a thread begins with device 0 as its own, whatever the run's is
+        with torch.cuda.device(self._stream.device), torch.cuda.stream(self._stream):
+            rows = rows.pin_memory().to(self._stream.device, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record(self._stream)
+        return Copied(rows, event)
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
 
 
 class Prefetcher(Generic[Item]):
     """The function of a number, whose next value a thread prepares while this one is used.
 
     Any number may be asked for; only the one after the last asked is ready already.
+
+    receive  what whoever asks makes of a value, in their own thread
     """
 
-    def __init__(self, function: Callable[[int], Item]):
-        self._function = function
+    def __init__(self, function: Callable[[int], Any], receive: Callable[[Any], Item] = _as_it_is):
+        self._function, self._receive = function, receive
         self._worker = ThreadPoolExecutor(1, "prefetch")
-        self._next: tuple[int, Future[Item]] | None = None
+        self._next: tuple[int, Future] | None = None
 
     def __call__(self, index: int) -> Item:
         """Raises: what the function raises for the index."""
@@ -143,4 +178,13 @@ class Prefetcher(Generic[Item]):
         else:
             item = self._function(index)
         self._next = index + 1, self._worker.submit(self._function, index + 1)
-        return item
+        return self._receive(item)
+
+
+def steps_ahead(source: BatchSource, grad_accum: int) -> Prefetcher[list[tuple[Tensor, Tensor]]]:
+    """Step number -> its micro-batches; those of the next step are prepared meanwhile."""
+
+    def copied(step: int) -> list[Copied]:
+        return [source.copied(step * grad_accum + index) for index in range(grad_accum)]
+
+    return Prefetcher(copied, lambda batches: [batch.received() for batch in batches])

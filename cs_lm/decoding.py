@@ -9,8 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from cs_lm.errors import UserError
 from cs_lm.language_model import LanguageModel, evaluating, new_cache
-from cs_lm.ops import linear, softmax
+from cs_lm.ops import softmax
 from cs_lm.settings import setting
 
 
@@ -165,7 +166,11 @@ class _Reader:
             is_real = torch.arange(end) >= padding  # (B, S)
             mask = is_real.unsqueeze(1).expand(-1, ids.shape[1], -1).to(device)  # (B, T, S)
         hidden = self._model.hidden_states(ids.to(device), positions, mask, self._cache)
-        return linear(hidden[:, -1], self._model.head_weight)  # (B, V)
+        return self._model.scores_of(hidden[:, -1])  # (B, V)
+
+
+class NotANumberError(UserError):
+    """What a model with weights that are not finite makes of any text."""
 
 
 @torch.inference_mode()
@@ -198,6 +203,8 @@ def token_steps(
     for _ in range(config.max_new_tokens):
         with evaluating(model):
             scores = reader.scores(rows).float().cpu()
+        if scores.isnan().any():
+            raise NotANumberError("the model's scores are not numbers (NaN)")
         if usable_ids is not None:
             scores = scores.masked_fill(~usable_ids, -math.inf)
         new_ids: list[int | None] = []

@@ -35,14 +35,14 @@ class _Block(torch.autograd.Function):
         wq, wk, wv, wo, w1, w2, w3 = weights
         rows = x.reshape(-1, x.shape[-1])
         split = (-1, x.shape[-2], num_heads, x.shape[-1] // num_heads)  # B, T, H, K
-        normal, scale1 = normalise(rows, eps)
+        normal, scale1 = normalise(rows, eps[0])
         h = normal.mul_(ln1).to(dtype)
         q, k, v = (_heads(h @ weight.T, split) for weight in (wq, wk, wv))
         q, k = (_turn(head, rotation, head.new_empty(head.shape)) for head in (q, k))
         v = v.contiguous()
         attended, log_normaliser = attention_forward(q, k, v, None, True)
         middle = _add_product(rows, _rows(attended), wo)
-        normal, scale2 = normalise(middle, eps)
+        normal, scale2 = normalise(middle, eps[1])
         h = normal.mul_(ln2).to(dtype)
         gate, value, hidden = swiglu(h, w1, w3)
         output = _add_product(middle, hidden, w2)
@@ -118,12 +118,13 @@ def transformer_block(
     cos: Tensor,
     sin: Tensor,
     num_heads: int,
-    eps: float,
+    eps: tuple[float, float],
     gains: tuple[Tensor, Tensor],
     weights: tuple[Tensor, ...],
 ) -> Tensor:
     """x + attention, plus SwiGLU of that, each of the RMS-normalised stream; causal.
 
+    eps      of the two norms
     gains    of the two norms, (D) each
     weights  wq, wk, wv, wo (D, D), w1 (F, D), w2 (D, F), w3 (F, D)
     Shapes: x (..., T, D), cos and sin (T, K/2), returns like x

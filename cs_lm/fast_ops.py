@@ -141,7 +141,8 @@ def swiglu(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
     x, w1, w2, w3 = as_autocast(x, w1, w2, w3)
     if not torch.is_grad_enabled():
         return gradients.swiglu(x, w1, w3)[-1] @ w2.T
-    return _SwiGLU.apply(x.reshape(-1, x.shape[-1]), w1, w2, w3).view(*x.shape[:-1], -1)
+    rows = _SwiGLU.apply(x.reshape(-1, x.shape[-1]), w1, w2, w3)
+    return rows.view(*x.shape[:-1], len(w2))
 
 
 # Scores that exist at one time (64 MB in float32): as many rows of them as products need to be
@@ -154,7 +155,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, ignore_index, with_gradients):
-        rows = min(max(1, _BLOCK_SCORES // weight.shape[0]), len(x))
+        rows = max(1, min(_BLOCK_SCORES // weight.shape[0], len(x)))
         wide = torch.promote_types(x.dtype, torch.float32)
         loss_sum = torch.zeros((), dtype=wide, device=x.device)
         grad_x = torch.empty_like(x) if with_gradients else None
@@ -264,10 +265,11 @@ def attention(
 ) -> Tensor:
     """`ops.attention` without holding (T, S) scores, and without computing masked tiles.
 
-    q, k and v have the same leading axes. Where the weights are to be changed (`drop`), and for
-    queries before the first key, it is `ops.attention`.
+    q, k and v have the same leading axes. Where the weights are to be changed (`drop`), for
+    queries before the first key, and where there is nothing, it is `ops.attention`.
     """
-    if drop is not None or (causal and k.shape[-2] < q.shape[-2]):
+    is_empty = not q.numel() or not k.numel()
+    if drop is not None or is_empty or (causal and k.shape[-2] < q.shape[-2]):
         return CLEAR.attention(q, k, v, mask, causal, drop)
     q, k, v = as_autocast(q, k, v)
     if q.shape[-2] == 1 and not torch.is_grad_enabled():

@@ -80,7 +80,8 @@ def gelu(x: Tensor) -> Tensor:
     """`ops.gelu` as x s, with s the sigmoid of twice what the tanh is of: (1 + tanh u) / 2."""
     output = torch.empty_like(x)
     for part, out in cached_parts(x, output):
-        torch.mul(_twice_argument(part, GELU_CUBIC).sigmoid_(), part, out=out)
+        wide = at_least_float32(part)
+        torch.mul(_twice_argument(wide, GELU_CUBIC).sigmoid_(), wide, out=out)
     return output
 
 
@@ -91,6 +92,7 @@ def gelu_backward(x: Tensor, grad: Tensor) -> Tensor:
     """
     grad_x = torch.empty_like(x)
     for part, of_part, out in cached_parts(x, grad, grad_x):
+        part = at_least_float32(part)
         sigmoid = _twice_argument(part, GELU_CUBIC).sigmoid_()
         spread = sigmoid.addcmul(sigmoid, sigmoid, value=-1)
         slope = sigmoid.addcmul_(spread, _twice_argument(part, 3 * GELU_CUBIC))

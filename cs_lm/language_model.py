@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from cs_lm.config import GPT2Config, ModelConfig
 from cs_lm.kv_cache import KVCache, positions_after
-from cs_lm.ops import IGNORE_INDEX, Ops, linear
+from cs_lm.layers import is_product
+from cs_lm.ops import IGNORE_INDEX, Ops, cross_entropy, linear
 from cs_lm.recompute import recomputed
 
 
@@ -83,7 +84,15 @@ class LanguageModel(nn.Module):
         cache: KVCache | None = None,
     ) -> Tensor:
         """Scores of the next token at every position: (..., T) ids to (..., T, V)."""
-        return linear(self.hidden_states(token_ids, token_positions, mask, cache), self.head_weight)
+        return self.scores_of(self.hidden_states(token_ids, token_positions, mask, cache))
+
+    def scores_of(self, hidden: Tensor) -> Tensor:  # (..., D) -> (..., V)
+        return linear(hidden, self.head_weight) if self.has_plain_head else self.lm_head(hidden)
+
+    @property
+    def has_plain_head(self) -> bool:
+        """Whether the scores are a product with `head_weight`, and nothing besides."""
+        return self.lm_head is None or is_product(self.lm_head)
 
 
 @contextmanager
@@ -102,6 +111,8 @@ def next_token_loss(
 ) -> tuple[Tensor, Tensor]:
     """`cross_entropy` of the targets y (..., T) given x (..., T): sum [nats] and count."""
     hidden = model.hidden_states(x)
+    if not model.has_plain_head:
+        return cross_entropy(model.scores_of(hidden), y, ignore_index)
     return model.ops.linear_cross_entropy(hidden, model.head_weight, y, ignore_index)
 
 

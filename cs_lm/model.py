@@ -8,15 +8,26 @@ from cs_lm.fast_block import transformer_block
 from cs_lm.fast_ops import FAST
 from cs_lm.kv_cache import KVCache
 from cs_lm.language_model import LanguageModel
-from cs_lm.layers import Embedding, Linear, MultiHeadSelfAttention, RMSNorm, RoPE, Rotation, SwiGLU
+from cs_lm.layers import (
+    Embedding,
+    Linear,
+    MultiHeadSelfAttention,
+    RMSNorm,
+    RoPE,
+    Rotation,
+    SwiGLU,
+    is_product,
+    is_untouched,
+)
 from cs_lm.ops import Ops
 
 
 class TransformerBlock(nn.Module):
     """Pre-norm block: attention, then feed-forward, each added to the residual stream.
 
-    In training on FAST it runs as one operation and does not call its layers; for hooks on them, or
-    layers of another kind, set `as_one` to False.
+    In training on FAST it runs as one operation and does not call its layers, as long as they are
+    as they were made: with a bias, a hook, another forward or another class among them, each layer
+    is called. `as_one` False: always.
     """
 
     def __init__(self, config: ModelConfig, ops: Ops = FAST, generator=None, device=None):
@@ -36,19 +47,35 @@ class TransformerBlock(nn.Module):
         layer: int = 0,
     ) -> Tensor:  # (..., T, D) -> (..., T, D)
         plain = mask is None and cache is None and rotation[0].dim() == 2
-        if self.as_one and plain and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        learning = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if self.as_one and plain and learning and x.numel() and self._is_as_made():
             return self._as_one(x, rotation)
         x = x + self.attn(self.ln1(x), rotation, mask, cache, layer)
         return x + self.ffn(self.ln2(x))
 
+    def _is_as_made(self) -> bool:
+        """Whether calling the layers one by one would compute what `_as_one` does."""
+        own = self._modules
+        if any(type(own.get(name)) is not kind for name, kind in _PARTS.items()):
+            return False
+        projections = [own[name]._modules.get(part) for name, part in _PROJECTIONS]
+        return (
+            all(map(is_product, projections))
+            and all(map(is_untouched, own.values()))
+            and all(own[name].ops is FAST for name in _PARTS)
+        )
+
     def _as_one(self, x: Tensor, rotation: Rotation) -> Tensor:
-        attn, ffn = self.attn, self.ffn
-        layers = (
-            attn.q_proj, attn.k_proj, attn.v_proj, attn.output_proj, ffn.w1, ffn.w2, ffn.w3,
-        )  # fmt: skip
-        weights = tuple(layer.weight for layer in layers)
-        gains = self.ln1.weight, self.ln2.weight
-        return transformer_block(x, *rotation, attn.num_heads, self.ln1.eps, gains, weights)
+        weights = tuple(self._modules[name]._modules[part].weight for name, part in _PROJECTIONS)
+        gains, eps = (self.ln1.weight, self.ln2.weight), (self.ln1.eps, self.ln2.eps)
+        return transformer_block(x, *rotation, self.attn.num_heads, eps, gains, weights)
+
+
+_PARTS = {"ln1": RMSNorm, "attn": MultiHeadSelfAttention, "ln2": RMSNorm, "ffn": SwiGLU}
+_PROJECTIONS = (
+    *(("attn", part) for part in ("q_proj", "k_proj", "v_proj", "output_proj")),
+    *(("ffn", part) for part in ("w1", "w2", "w3")),
+)
 
 
 class TransformerLM(LanguageModel):

@@ -30,7 +30,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if bias is None:
         return x @ weight.T
     rows = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight.T)
-    return rows.view(*x.shape[:-1], -1)
+    return rows.view(*x.shape[:-1], len(weight))
 
 
 def embedding(token_ids: Tensor, weight: Tensor) -> Tensor:
@@ -39,7 +39,8 @@ def embedding(token_ids: Tensor, weight: Tensor) -> Tensor:
     Shapes: token_ids (...) int64, weight (V, D), returns (..., D)
     Raises: IndexError (on CPU) for an id outside [0, V).
     """
-    return weight.index_select(0, token_ids.reshape(-1)).reshape(*token_ids.shape, -1)
+    rows = weight.index_select(0, token_ids.reshape(-1))
+    return rows.view(*token_ids.shape, weight.shape[-1])
 
 
 def silu(x: Tensor) -> Tensor:
@@ -54,6 +55,8 @@ def softmax(x: Tensor, dim: int = -1) -> Tensor:
     least 1; the clamps only matter for the row of -inf. Same shape and dtype as x.
     """
     scores = _at_least_float32(x)
+    if not x.shape[dim]:  # no maximum
+        return x.clone()
     peak = scores.detach().amax(dim, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
     weights = torch.exp(scores - peak)
     return (weights / weights.sum(dim, keepdim=True).clamp(min=1.0)).to(x.dtype)
@@ -175,11 +178,15 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 def gelu(x: Tensor) -> Tensor:
     """x times the probability that a normal number is below it, elementwise, as GPT-2 has it.
 
-        x / 2 * (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))
+        x / 2 * (1 + tanh(u))  =  x sigmoid(2 u)        with u = sqrt(2 / pi) (x + 0.044715 x^3)
 
     Source: Hendrycks and Gimpel 2016; within 5e-4 of x Phi(x) with the normal distribution Phi.
+    Numerics: float32 inside. The sigmoid stays exact where 1 + tanh(u) cancels, at negative x:
+    in bfloat16 nothing is left of it from -3 on.
     """
-    return 0.5 * x * (1 + torch.tanh(GELU_SLOPE * (x + GELU_CUBIC * x * x * x)))
+    wide = _at_least_float32(x)
+    u = GELU_SLOPE * (wide + GELU_CUBIC * wide * wide * wide)
+    return (wide * torch.sigmoid(2 * u)).to(x.dtype)
 
 
 def dropout(x: Tensor, kept: Tensor, probability: float) -> Tensor:

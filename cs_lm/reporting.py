@@ -1,14 +1,20 @@
 """What a run says of itself when it begins and when it is done."""
 
 import shlex
+from collections.abc import Callable
 from typing import Any
 
 from cs_lm.config import RunConfig
 from cs_lm.counts import num_parameters
+from cs_lm.decoding import DecodingConfig, NotANumberError, generate_text
 from cs_lm.evaluation import described, gzip_bits_per_byte
+from cs_lm.language_model import LanguageModel
 from cs_lm.plots import plotted
 from cs_lm.prepare import PreparedData
 from cs_lm.run_folder import RunFolder
+from cs_lm.tokenizer import BPETokenizer
+
+SAMPLE_TOKENS = 80
 
 
 def opening_line(config: RunConfig, begins: str, where: str, steps: tuple[int, int]) -> str:
@@ -18,6 +24,23 @@ def opening_line(config: RunConfig, begins: str, where: str, steps: tuple[int, i
         f"{begins}: {num_parameters(config.model) / 1e6:.2f} M parameters on {where}, "
         f"{config.ops} ops; steps {first} to {last} of {config.tokens_per_step:,} tokens"
     )
+
+
+def sample_text(
+    model: LanguageModel,
+    tokenizer: BPETokenizer,
+    prompt: str,
+    seed: int,
+    check: Callable[[], None],
+) -> tuple[str | None, str]:
+    """What the model writes after the prompt, or None, and why not; `check` is called for each part
+    that is certain.
+    """
+    choice = DecodingConfig(max_new_tokens=SAMPLE_TOKENS, seed=seed)
+    try:
+        return generate_text(model, tokenizer, [prompt], choice, lambda *_: check())[0], ""
+    except NotANumberError as error:  # finite weights whose products are not
+        return None, str(error)
 
 
 def closing_lines(

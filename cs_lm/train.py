@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from cs_lm.bad_numbers import BadNumbers, StepFlags, advice, are_finite, write_bad_step
-from cs_lm.batches import BatchSource, Prefetcher, seed_of_step
+from cs_lm.batches import BatchSource, seed_of_step, steps_ahead
 from cs_lm.build_model import build_model
 from cs_lm.checkpoint import checkpoint_content, restore
 from cs_lm.checkpoint_manager import BackgroundSaver
 from cs_lm.compiling import Compiled
 from cs_lm.config import OF_ONE_CALL, RunConfig
 from cs_lm.counts import num_parameters
-from cs_lm.decoding import DecodingConfig, generate_text
 from cs_lm.device import describe, keep_freed_memory, measured_speed, resolve_device, versions
 from cs_lm.evaluation import Evaluation, evaluate, token_byte_lengths
 from cs_lm.fast_ops import OPS
@@ -34,16 +33,15 @@ from cs_lm.metrics import (
 from cs_lm.optim import AdamW, parameter_groups
 from cs_lm.plots import plotted
 from cs_lm.prepare import PreparedData
-from cs_lm.reporting import closing_lines, opening_line
+from cs_lm.reporting import closing_lines, opening_line, sample_text
 from cs_lm.run_folder import RunFolder
 from cs_lm.schedule import learning_rate, num_training_steps
 from cs_lm.settings import from_json, to_json
 from cs_lm.speed import SpeedMeter
 from cs_lm.stop_signals import Stopped, StopSignals
 from cs_lm.token_store import Tokens
-from cs_lm.training_step import Batch, LossFunction, autocast, train_step
+from cs_lm.training_step import LossFunction, autocast, train_step
 
-SAMPLE_TOKENS = 80
 NOT_SAVED = 4  # exit status
 
 
@@ -78,7 +76,7 @@ class Trainer:
             data.train, config.batch_size, config.seq_length, config.seed, config.data.sampling,
             self.device,
         )  # fmt: skip
-        self.batches_of_step = Prefetcher(self._batches_of_step)
+        self.batches_of_step = steps_ahead(self.batch, config.grad_accum)
         self.num_steps = num_training_steps(config, len(data.train))
         self.precision = autocast(self.device, config.dtype)
         self.loss_function: LossFunction = next_token_loss
@@ -246,10 +244,6 @@ class Trainer:
 
     # ---- one step and what follows it ----
 
-    def _batches_of_step(self, step: int) -> list[Batch]:
-        first = step * self.config.grad_accum
-        return [self.batch(index) for index in range(first, first + self.config.grad_accum)]
-
     def _one_step(self) -> None:
         config = self.config
         self.lr = learning_rate(self.step, self.num_steps, config.optim)
@@ -318,7 +312,7 @@ class Trainer:
             with suppress(OSError):  # what a full disk does not take is no reason to lose the run
                 write_bad_step(
                     path, step + 1, self.lr, self.batch, numbers, self.model, self.loss_function,
-                    self.precision,
+                    self.precision, seed_of_step(self.config.seed, step),
                 )  # fmt: skip
             self.say(f"step {step + 1} | loss or gradient is not finite: left out; see {path}")
             self.log.write("bad_step", step=step + 1, file=path.name)
@@ -389,11 +383,13 @@ class Trainer:
         return is_best and self.saver.save_best(self.step, loss, self.measure)
 
     def _sample(self) -> None:
-        choice = DecodingConfig(max_new_tokens=SAMPLE_TOKENS, seed=self.config.seed)
-        prompt, look = self.config.prompt, lambda *_: self.signals.check()
-        text = generate_text(self.model, self.data.tokenizer, [prompt], choice, look)[0]
-        self._record("sample", prompt=prompt, text=text)
-        self.say(f"step {self.step} | sample: {prompt}{text}\n")
+        prompt = self.config.prompt
+        text, problem = sample_text(
+            self.model, self.data.tokenizer, prompt, self.config.seed, self.signals.check
+        )
+        if text is not None:
+            self._record("sample", prompt=prompt, text=text)
+        self.say(f"step {self.step} | sample: {problem or prompt + text}\n")
 
     def _record(self, kind: str, **values: Any) -> None:
         self.log.write(kind, step=self.step, tokens=self.trained_tokens, **values)

@@ -14,7 +14,7 @@ import torch
 
 from cs_lm.cli.errors import print_error, readable_errors, say_on_stderr
 from cs_lm.config import DTYPES
-from cs_lm.decoding import DecodingConfig, generate_text
+from cs_lm.decoding import DecodingConfig, NotANumberError, generate_text
 from cs_lm.device import resolve_device
 from cs_lm.errors import UserError
 from cs_lm.flags import parse_config
@@ -64,8 +64,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     trained = load_trained(
         folder, config.checkpoint, device, getattr(torch, config.dtype), say_on_stderr
     )
+    try:
+        return _answer(trained, prompt, config.decoding)
+    except NotANumberError as error:
+        raise UserError(
+            f"--checkpoint: got {config.checkpoint}, step {trained.iteration} in {config.out_dir!r}: "
+            f"{error}; try another one"
+        ) from None
+
+
+def _answer(trained: TrainedModel, prompt: str | None, decoding: DecodingConfig) -> int:
     if prompt is not None:
-        _write(trained, prompt, config.decoding)
+        _write(trained, prompt, decoding)
         return 0
     print("prompt, then Enter; Ctrl-C ends an answer, an empty line all", file=sys.stderr)
     while line := _ask():
@@ -74,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         try:
             with stopping_at_once():
-                _write(trained, line, config.decoding)
+                _write(trained, line, decoding)
         except Stopped as stopped:
             if stopped.number != signal.SIGINT:
                 raise

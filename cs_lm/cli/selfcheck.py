@@ -99,7 +99,7 @@ def _checks(normal, generator: torch.Generator, device: torch.device) -> Iterato
     gains, squares = [gain, normal(D)], [normal(D, D) / 8 for _ in range(4)]
     yield Check(
         "fast block",
-        lambda a, *p: transformer_block(a, *rotation, H, 1e-5, p[:2], p[2:]),
+        lambda a, *p: transformer_block(a, *rotation, H, (1e-5, 1e-5), p[:2], p[2:]),
         lambda a, *p: _torch_block(a, rotation, *p),
         [x, *gains, *squares, *swiglu_weights],
     )

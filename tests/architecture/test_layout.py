@@ -18,7 +18,7 @@ FLOORS = {
     "stop_signals": 0, "compiling": 0, "locks": 0, "errors": 0,
     "config": 1, "flags": 1, "manifest": 1, "gradients": 1, "weight_init": 1, "kv_cache": 1,
     "tokenizer": 1,
-    "tiled_attention": 2, "language_model": 2, "dropout": 2, "counts": 2, "store_writer": 2,
+    "tiled_attention": 2, "language_model": 3.5, "dropout": 2, "counts": 2, "store_writer": 2,
     "checkpoint": 2,
     "fast_ops": 3, "fast_block": 3, "layers": 3, "schedule": 3, "speed": 3, "cache": 3,
     "checkpoint_manager": 3, "token_store": 3,

@@ -69,7 +69,7 @@ def test_gradients_are_the_numeric_ones(generator):
     layers += block.ffn.w1, block.ffn.w2, block.ffn.w3
 
     def operation(x, *parameters):
-        return transformer_block(x, *rotation, H, 1e-5, parameters[:2], parameters[2:])
+        return transformer_block(x, *rotation, H, (1e-5, 1e-5), parameters[:2], parameters[2:])
 
     inputs = (x, *gains, *(layer.weight for layer in layers))
     assert torch.autograd.gradcheck(operation, inputs, fast_mode=True)

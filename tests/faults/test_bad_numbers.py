@@ -3,14 +3,25 @@
 import json
 import math
 import re
+from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 
+from cs_lm.bad_numbers import write_bad_step
+from cs_lm.batches import BatchSource
+from cs_lm.build_model import build_model
+from cs_lm.checkpoint import checkpoint_content
+from cs_lm.cli.commands import main as command
+from cs_lm.config import GPT2Config
+from cs_lm.fast_ops import OPS
 from cs_lm.language_model import next_token_loss
 from cs_lm.metrics import MetricsLog, SpikeMark
 from cs_lm.run_folder import RunFolder
-from cs_lm.settings import replace
+from cs_lm.settings import replace, to_json
+from cs_lm.token_store import ArrayTokens
+from cs_lm.training_step import gradients_of
 from tests.faults.tiny_run import BAD_NUMBERS, CONFIG, assert_same_run, prepared, trainer_of
 
 CONFIG = replace(CONFIG, {"max_steps": 12, "grad_accum": 2, "eval_interval": 0})
@@ -102,6 +113,41 @@ def test_what_is_written_out_and_the_replay(work):
     assert run(trainer_of(work / "run", data, CONFIG))[0] == 0
     assert run(trainer_of(work / "quiet", data, CONFIG))[0] == 0
     assert_same_run(work / "quiet", work / "run")
+
+
+def test_the_replay_drops_what_the_step_dropped(work):
+    """Each micro-batch again with its own dropout: the same losses, whatever came in between."""
+    config = GPT2Config(d_model=12, num_heads=2, d_ff=20, vocab_size=40, num_layers=2,
+                        context_length=8, drop_rate=0.4)  # fmt: skip
+    model = build_model(config, OPS["fast"], torch.Generator().manual_seed(0))
+    source = BatchSource(ArrayTokens(np.arange(400) % 40), 2, 8, 0, "random", torch.device("cpu"))
+    model.seed_dropout(77)
+    losses = [gradients_of(model, [source(number)]).item() for number in (4, 5, 6)]
+    gradients_of(model, [source(9)])
+    path = work / "bad.json"
+    write_bad_step(path, 2, 0.1, source, [4, 5, 6], model, next_token_loss, nullcontext(), 77)
+    found = json.loads(path.read_text(encoding="utf-8"))["batches"]
+    assert [batch["loss_nats"] for batch in found] == losses
+
+
+def test_scores_that_are_no_numbers_name_the_checkpoint(work, capsys):
+    data = prepared(work, CONFIG)
+    trainer = trainer_of(work / "run", data, replace(CONFIG, {"max_steps": 3}))
+    assert trainer.fit() == 0
+    with torch.no_grad():
+        trainer.model.ln_final.weight[3] = math.nan
+    content = checkpoint_content(
+        trainer.model, trainer.optimizer, 4, config=to_json(trainer.config), elapsed_s=0.0,
+        tokenizer_fingerprint=data.tokenizer.fingerprint, trained_tokens=0,
+    )  # fmt: skip
+    RunFolder(work / "run").checkpoints.save(content)
+    argv = ["generate", "--out_dir", "run", "--prompt", "The cat", "--checkpoint", "last"]
+    assert command(argv) == 2
+    shown = capsys.readouterr().err
+    assert "not numbers (NaN)" in shown and "step 4 in 'run'" in shown and "--checkpoint" in shown
+    trainer.config = replace(trainer.config, {"prompt": "The cat"})
+    trainer._sample()
+    assert "sample: the model's scores are not numbers" in capsys.readouterr().out
 
 
 def test_skip_leaves_the_step_out_and_goes_on(work, capsys):

@@ -10,6 +10,7 @@ import torch
 
 from cs_lm.batches import (
     BatchSource,
+    Copied,
     Prefetcher,
     epoch_starts,
     load_windows,
@@ -230,6 +231,40 @@ def test_too_few_tokens(sampling):
 def test_batches_reach_cuda():
     x, y = BatchSource(ArrayTokens(np.arange(50)), 2, 7, 0, "random", torch.device("cuda"))(0)
     assert x.device.type == "cuda" and torch.equal(y, x + 1)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 1, reason="no CUDA device here")
+def test_a_thread_copies_to_the_run_s_device_beside_its_work():
+    """Nothing waits: what is asked for is used by the stream that asks, after the copy."""
+    device = torch.device("cuda", torch.cuda.device_count() - 1)  # not always a thread's own
+    source = BatchSource(ArrayTokens(np.arange(100_000)), 64, 1000, 0, "random", device)
+    batches = Prefetcher(source.copied, lambda copied: copied.received())
+    matrix = torch.ones(2048, 2048, device=device)
+    for index in range(20):
+        for _ in range(5):
+            matrix @ matrix  # the stream has work to do
+        x, y = batches(index)
+        assert x.device == device and x.is_cuda
+        expected = BatchSource(ArrayTokens(np.arange(100_000)), 64, 1000, 0, "random", CPU)(index)
+        assert torch.equal(x.cpu(), expected[0]) and torch.equal(y.cpu(), expected[1])
+
+
+def test_what_is_received_waits_for_its_event(monkeypatch):
+    """On a machine without CUDA, with a stream that only tells what it was asked."""
+    told = []
+
+    class Stream:
+        def wait_event(self, event):
+            told.append(event)
+
+    rows = torch.arange(6).view(2, 3)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda _rows, stream: told.append("kept"))
+    x, y = Copied(rows, "copied").received()
+    assert told == ["copied", "kept"] and x.tolist() == [[0, 1], [3, 4]]
+    assert y.tolist() == [[1, 2], [4, 5]]
+    Copied(rows).received()
+    assert len(told) == 2
 
 
 def test_a_store_that_was_replaced_is_not_read_as_the_old_one(tmp_path):

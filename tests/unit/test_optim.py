@@ -223,3 +223,20 @@ class Gate(torch.Tensor):
 
 def gate(value):
     return torch.tensor(value).as_subclass(Gate)
+
+
+@pytest.mark.parametrize("numel", [1000, 1 << 16, 4_000_001, 40_000_000])
+def test_the_norm_of_many_numbers(numel):
+    """Within 1e-6, however many squares are summed."""
+    parameter = torch.zeros(numel)
+    parameter.grad = torch.full((numel,), 0.1)
+    parameter.grad[::3] = -0.3
+    exact = parameter.grad.double().square().sum().sqrt().item()
+    assert abs(clip_gradients([parameter], float("inf")).item() / exact - 1) < 1e-6
+
+
+def test_the_norm_of_a_gradient_that_does_not_lie_in_order():
+    parameter = torch.zeros(300, 700)
+    parameter.grad = torch.arange(210_000.0).view(700, 300).T
+    exact = parameter.grad.double().square().sum().sqrt().item()
+    assert abs(clip_gradients([parameter], float("inf")).item() / exact - 1) < 1e-6
