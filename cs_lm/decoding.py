@@ -30,6 +30,10 @@ class DecodingConfig:
         None, "the penalty looks back this far; default: everything", "tokens"
     )
     stop: tuple[str, ...] = setting((), "text that ends the sample; it is not shown")
+    stop_token: tuple[str, ...] = setting(
+        (), "special tokens that end the sample; default: the end-of-text token alone"
+    )
+    num_samples: int = setting(1, "texts after each prompt, each with draws of its own")
     slide: int = setting(
         1, "positions dropped at once beyond the context; more is quicker", "tokens"
     )
@@ -52,12 +56,15 @@ class DecodingConfig:
                 "1 or more",
             ),
             ("stop", all(self.stop), "at least one character each"),
+            ("num_samples", self.num_samples >= 1, "1 or more"),
             ("slide", self.slide >= 1, "1 or more"),
             ("seed", 0 <= self.seed < 1 << 63, "0 or more, below 2^63"),
         ]
         found = [
             f"--{n}: got {getattr(self, n)}, need {need}" for n, good, need in checks if not good
         ]
+        if self.num_samples > 1 and self.temperature == 0:
+            found.append("--num_samples: all are the same at --temperature 0; leave one out")
         for name in ("top_k", "top_p"):
             if self.temperature == 0 and getattr(self, name) is not None:
                 found.append(f"--{name}: has no effect at --temperature 0; leave one of them out")
@@ -256,6 +263,7 @@ class TextTokenizer(Protocol):
 
     vocab: dict[int, bytes]
     special_tokens: list[str]
+    end_tokens: list[str]
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -312,15 +320,17 @@ def generate_text(
     config: DecodingConfig,
     show: Callable[[int, str], None] | None = None,
 ) -> list[str]:
-    """What the model writes after each prompt; it ends at a special token or a stop string.
+    """What the model writes after each prompt; it ends at a stop token or a stop string.
+
+    With several samples, those of a prompt stand side by side: row i is sample i % num_samples.
 
     show  called with (row, new text) as soon as text is certain, for streaming
-    Raises: ValueError for an empty prompt.
+    Raises: ValueError for an empty prompt, or a stop token that the tokenizer does not have.
     """
     size = model.config.vocab_size
     usable = torch.tensor([i in tokenizer.vocab for i in range(size)])
-    special = {text.encode("utf-8") for text in tokenizer.special_tokens}
-    stop_ids = frozenset(i for i, token in tokenizer.vocab.items() if token in special)
+    stop_ids = _stop_ids(tokenizer, config.stop_token)
+    prompts = [prompt for prompt in prompts for _ in range(config.num_samples)]
     streams = [TextStream(tokenizer.vocab, config.stop) for _ in prompts]
     texts = [""] * len(prompts)
     finished = [False] * len(prompts)
@@ -339,3 +349,14 @@ def generate_text(
     for row, stream in enumerate(streams):
         add(row, stream.close())
     return texts
+
+
+def _stop_ids(tokenizer: TextTokenizer, asked: Sequence[str]) -> frozenset[int]:
+    unknown = [token for token in asked if token not in tokenizer.special_tokens]
+    if unknown:
+        raise UserError(
+            f"--stop_token: got {unknown[0]!r}, need special tokens of the model: "
+            f"{', '.join(tokenizer.special_tokens) or 'it has none'}; other text goes to --stop"
+        )
+    ends = {token.encode("utf-8") for token in asked or tokenizer.end_tokens}
+    return frozenset(i for i, token in tokenizer.vocab.items() if token in ends)

@@ -23,6 +23,8 @@ from cs_lm.settings import all_problems, from_json, to_json
 from cs_lm.tokenizer import BPETokenizer
 from cs_lm.whole_file import write_whole
 
+_END_TOKENS = "end_tokens.json"
+
 
 class RunFolder:
     """metrics.jsonl, loss.png, checkpoints/, tokenizer/ and tensorboard/ of a run."""
@@ -76,8 +78,12 @@ class RunFolder:
     def save_tokenizer(self, tokenizer: BPETokenizer) -> None:
         """A copy, so that the folder alone is enough to generate text."""
         tokenizer.save(self._tokenizer / "vocab.json", self._tokenizer / "merges.txt")
-        specials = json.dumps(tokenizer.special_tokens, ensure_ascii=False)
-        write_whole(self._tokenizer / "special_tokens.json", specials.encode("utf-8"))
+        for name, tokens in (
+            ("special_tokens.json", tokenizer.special_tokens),
+            (_END_TOKENS, tokenizer.end_tokens),
+        ):
+            content = json.dumps(tokens, ensure_ascii=False).encode("utf-8")
+            write_whole(self._tokenizer / name, content)
 
     def load_tokenizer(self) -> BPETokenizer:
         """The run's own. Raises: FileNotFoundError or ValueError saying what to do."""
@@ -95,18 +101,13 @@ class RunFolder:
             ) from None
 
     def _read_tokenizer(self) -> BPETokenizer:
-        specials_path = self._tokenizer / "special_tokens.json"
-        try:
-            specials = json.loads(specials_path.read_text(encoding="utf-8"))
-            if not isinstance(specials, list) or not all(type(one) is str for one in specials):
-                raise ValueError
-        except (ValueError, RecursionError):
-            raise ValueError(
-                f"run: {str(specials_path)!r} is damaged; need a JSON list of texts"
-            ) from None
-        return BPETokenizer.from_files(
+        specials = _read_texts(self._tokenizer / "special_tokens.json")
+        tokenizer = BPETokenizer.from_files(
             self._tokenizer / "vocab.json", self._tokenizer / "merges.txt", specials
         )
+        if (self._tokenizer / _END_TOKENS).exists():  # earlier versions had none
+            tokenizer.end_tokens = _read_texts(self._tokenizer / _END_TOKENS)
+        return tokenizer
 
     def begin(self, config: RunConfig, model: LanguageModel, tokenizer: BPETokenizer) -> None:
         """A run at step 0 of a model that was trained elsewhere."""
@@ -183,6 +184,16 @@ class RunFolder:
                 f"run: the tokenizer in {str(self.path)!r} is not the one that the checkpoint of "
                 f"step {content['iteration']} was trained with; restore the folder's tokenizer/"
             )
+
+
+def _read_texts(path: Path) -> list[str]:
+    try:
+        texts = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(texts, list) or not all(type(one) is str for one in texts):
+            raise ValueError
+    except (ValueError, RecursionError):
+        raise ValueError(f"run: {str(path)!r} is damaged; need a JSON list of texts") from None
+    return texts
 
 
 def _check_extras(extras: dict[str, Any]) -> None:

@@ -68,8 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _answer(trained, prompt, config.decoding)
     except NotANumberError as error:
         raise UserError(
-            f"--checkpoint: got {config.checkpoint}, step {trained.iteration} in {config.out_dir!r}: "
-            f"{error}; try another one"
+            f"--checkpoint: got {config.checkpoint}, step {trained.iteration} in "
+            f"{config.out_dir!r}: {error}; try another one"
         ) from None
 
 
@@ -111,7 +111,12 @@ def _ask() -> str:
 
 
 def _write(trained: TrainedModel, prompt: str, decoding: DecodingConfig) -> None:
-    """The prompt and what the model adds, as soon as it is certain."""
+    """The prompt and what the model adds, as soon as it is certain; several texts when all are."""
+    if decoding.num_samples > 1:
+        texts = generate_text(trained.model, trained.tokenizer, [prompt], decoding)
+        for number, text in enumerate(texts, start=1):
+            print(f"---- sample {number} of {len(texts)}\n{prompt}{text}", flush=True)
+        return
     print(prompt, end="", flush=True)
     generate_text(
         trained.model, trained.tokenizer, [prompt], decoding,

@@ -3,18 +3,17 @@
 import codecs
 import hashlib
 import itertools
-import json
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from cs_lm.tokenizer import fast_bpe
 from cs_lm.tokenizer.bpe import Pair
-from cs_lm.tokenizer.byte_names import name_of_token, token_of_name
+from cs_lm.tokenizer.gpt2_files import read_gpt2_files, write_gpt2_files
 from cs_lm.tokenizer.long_words import encode_long_word
 from cs_lm.tokenizer.merge_table import MergeTable
 from cs_lm.tokenizer.pretokenizer import (
@@ -26,7 +25,6 @@ from cs_lm.tokenizer.pretokenizer import (
     without_surrogates,
 )
 from cs_lm.tokenizer.word_encoder import AtOnce, WordEncoder
-from cs_lm.whole_file import write_whole
 
 BLOCK_CHARS = 1 << 20
 # `encode_iterable` promises to hold less than 1 MB: blocks of so many characters, and of them so
@@ -42,6 +40,7 @@ MAX_SHORT_WORDS = 1 << 16
 # From this length on, a word is encoded in windows (long_words.py).
 LONG_WORD_BYTES = 1 << 9
 _SHOWN_BYTES = 80
+END_OF_TEXT = "<|endoftext|>"
 Specials = Collection[str] | Literal["all"]
 chain = itertools.chain.from_iterable
 _IDS_AT_ONCE = 1 << 13  # in decoding: what they lead to stays in the processor's cache
@@ -64,6 +63,7 @@ class BPETokenizer:
     """
 
     split_pattern = GPT2_PATTERN
+    end_tokens: list[str]  # the special tokens that end a text; may be set
 
     def __init__(
         self,
@@ -96,6 +96,8 @@ class BPETokenizer:
                     )
             if self._ranks.setdefault(pair, rank) != rank:
                 raise ValueError(f"merges: merge {rank} of {pair} stands there twice; need it once")
+        ends = [token for token in self.special_tokens if token == END_OF_TEXT]
+        self.end_tokens = ends or self.special_tokens[:1]
         self._splitter = SpecialTokenSplitter(self.special_tokens)
         self._splitters: dict[frozenset[str], SpecialTokenSplitter] = {}  # for some of them
         # None behind the tokens, where negative ids would count from the end
@@ -125,42 +127,7 @@ class BPETokenizer:
 
         Raises: FileNotFoundError, or ValueError naming the file that cannot be understood.
         """
-        for path, flag in ((vocab_path, "--vocab_path"), (merges_path, "--merges_path")):
-            if not Path(path).is_file():
-                raise FileNotFoundError(
-                    f"{flag}: got {str(path)!r}, which is not a file; name an existing one, "
-                    "or train a tokenizer first"
-                )
-        try:
-            text = Path(vocab_path).read_text(encoding="utf-8")
-            names = json.loads(text, object_pairs_hook=_without_repetition)
-            if not all(type(token_id) is int for token_id in names.values()):
-                raise TypeError("an id is not an integer")
-            vocab = {token_id: token_of_name(name) for name, token_id in names.items()}
-            if len(vocab) != len(names):
-                raise TypeError("two tokens have the same id")
-        except (ValueError, AttributeError, TypeError, RecursionError) as error:
-            raise ValueError(
-                f"--vocab_path: {str(vocab_path)!r} is not a vocab.json ({error}); "
-                "need a JSON object of token names and ids"
-            ) from None
-        try:
-            lines = Path(merges_path).read_text(encoding="utf-8").split("\n")
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"--merges_path: {str(merges_path)!r} is not UTF-8 ({error})"
-            ) from None
-        merges = []
-        for number, line in enumerate(lines, start=1):
-            if not line or (number == 1 and line.startswith("#version")):
-                continue
-            pair = line.rstrip("\r").split(" ")
-            if len(pair) != 2:
-                raise ValueError(
-                    f"--merges_path: line {number} of {str(merges_path)!r} is {line!r}; "
-                    "need two tokens with one space between"
-                )
-            merges.append((token_of_name(pair[0]), token_of_name(pair[1])))
+        vocab, merges = read_gpt2_files(vocab_path, merges_path)
         try:
             return cls(vocab, merges, special_tokens)
         except ValueError as error:
@@ -168,13 +135,7 @@ class BPETokenizer:
 
     def save(self, vocab_path: str | Path, merges_path: str | Path) -> None:
         """Writes GPT-2's two files, special tokens included in the vocabulary."""
-        names = {name_of_token(token): i for i, token in sorted(self.vocab.items())}
-        lines = [f"{name_of_token(a)} {name_of_token(b)}" for a, b in self.merges]
-        for path, text in (
-            (vocab_path, json.dumps(names, ensure_ascii=False)),
-            (merges_path, "\n".join(["#version: 0.2", *lines, ""])),
-        ):
-            write_whole(path, text.encode("utf-8"))
+        write_gpt2_files(self.vocab, self.merges, vocab_path, merges_path)
 
     @property
     def vocab_size(self) -> int:
@@ -390,10 +351,3 @@ def _groups(texts: Iterable[str], size_bytes: int) -> Iterator[list[str]]:
             group, held_bytes = [], 0
     if group:
         yield group
-
-
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name stands there twice")
-    return found

@@ -181,3 +181,43 @@ def test_settings_without_effect_are_refused():
         ({"repetition_window": 3}, "--repetition_window: has no effect without --repetition_pen"),
     ]:
         assert message in DecodingConfig(**settings).problems()[0]
+
+
+def chat_model(generator):
+    """A model that writes <|assistant|> after every token, whatever stands before."""
+    tokenizer = BPETokenizer(
+        {i: bytes([i]) for i in range(256)}, [], ["<|assistant|>", "<|endoftext|>"]
+    )
+    config = ModelConfig(16, 2, 24, 258, 1, 32)
+    model = TransformerLM(config, generator=generator)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.bias = torch.nn.Parameter(torch.zeros(258))
+        model.lm_head.bias[256] = 1.0
+    return model, tokenizer
+
+
+def test_only_the_end_of_text_ends_a_text_unless_others_are_asked(generator):
+    model, tokenizer = chat_model(generator)
+    assert tokenizer.end_tokens == ["<|endoftext|>"]
+    assert BPETokenizer(tokenizer.vocab, [], ["<|a|>", "<|b|>"]).end_tokens == ["<|a|>"]
+    assert BPETokenizer(tokenizer.vocab, []).end_tokens == []
+    settings = {"temperature": 0.0, "max_new_tokens": 3}
+    free = generate_text(model, tokenizer, ["a"], DecodingConfig(**settings))
+    assert free == ["<|assistant|>" * 3]
+    asked = DecodingConfig(**settings, stop_token=("<|assistant|>",))
+    assert generate_text(model, tokenizer, ["a"], asked) == [""]
+    with pytest.raises(
+        ValueError, match=r"--stop_token: got 'x', need special tokens of the model"
+    ):
+        generate_text(model, tokenizer, ["a"], DecodingConfig(stop_token=("x",)))
+
+
+def test_samples_of_a_prompt_draw_each_their_own(model):
+    config = DecodingConfig(max_new_tokens=12, temperature=1.0, num_samples=3, seed=5)
+    texts = generate_text(model, BYTES, ["ab", "cd"], config)
+    assert len(texts) == 6 and len(set(texts)) == 6
+    one = DecodingConfig(max_new_tokens=12, temperature=1.0, seed=5)
+    assert generate_text(model, BYTES, ["ab"], one) == texts[:1]
+    problems = DecodingConfig(temperature=0.0, num_samples=2).problems()
+    assert "--num_samples: all are the same at --temperature 0" in problems[0]

@@ -1,0 +1,74 @@
+"""GPT-2's own pair of files: `vocab.json` and `merges.txt`."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cs_lm.tokenizer.bpe import Pair
+from cs_lm.tokenizer.byte_names import name_of_token, token_of_name
+from cs_lm.whole_file import write_whole
+
+
+def read_gpt2_files(
+    vocab_path: str | Path, merges_path: str | Path
+) -> tuple[dict[int, bytes], list[Pair]]:
+    """Raises: FileNotFoundError, or ValueError naming the file that cannot be understood."""
+    for path, flag in ((vocab_path, "--vocab_path"), (merges_path, "--merges_path")):
+        if not Path(path).is_file():
+            raise FileNotFoundError(
+                f"{flag}: got {str(path)!r}, which is not a file; name an existing one, "
+                "or train a tokenizer first"
+            )
+    try:
+        text = Path(vocab_path).read_text(encoding="utf-8")
+        names = json.loads(text, object_pairs_hook=_without_repetition)
+        if not all(type(token_id) is int for token_id in names.values()):
+            raise TypeError("an id is not an integer")
+        vocab = {token_id: token_of_name(name) for name, token_id in names.items()}
+        if len(vocab) != len(names):
+            raise TypeError("two tokens have the same id")
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"--vocab_path: {str(vocab_path)!r} is not a vocab.json ({error}); "
+            "need a JSON object of token names and ids"
+        ) from None
+    try:
+        lines = Path(merges_path).read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--merges_path: {str(merges_path)!r} is not UTF-8 ({error})") from None
+    merges = []
+    for number, line in enumerate(lines, start=1):
+        if not line or (number == 1 and line.startswith("#version")):
+            continue
+        pair = line.rstrip("\r").split(" ")
+        if len(pair) != 2:
+            raise ValueError(
+                f"--merges_path: line {number} of {str(merges_path)!r} is {line!r}; "
+                "need two tokens with one space between"
+            )
+        merges.append((token_of_name(pair[0]), token_of_name(pair[1])))
+    return vocab, merges
+
+
+def write_gpt2_files(
+    vocab: Mapping[int, bytes],
+    merges: Sequence[Pair],
+    vocab_path: str | Path,
+    merges_path: str | Path,
+) -> None:
+    """Special tokens are in the vocabulary, under the names of their bytes."""
+    names = {name_of_token(token): i for i, token in sorted(vocab.items())}
+    lines = [f"{name_of_token(a)} {name_of_token(b)}" for a, b in merges]
+    for path, text in (
+        (vocab_path, json.dumps(names, ensure_ascii=False)),
+        (merges_path, "\n".join(["#version: 0.2", *lines, ""])),
+    ):
+        write_whole(path, text.encode("utf-8"))
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands there twice")
+    return found
