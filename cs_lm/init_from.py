@@ -13,7 +13,8 @@ from cs_lm.errors import UserError
 from cs_lm.run_folder import RunFolder, saved_config
 from cs_lm.tokenizer import BPETokenizer
 from cs_lm.weights.configs import model_name_of
-from cs_lm.weights.reading import read_tokenizer, read_weights
+from cs_lm.weights.reading import read_weights
+from cs_lm.weights.tokenizers import read_tokenizer
 
 
 class Start(NamedTuple):

@@ -1,7 +1,8 @@
 """`python -m cs_lm import-weights`: pretrained weights become a run, at step 0.
 
-From a folder of Hugging Face's (GPT-2, Llama) or OpenAI's (GPT-2), or a file of weights in one. The
-run generates text, is evaluated, and `run_clm.py --resume` trains it further.
+From a folder of Hugging Face's (GPT-2, Llama) or OpenAI's (GPT-2), a file of weights in one, or
+nanoGPT's ckpt.pt (its GELU is the one without tanh: scores differ by some 1e-3). The run generates
+text, is evaluated, and `run_clm.py --resume` trains it further.
 """
 
 from collections.abc import Sequence
@@ -38,12 +39,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     from cs_lm.counts import num_parameters
     from cs_lm.tokenizer import BPETokenizer
     from cs_lm.weights.configs import model_name_of, read_config
-    from cs_lm.weights.reading import folder_of, read_tokenizer, read_weights
+    from cs_lm.weights.reading import folder_of, read_weights
+    from cs_lm.weights.sources import nanogpt_file
+    from cs_lm.weights.tokenizers import read_tokenizer
 
     folder = RunFolder(asked.out_dir)
     folder.refuse_a_run()
     path = Path(asked.weights_path)
-    read_config(folder_of(path))  # says first what is no folder of weights
+    if nanogpt_file(path) is None:
+        read_config(folder_of(path))  # says first what is no folder of weights
     if asked.vocab_path is not None:
         specials = DataConfig.special_tokens
         tokenizer = BPETokenizer.from_files(asked.vocab_path, asked.merges_path, specials)

@@ -4,6 +4,7 @@ import base64
 import binascii
 import json
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,31 +19,97 @@ _BYTE_LEVEL = {
 }  # fmt: skip
 
 
-def write_tokenizer_json(tokenizer: BPETokenizer, path: str | Path) -> None:
-    """Writes what `tokenizers.Tokenizer.from_file` reads: the same ids for every text."""
-    special = set(tokenizer.special_tokens)
-    names = {}
-    for token_id, token in sorted(tokenizer.vocab.items()):
-        text = token.decode("utf-8", "replace")
-        names[text if text in special else name_of_token(token)] = token_id
+def write_tokenizer_json(
+    tokenizer: BPETokenizer, path: str | Path, pad_token: tuple[str, int] | None = None
+) -> None:
+    """Writes what `tokenizers.Tokenizer.from_file` reads: the same ids for every text.
+
+    pad_token  one more token, and its id, that no text has
+
+    Where a special token spells the name of another token (`é` is the name of the byte 0xE9), that
+    library would take the one for the other. Such a token goes by another name, which the text is
+    given before, and loses after. Merges of its bytes are left out: no text comes to them, as the
+    token is cut out first.
+    """
+    name_of_id = {i: name_of_token(token) for i, token in sorted(tokenizer.vocab.items())}
+    id_of = {token: token_id for token_id, token in tokenizer.vocab.items()}
+    special = {text: id_of[text.encode("utf-8")] for text in tokenizer.special_tokens}
+    contents = written_names(tokenizer)
+    for text, token_id in special.items():
+        name_of_id[token_id] = contents[text]
+    if pad_token is not None:
+        name_of_id[pad_token[1]] = pad_token[0]
+        special, contents = {**special, pad_token[0]: pad_token[1]}, {
+            **contents, pad_token[0]: pad_token[0]
+        }  # fmt: skip
     added = [
-        {"id": names[text], "content": text, "single_word": False, "lstrip": False,
-         "rstrip": False, "normalized": False, "special": True}
-        for text in tokenizer.special_tokens
+        {"id": token_id, "content": contents[text], "single_word": False, "lstrip": False,
+         "rstrip": False, "normalized": contents[text] != text, "special": True}
+        for text, token_id in sorted(special.items(), key=itemgetter(1))
     ]  # fmt: skip
-    merges = [[name_of_token(a), name_of_token(b)] for a, b in tokenizer.merges]
+    longest_first = sorted(contents.items(), key=lambda pair: -len(pair[0]))
+    renamed = {text: name for text, name in longest_first if name != text}
+    unused = {text.encode("utf-8") for text in renamed}
+    merges = [
+        [name_of_token(a), name_of_token(b)]
+        for a, b in tokenizer.merges
+        if not unused & {a, b, a + b}
+    ]
+    decoder = [_BYTE_LEVEL, *(_replaced(name, text) for text, name in renamed.items())]
     content = {
-        "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": sorted(added, key=lambda token: token["id"]),
-        "normalizer": None, "pre_tokenizer": _BYTE_LEVEL, "post_processor": None,
-        "decoder": _BYTE_LEVEL,
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+        "normalizer": _sequence("normalizers", [_replaced(*pair) for pair in renamed.items()]),
+        "pre_tokenizer": _BYTE_LEVEL, "post_processor": None,
+        "decoder": _sequence("decoders", decoder),
         "model": {
             "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-            "ignore_merges": False, "vocab": names, "merges": merges,
+            "ignore_merges": False, "vocab": {name: i for i, name in name_of_id.items()},
+            "merges": merges,
         },
     }  # fmt: skip
     write_whole(path, json.dumps(content, ensure_ascii=False).encode("utf-8"))
+
+
+def written_names(tokenizer: BPETokenizer) -> dict[str, str]:
+    """Special token -> what it goes by in files of the tokenizers library: mostly, its text."""
+    special = {text.encode("utf-8") for text in tokenizer.special_tokens}
+    taken = {name_of_token(token) for token in tokenizer.vocab.values() if token not in special}
+    renamed = {t for t in tokenizer.special_tokens if t in taken or _is_other_name(t)}
+    # a text is given the other names before it is searched: those that overlap go together
+    overlapping = {
+        text
+        for text in tokenizer.special_tokens
+        if any(text in other or other in text for other in renamed)
+    }
+    ids = {token: token_id for token_id, token in tokenizer.vocab.items()}
+    return {
+        text: _private_name(ids[text.encode("utf-8")]) if text in overlapping else text
+        for text in tokenizer.special_tokens
+    }
+
+
+def _is_other_name(text: str) -> bool:
+    """Whether a text would be read as the name of other bytes than its own."""
+    try:
+        return token_of_name(text) != text.encode("utf-8")
+    except ValueError:
+        return False
+
+
+def _private_name(token_id: int) -> str:
+    """Two characters that Unicode leaves to private use: no text has them."""
+    return chr(0xF0000 + (token_id >> 15)) + chr(0xF0000 + (token_id & 0x7FFF))
+
+
+def _replaced(pattern: str, content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"String": pattern}, "content": content}
+
+
+def _sequence(kind: str, parts: list[dict]) -> dict[str, Any] | None:
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    return {"type": "Sequence", kind: parts}
 
 
 def read_tokenizer_json(path: str | Path) -> BPETokenizer:
@@ -51,16 +118,27 @@ def read_tokenizer_json(path: str | Path) -> BPETokenizer:
     Raises: FileNotFoundError, or ValueError naming what we would do otherwise than that file says.
     """
     content = _read_json(path)
-    _refuse_other_kinds(content, path)
-    special = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
-    names = content["model"]["vocab"]
-    vocab = {i: token_of_name(name) for name, i in names.items() if name not in special}
-    vocab.update((i, text.encode("utf-8")) for text, i in special.items())
-    merges = [
-        tuple(map(token_of_name, pair.split(" ") if isinstance(pair, str) else pair))
-        for pair in content["model"]["merges"]
-    ]
+    try:
+        added = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
+        renamed = _refuse_other_kinds(content, path)
+        special = {renamed.get(name, name): token_id for name, token_id in added.items()}
+        names = content["model"]["vocab"]
+        vocab = {i: token_of_name(name) for name, i in names.items() if name not in added}
+        vocab.update((i, text.encode("utf-8")) for text, i in special.items())
+        merges = [
+            tuple(map(token_of_name, pair.split(" ") if isinstance(pair, str) else pair))
+            for pair in content["model"]["merges"]
+        ]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"tokenizer.json: cannot read {str(path)!r} ({type(error).__name__}: {error})"
+        ) from None
     return BPETokenizer(vocab, merges, list(special))
+
+
+def read_written_names(path: str | Path) -> dict[str, str]:
+    """What special tokens of a `tokenizer.json` go by -> their text, where that is another."""
+    return _refuse_other_kinds(_read_json(path), path)
 
 
 def write_tiktoken(tokenizer: BPETokenizer, path: str | Path) -> None:
@@ -123,7 +201,11 @@ def _pair_of(token: bytes, rank: int, ranks: Mapping[bytes, int]) -> Pair | None
     return (parts[0], parts[1]) if len(parts) == 2 else None
 
 
-def _refuse_other_kinds(content: dict[str, Any], path: str | Path) -> None:
+def _refuse_other_kinds(content: dict[str, Any], path: str | Path) -> dict[str, str]:
+    """What added tokens go by in the file -> their text, where that is another.
+
+    Raises: ValueError naming all that we would do otherwise.
+    """
     model, before = content.get("model") or {}, content.get("pre_tokenizer") or {}
     wrong = []
     if model.get("type") != "BPE":
@@ -132,13 +214,31 @@ def _refuse_other_kinds(content: dict[str, Any], path: str | Path) -> None:
         wrong.append(f"pre_tokenizer {before.get('type')}, need ByteLevel with GPT-2's pattern")
     if before.get("add_prefix_space"):
         wrong.append("add_prefix_space, need none")
-    if content.get("normalizer") is not None:
-        wrong.append(f"normalizer {content['normalizer'].get('type')}, need none")
-    for name in ("ignore_merges", "byte_fallback", "continuing_subword_prefix"):
+    added = {token.get("content"): token for token in content.get("added_tokens") or []}
+    renamed, normalizer = {}, content.get("normalizer")
+    for part in (normalizer or {}).get("normalizers") or ([normalizer] if normalizer else []):
+        text, name = (part.get("pattern") or {}).get("String"), part.get("content")
+        if part.get("type") == "Replace" and text and name in added:
+            renamed[name] = text
+        else:
+            wrong.append(f"normalizer {part.get('type')}, need none")
+    after = content.get("post_processor") or {}
+    if after.get("type") not in (None, "ByteLevel"):
+        wrong.append(f"post_processor {after.get('type')}, need none: it adds tokens to a text")
+    for name in ("truncation", "padding"):
+        if content.get(name):
+            wrong.append(f"{name}, need none")
+    for name in ("ignore_merges", "byte_fallback", "continuing_subword_prefix",
+                 "end_of_word_suffix", "dropout"):  # fmt: skip
         if model.get(name):
             wrong.append(f"{name}, need none")
+    for token in added.values():
+        for name in ("lstrip", "rstrip", "single_word"):
+            if token.get(name):
+                wrong.append(f"{name} of the added token {token['content']!r}, need none")
     if wrong:
         raise ValueError(f"tokenizer.json: {str(path)!r} has {'; '.join(wrong)}")
+    return renamed
 
 
 def _read(path: str | Path) -> str:

@@ -9,6 +9,7 @@ from cs_lm.settings import MOST
 from cs_lm.weights.sources import read_json
 
 HF, OPENAI = "config.json", "hparams.json"
+_DROPOUT_RATES = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 
 
 class _Settings:
@@ -75,15 +76,19 @@ def read_config(folder: Path) -> Described:
             f"weights: {str(folder)!r} has no {HF} (or {OPENAI}, as OpenAI wrote it) beside the "
             "weights; name a folder that has"
         )
-    config = described.config
+    check_config(described.config, folder)
+    return described
+
+
+def check_config(config: GPT2Config | ModelConfig, where: Path) -> None:
+    """Raises: ValueError for settings of no model that could be built."""
     problems = config.problems()
     if config.context_length > MOST_CONTEXT:
         problems.append(
             f"--max_seq_length: got {config.context_length}, need at most {MOST_CONTEXT}"
         )
     if problems:
-        raise ValueError(f"weights: the settings in {str(folder)!r} do not fit: {problems[0]}")
-    return described
+        raise ValueError(f"weights: the settings in {str(where)!r} do not fit: {problems[0]}")
 
 
 def _gpt2(settings: _Settings) -> GPT2Config:
@@ -92,14 +97,33 @@ def _gpt2(settings: _Settings) -> GPT2Config:
         scale_attn_by_inverse_layer_idx=(False,), add_cross_attention=(False,),
     )  # fmt: skip
     d_model = settings.get("n_embd", int)
+    rates = {name: settings.get(name, float, 0.1) for name in _DROPOUT_RATES}
+    if len(set(rates.values())) > 1:
+        shown = ", ".join(f"{name} {rate}" for name, rate in rates.items())
+        raise ValueError(
+            f"weights: the dropout rates of {str(settings.path)!r} differ ({shown}), and our model "
+            "has one for all three; set them to the same number there (--dropout changes it later)"
+        )
     return GPT2Config(
         d_model=d_model, num_heads=settings.get("n_head", int),
         d_ff=settings.get("n_inner", int, 4 * d_model),
         vocab_size=settings.get("vocab_size", int), num_layers=settings.get("n_layer", int),
         context_length=settings.get("n_positions", int, 1024),
-        drop_rate=settings.get("resid_pdrop", float, 0.1),
+        drop_rate=rates["resid_pdrop"],
         tied_head=settings.get("tie_word_embeddings", bool, True),
         norm_eps=settings.get("layer_norm_epsilon", float, 1e-5),
+    )  # fmt: skip
+
+
+def nanogpt_config(path: Path, model_args: dict[str, Any]) -> GPT2Config:
+    """What nanoGPT writes into its `ckpt.pt` of a model's shape."""
+    settings = _Settings(path, model_args)
+    d_model = settings.get("n_embd", int)
+    return GPT2Config(
+        d_model=d_model, num_heads=settings.get("n_head", int), d_ff=4 * d_model,
+        vocab_size=settings.get("vocab_size", int), num_layers=settings.get("n_layer", int),
+        context_length=settings.get("block_size", int),
+        drop_rate=settings.get("dropout", float, 0.0),
     )  # fmt: skip
 
 
@@ -146,17 +170,20 @@ def model_name_of(config: GPT2Config | ModelConfig) -> str:
 
 
 def written_config(
-    layout: str, config: GPT2Config | ModelConfig, end_of_text: int | None
+    layout: str, config: GPT2Config | ModelConfig, ends: list[int], pad: int | None
 ) -> tuple[str, dict[str, Any]]:
-    """The name and the content of the file that `read_config` reads."""
+    """The name and the content of the file that `read_config` reads.
+
+    ends  ids that end a text; pad  the id that fills up the shorter rows of a batch
+    """
     if layout == "openai":
         return OPENAI, {
             "n_vocab": config.vocab_size, "n_ctx": config.context_length,
             "n_embd": config.d_model, "n_head": config.num_heads, "n_layer": config.num_layers,
         }  # fmt: skip
     shared: dict[str, Any] = {
-        "model_type": layout, "vocab_size": config.vocab_size, "bos_token_id": end_of_text,
-        "eos_token_id": end_of_text, "torch_dtype": "float32",
+        "model_type": layout, "vocab_size": config.vocab_size, "torch_dtype": "float32",
+        **written_ids(ends, pad),
     }  # fmt: skip
     if isinstance(config, GPT2Config):
         return HF, {
@@ -175,3 +202,8 @@ def written_config(
         "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta,
         "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False,
     }  # fmt: skip
+
+
+def written_ids(ends: list[int], pad: int | None) -> dict[str, Any]:
+    end = None if not ends else ends[0] if len(ends) == 1 else ends
+    return {"bos_token_id": ends[0] if ends else None, "eos_token_id": end, "pad_token_id": pad}

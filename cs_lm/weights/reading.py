@@ -13,12 +13,9 @@ from cs_lm.gpt2 import GPT2LM
 from cs_lm.language_model import LanguageModel
 from cs_lm.layers import RoPE
 from cs_lm.model import TransformerLM
-from cs_lm.shared_settings import DEFAULT_SPECIAL_TOKENS
-from cs_lm.tokenizer import BPETokenizer
-from cs_lm.tokenizer.interchange import read_tokenizer_json
-from cs_lm.weights.configs import read_config
+from cs_lm.weights.configs import Described, check_config, nanogpt_config, read_config
 from cs_lm.weights.layouts import LAYOUTS, Layout, plain_name
-from cs_lm.weights.sources import ADDED_TOKENS, Source, open_source, read_json
+from cs_lm.weights.sources import NanoGPTSource, Source, nanogpt_file, open_source
 
 SHOWN = 10  # names of each kind
 TABLE, HEAD = "token_embeddings.weight", "lm_head.weight"
@@ -33,8 +30,14 @@ def read_weights(path: str | Path) -> LanguageModel:
     file, which cannot be looked at without, and for a head that should be the embedding.
     """
     path = Path(path)
-    described = read_config(folder_of(path))
-    source = open_source(path)
+    folder_of(path)  # says where nothing is
+    nanogpt = nanogpt_file(path)
+    if nanogpt is None:
+        described, source = read_config(folder_of(path)), open_source(path)
+    else:
+        source = NanoGPTSource(nanogpt)
+        described = Described("gpt2", nanogpt_config(nanogpt, source.model_args), True)
+        check_config(described.config, nanogpt)
     _check_size(described.config, source, path)
     model = build_model(described.config, device="meta")
     layout = LAYOUTS[described.layout](described.config)
@@ -104,7 +107,8 @@ def _differences(
         + (", ..." if len(found) > SHOWN else "")
         for kind, found in (
             ("missing", expected.keys() - names.keys()), ("unexpected", unexpected),
-            ("of another shape", wrong_shapes), ("not of floating point", source.not_floats),
+            ("of another shape", wrong_shapes),
+            ("not of floating point", [n for n in source.not_floats if n in names.values()]),
         )
         if found
     ]  # fmt: skip
@@ -138,25 +142,3 @@ def _with_tables(model: LanguageModel) -> LanguageModel:
         head_size = config.d_model // config.num_heads
         model.rope = RoPE(config.rope_theta, head_size, config.context_length, rope.ops)
     return model
-
-
-def read_tokenizer(folder: Path) -> BPETokenizer:
-    """The byte-level tokenizer beside weights, in any of three spellings.
-
-    Raises: FileNotFoundError where there is none, ValueError for another kind.
-    """
-    for vocab, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
-        if (folder / vocab).is_file() and (folder / merges).is_file():
-            tokenizer = BPETokenizer.from_files(folder / vocab, folder / merges)
-            named = list(DEFAULT_SPECIAL_TOKENS)
-            if (folder / ADDED_TOKENS).is_file():
-                named += read_json(folder / ADDED_TOKENS)
-            known = set(tokenizer.vocab.values())
-            specials = [t for t in dict.fromkeys(named) if t.encode("utf-8") in known]
-            return BPETokenizer(tokenizer.vocab, tokenizer.merges, specials)
-    if (folder / "tokenizer.json").is_file():
-        return read_tokenizer_json(folder / "tokenizer.json")
-    raise FileNotFoundError(
-        f"weights: {str(folder)!r} has no vocab.json and merges.txt; give --vocab_path and "
-        "--merges_path of the tokenizer"
-    )

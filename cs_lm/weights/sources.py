@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cs_lm.checkpoint import check_archive, check_old_file, check_tensor
+from cs_lm.whole_file import write_whole
 
 MAX_JSON_BYTES = 64 << 20
 ADDED_TOKENS = "added_tokens.json"
@@ -43,6 +44,10 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"weights: {str(path)!r} cannot be read ({error})") from None
     return content
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_whole(path, json.dumps(content, indent=2).encode("utf-8"))
 
 
 class SafetensorsSource:
@@ -97,7 +102,7 @@ class TorchSource:
                 is_archive = file.read(4) == b"PK\x03\x04"  # as torch.load decides it
             (check_archive if is_archive else check_old_file)(path)
             content = torch.load(path, map_location="cpu", weights_only=True)
-            tensors: dict[str, Tensor] = content.get("state_dict", content)
+            tensors = self._tensors_of(content)
             for name, x in tensors.items():
                 if type(name) is not str or not isinstance(x, Tensor):
                     raise ValueError("more than named tensors")
@@ -113,12 +118,45 @@ class TorchSource:
                 self.not_floats.append(name)
         self._tensors.update(tensors)
 
+    def _tensors_of(self, content: Any) -> dict[str, Tensor]:
+        return content.get("state_dict", content)
+
     @contextmanager
     def reading(self, name: str) -> Iterator[Tensor]:
         tensor = self._tensors.pop(name)
         memory = tensor.untyped_storage().data_ptr()
         shared = [x for x in self._tensors.values() if x.untyped_storage().data_ptr() == memory]
         yield tensor.clone() if shared else tensor
+
+
+class NanoGPTSource(TorchSource):
+    """nanoGPT's `ckpt.pt`, as if it were in the layout of GPT-2: products from the right, and
+    biases of zeros where it was trained without.
+
+    model_args  what it says of the model's shape
+    """
+
+    _PRODUCTS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+
+    def __init__(self, path: Path):
+        super().__init__([path])
+        for name in list(self._tensors):
+            tensor = self._tensors.pop(name)
+            name = name.removeprefix("_orig_mod.")  # of a model that was compiled
+            if name.rpartition(".")[0].endswith(self._PRODUCTS) and tensor.dim() == 2:
+                tensor = tensor.T
+            self._tensors[name] = tensor
+        for name, tensor in list(self._tensors.items()):
+            owner, _, kind = name.rpartition(".")
+            is_biased = owner.endswith(("ln_1", "ln_2", "ln_f", *self._PRODUCTS))
+            if kind == "weight" and is_biased and f"{owner}.bias" not in self._tensors:
+                self._tensors[f"{owner}.bias"] = torch.zeros(tensor.shape[-1])
+        self.shapes = {name: tuple(x.shape) for name, x in self._tensors.items()}
+        self.not_floats = [n for n, x in self._tensors.items() if not x.is_floating_point()]
+
+    def _tensors_of(self, content: Any) -> dict[str, Tensor]:
+        self.model_args = dict(content["model_args"])
+        return content["model"]
 
 
 class TensorFlowSource:
@@ -154,6 +192,13 @@ def _add(shapes: dict[str, tuple], name: str, shape: tuple[int, ...], path: Path
     if name in shapes:
         raise ValueError(f"weights: {name} of {str(path)!r} is in another file, too")
     shapes[name] = shape
+
+
+def nanogpt_file(path: Path) -> Path | None:
+    """The `ckpt.pt` that a path names or holds, without settings beside it."""
+    file = path / "ckpt.pt" if path.is_dir() else path
+    is_alone = not (file.parent / "config.json").exists()
+    return file if file.suffix == ".pt" and file.is_file() and is_alone else None
 
 
 def open_source(path: Path) -> Source:

@@ -1,7 +1,6 @@
 """Our weights in the layouts of other programs."""
 
 import errno
-import json
 import math
 import os
 import shutil
@@ -14,15 +13,14 @@ from torch import Tensor
 from cs_lm.config import GPT2Config
 from cs_lm.errors import UserError
 from cs_lm.language_model import LanguageModel
-from cs_lm.shared_settings import DEFAULT_SPECIAL_TOKENS
 from cs_lm.tokenizer import BPETokenizer
 from cs_lm.weights.configs import written_config
 from cs_lm.weights.layouts import LAYOUTS, Entry, Layout
-from cs_lm.weights.sources import ADDED_TOKENS, SPARE_HELP
+from cs_lm.weights.sources import ADDED_TOKENS, SPARE_HELP, write_json
+from cs_lm.weights.tokenizers import end_ids, pad_token, write_tokenizer
 from cs_lm.whole_file import sync_folder, write_whole
 
 FLOAT_BYTES = 4
-END_OF_TEXT = DEFAULT_SPECIAL_TOKENS[0].encode("utf-8")
 FORMATS = ("safetensors", "pytorch", "tensorflow")
 _STEMS = {"safetensors": ("model", ".safetensors"), "pytorch": ("pytorch_model", ".bin")}
 
@@ -125,7 +123,7 @@ def _write_files(
         _save(tensors, path, file_format)
     if not is_one:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": file_of}
-        _write_json(folder / f"{stem}{suffix}.index.json", index)
+        write_json(folder / f"{stem}{suffix}.index.json", index)
 
 
 def _shards(sizes: dict[str, int], shard_bytes: int | None) -> list[list[str]]:
@@ -189,15 +187,15 @@ def _write_tensorflow(model: LanguageModel, prefix: Path) -> None:
 def _write_settings(
     model: LanguageModel, layout: str, tokenizer: BPETokenizer, folder: Path
 ) -> None:
-    ends = [i for i, token in tokenizer.vocab.items() if token == END_OF_TEXT]
-    name, content = written_config(layout, model.config, ends[0] if ends else None)
-    _write_json(folder / name, content)
-    files = ("encoder.json", "vocab.bpe") if layout == "openai" else ("vocab.json", "merges.txt")
-    tokenizer.save(*(folder / file for file in files))
-    id_of = {token: token_id for token_id, token in tokenizer.vocab.items()}
-    special = {text: id_of[text.encode("utf-8")] for text in tokenizer.special_tokens}
-    _write_json(folder / ADDED_TOKENS, special)
-
-
-def _write_json(path: Path, content: dict) -> None:
-    write_whole(path, json.dumps(content, indent=2).encode("utf-8"))
+    config = model.config
+    pad = pad_token(tokenizer, config.vocab_size)
+    ids = end_ids(tokenizer), None if pad is None else pad[1]
+    name, content = written_config(layout, config, *ids)
+    write_json(folder / name, content)
+    if layout == "openai":
+        tokenizer.save(folder / "encoder.json", folder / "vocab.bpe")
+        id_of = {token: token_id for token_id, token in tokenizer.vocab.items()}
+        special = {text: id_of[text.encode("utf-8")] for text in tokenizer.special_tokens}
+        write_json(folder / ADDED_TOKENS, special)
+    else:
+        write_tokenizer(tokenizer, config.vocab_size, config.context_length, folder)

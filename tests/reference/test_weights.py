@@ -11,7 +11,8 @@ import torch
 from cs_lm.build_model import build_model
 from cs_lm.config import GPT2Config, ModelConfig, named_run
 from cs_lm.tokenizer import BPETokenizer, train_bpe
-from cs_lm.weights.reading import read_tokenizer, read_weights
+from cs_lm.weights.reading import read_weights
+from cs_lm.weights.tokenizers import read_tokenizer
 from cs_lm.weights.writing import write_weights
 from tests.tolerances import OTHER_LIBRARY
 
@@ -371,7 +372,7 @@ def test_shards_that_hold_the_same_tensor_are_refused(tmp_path):
 def test_settings_of_another_llama_are_refused(changes, message, tmp_path):
     from cs_lm.weights.configs import read_config, written_config
 
-    name, content = written_config("llama", LLAMA, None)
+    name, content = written_config("llama", LLAMA, [], None)
     (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
     assert read_config(tmp_path).config == LLAMA
     changed(tmp_path / name, **changes)
