@@ -147,14 +147,53 @@ def unpacked(raw: RawReader, shown: str) -> io.BufferedReader:
                 f"corpus: {shown} is packed with zstd, which needs the package zstandard; install "
                 "the extra with: pip install 'cs_lm[corpora]'"
             ) from None
-        reader = zstandard.ZstdDecompressor().stream_reader(packed, read_across_frames=True)
-        return io.BufferedReader(reader, _BUFFER_BYTES)
+        return io.BufferedReader(_ZstdReader(packed, zstandard), _BUFFER_BYTES)
     return packed
+
+
+class _ZstdReader(io.RawIOBase):
+    """Frames one after the other. The package's own reader takes a file that is cut short for whole.
+
+    Raises: EOFError for such a file.
+    """
+
+    def __init__(self, packed: io.BufferedReader, zstandard: Any):
+        self._packed, self._new = packed, zstandard.ZstdDecompressor().decompressobj
+        self._frame, self._ready, self._is_between = self._new(), b"", True
+        self._error = zstandard.ZstdError
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._ready:
+            data = self._packed.read1(_PEEKED_BYTES)
+            if not data and not self._is_between:
+                raise EOFError("it ends within a frame")
+            if not data:
+                return 0
+            parts = []
+            while data:
+                try:
+                    parts.append(self._frame.decompress(data))
+                except self._error as error:
+                    raise EOFError(str(error)) from None
+                self._is_between, data = self._frame.eof, b""
+                if self._frame.eof:
+                    data, self._frame = self._frame.unused_data, self._new()
+            self._ready = b"".join(parts)
+        count = min(len(buffer), len(self._ready))
+        memoryview(buffer)[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
 
 
 def kind_of(content: io.BufferedReader, path: str | Path) -> str:
     """TEXT, RECORDS or PARQUET, by how the content begins; JSON also by the name's end."""
-    begin = content.peek(_PEEKED_BYTES)[:_PEEKED_BYTES]
+    try:
+        begin = content.peek(_PEEKED_BYTES)[:_PEEKED_BYTES]
+    except _UNPACKING_ERRORS as error:
+        raise _cannot_be_unpacked(repr(str(path)), error) from None
     if begin.startswith(b"PAR1"):
         return PARQUET
     name = str(path)
@@ -209,6 +248,10 @@ def decoded(
             yield text
         if not block:
             return
+
+
+def _cannot_be_unpacked(shown: str, error: Exception) -> ValueError:
+    return ValueError(f"corpus: {shown} cannot be unpacked ({error}); is it whole?")
 
 
 def texts_of_records(parts: Iterator[str], shown: str, text_field: str) -> Iterator[str]:

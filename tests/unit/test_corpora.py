@@ -1,0 +1,217 @@
+"""Corpora as people have them: many files, folders, patterns, formats, packed or not."""
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+
+import pytest
+
+from cs_lm.cache import entries
+from cs_lm.cli.commands import main as command
+from cs_lm.config import DataConfig, ModelConfig, RunConfig
+from cs_lm.corpus import label_of, with_pipe_kept
+from cs_lm.prepare import prepare
+from cs_lm.tokenizer.text_source import TextSource
+
+END = "<|endoftext|>"
+TEXTS = ["The cat sat.\n", "née 🙂\r\n", "1, 2, 3"]
+RECORDS = [{"id": i, "text": text, "body": text.upper()} for i, text in enumerate(TEXTS)]
+JOINED = END.join(TEXTS)
+PACKERS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def read(paths, **settings):
+    return "".join(TextSource(paths, separator=END, **settings).read())
+
+
+def zstd(data):
+    return pytest.importorskip("zstandard", reason="zstandard is not installed").compress(data)
+
+
+def written(kind, records=RECORDS) -> bytes:
+    if kind == "jsonl":
+        return "\n".join(json.dumps(r) for r in records).encode() + b"\n"
+    if kind == "jsonl, not escaped":
+        return "\r\n".join(json.dumps(r, ensure_ascii=False) for r in records).encode()
+    if kind == "json":
+        return json.dumps(records, indent=1).encode()
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    from pyarrow import parquet
+
+    file = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(records), file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.txt", "x"])
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl, not escaped", "json", "parquet"])
+def test_records_are_told_by_their_content(kind, name, tmp_path):
+    (tmp_path / name).write_bytes(written(kind))
+    assert read(name) == JOINED
+    assert read(name, text_field="body") == JOINED.upper().replace(END.upper(), END)
+
+
+@pytest.mark.parametrize("suffix", [*PACKERS, ".zst"])
+@pytest.mark.parametrize("kind", ["text", "jsonl", "json"])
+def test_packed_files(kind, suffix, tmp_path):
+    """Whatever the name says."""
+    content = TEXTS[0].encode() if kind == "text" else written(kind)
+    packed = PACKERS.get(suffix, zstd)(content)
+    for name in (f"x.{kind}{suffix}", "x.txt"):
+        (tmp_path / name).write_bytes(packed)
+        assert read(name) == (TEXTS[0] if kind == "text" else JOINED)
+        source = TextSource(name, separator=END)
+        list(source.read())
+        assert source.bytes_read == source.total_bytes == len(packed)
+        assert source.description() == TextSource(name, separator=END).describe()
+    (tmp_path / "x.txt").write_bytes(packed[:-7])
+    with pytest.raises(ValueError, match=r"'x.txt' cannot be unpacked .*; is it whole\?"):
+        read("x.txt")
+    (tmp_path / "x.txt").write_bytes(packed + packed)  # as `cat` joins them
+    if kind == "text":
+        assert read("x.txt") == 2 * TEXTS[0]
+
+
+def test_text_that_only_begins_like_json_is_text(tmp_path):
+    for text in ('{"a": 1}\nis JSON, and this is not.\n', "{ and more", "[1] a list\n", '["x"'):
+        (tmp_path / "x.txt").write_text(text, encoding="utf-8", newline="")
+        assert read("x.txt") == text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"text": "a"}\n{"text": "b"\n{"text": "c"}\n', "line 2 of 'x.jsonl' is no JSON"),
+        (b'[{"text": "a"}, {"text": "b"', "record 2 of 'x.jsonl' is no JSON, or is cut short"),
+        (
+            b'{"title": "a", "n": 1}\n',
+            "record 1 of 'x.jsonl' has no text in its field 'text'; it",
+        ),
+        (b"[1, 2]", "record 1 of 'x.jsonl' has no text in its field 'text'; it is a int"),
+        (b'{"text": 5}\n', "it has text in no field; name the field with --text_field"),
+        (b"", "'x.jsonl' is empty"),
+        (b"PK\x03\x04rest", "'x.jsonl' is a zip archive; need text"),
+        (b"%PDF-1.7", "'x.jsonl' is a PDF; need text"),
+    ],
+)
+def test_bad_files_are_named(content, message, tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        read("x.jsonl")
+    assert message in str(error.value)
+
+
+def test_a_column_that_is_missing_is_named(tmp_path):
+    (tmp_path / "x.parquet").write_bytes(written("parquet"))
+    with pytest.raises(ValueError, match="it has no column 'words', but id, text, body; name the"):
+        read("x.parquet", text_field="words")
+
+
+def test_long_records_and_many(tmp_path):
+    """Across every border of what is read at once."""
+    texts = ["x" * 3_000_000, *(f"é{i}" for i in range(30_000)), "y" * 1_500_000]
+    for kind in ("jsonl", "json"):
+        (tmp_path / "x").write_bytes(written(kind, [{"text": text} for text in texts]))
+        assert read("x") == END.join(texts)
+
+
+def test_folders_and_patterns_are_read_by_name(tmp_path):
+    for name in ("b.txt", "a.md", "sub/c.txt.gz", ".hidden.txt", ".git/x.txt", "picture.png"):
+        path = tmp_path / "folder" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = path.name.encode()
+        path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert read("folder") == f"a.md{END}b.txt{END}c.txt.gz"
+    assert read("folder/*.txt") == "b.txt"
+    assert read("folder/**/*.txt*") == f"b.txt{END}c.txt.gz"
+    assert read(["folder/b.txt", "folder/a.md"]) == f"b.txt{END}a.md", "as they were given"
+    for path, message in (
+        ("none.txt", "is not a file, folder or pattern"),
+        ("folder/*.rst", "no file fits the pattern"),
+        ("folder/.git/sub", "is not a file, folder or pattern"),
+    ):
+        with pytest.raises(FileNotFoundError, match=message):
+            TextSource(path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="'empty' has no file that ends in .txt, .md"):
+        TextSource("empty")
+
+
+def config(**data) -> RunConfig:
+    return RunConfig(ModelConfig(vocab_size=260), DataConfig(**data), seq_length=2)
+
+
+def test_order_and_separator_are_part_of_the_fingerprint(tmp_path):
+    for name in ("1.txt", "2.txt"):
+        (tmp_path / name).write_text(f"text {name} " * 9, encoding="utf-8")
+    stores = set()
+    for data in (
+        {"corpus_path": ("1.txt", "2.txt")}, {"corpus_path": ("2.txt", "1.txt")},
+        {"corpus_path": ("1.txt", "2.txt"), "document_separator": "\n"},
+    ):  # fmt: skip
+        prepared = prepare(config(corpus_size="x", **data), lambda _: None)
+        whole = b"".join(
+            prepared.tokenizer.decode_bytes(part.load_by_range(0, len(part)).tolist())
+            for part in (prepared.train, prepared.valid)
+        ).decode()
+        first, second = (f"text {name} " * 9 for name in data["corpus_path"])
+        assert whole == first + data.get("document_separator", END) + second
+        stores |= {e.path.name for e in entries() if e.kind == "token store"}
+    assert len(stores) == 3
+
+
+def test_ten_thousand_small_files(tmp_path):
+    (tmp_path / "many").mkdir()
+    for i in range(10_000):
+        (tmp_path / "many" / f"{i:05d}.txt").write_bytes(b"document %d" % i)
+    shown = []
+    data = prepare(
+        config(corpus_path="many", chunk_size=50_000), lambda _: None,
+        progress=lambda *about: shown.append(about),
+    )  # fmt: skip
+    ids = data.train.load_by_range(0, len(data.train))
+    end = data.tokenizer.encode(END)
+    assert (ids == end[0]).sum() > 8500
+    phases = {phase for phase, *_ in shown}
+    assert phases >= {"counting words, bytes read", "encoding, bytes read"}
+    assert any("of 10,000, " in remark for *_, remark in shown), shown[:3]
+    assert all(total == shown[0][2] for phase, _, total, _ in shown if "bytes" in phase)
+
+
+def test_labels():
+    for paths, label in (
+        (("a/books.txt",), "books"), (("books.jsonl.gz",), "books"), (("a.b.txt",), "a.b"),
+        (("texts/*.txt", "x"), "texts"), (("-",), "standard-input"), ((), "python-manual"),
+    ):  # fmt: skip
+        assert label_of(config(corpus_path=paths)) == label
+
+
+def test_a_pipe_is_kept_for_later(monkeypatch):
+    text = "the cat sat on the mat. " * 40
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    kept = with_pipe_kept(config(corpus_path="-"))
+    (path,) = kept.data.corpus_path
+    assert "standard-input_text-" in path and read(path) == text
+    assert prepare(kept, lambda _: None).train
+    found = DataConfig("-", "-").problems()
+    assert "--corpus_path, --valid_path: got - for both" in found[0]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_commands_read_records(kind, tmp_path, capsys):
+    records = [{"body": f"the cat sat {i} times. " * 5} for i in range(40)]
+    (tmp_path / f"x.{kind}").write_bytes(written(kind, records))
+    field = ["--text_field", "body"]
+    assert command(["train-tokenizer", "--corpus_path", f"x.{kind}", "--vocab_size", "270"]) == 2
+    assert "it has" in capsys.readouterr().err
+    argv = ["train-tokenizer", "--corpus_path", f"x.{kind}", "--vocab_size", "270", *field]
+    assert command(argv) == 0
+    assert command(["encode", "--corpus_path", f"x.{kind}", "--store", "s", *field]) == 0
+    assert "tokens from" in capsys.readouterr().out
