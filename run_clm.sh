@@ -113,7 +113,7 @@ lecture)
         --out_dir runs/lecture
     ;;
 test)
-    set_up ui,test,parity
+    set_up ui,test,parity,corpora
     exec "$venv/bin/python" -m pytest "$@"
     ;;
 *) fail "got $mode; need default, characters, lecture or test" ;;

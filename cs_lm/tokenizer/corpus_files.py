@@ -152,8 +152,9 @@ def unpacked(raw: RawReader, shown: str) -> io.BufferedReader:
 
 
 class _ZstdReader(io.RawIOBase):
-    """Frames one after the other. The package's own reader takes a file that is cut short for whole.
+    """Frames one after the other.
 
+    Why not the package's own reader: it takes a file that is cut short for whole.
     Raises: EOFError for such a file.
     """
 

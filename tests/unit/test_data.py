@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from cs_lm.batches import (
     permuted,
     random_starts,
 )
-from cs_lm.token_store import ArrayTokens, MemmapManager, TokenRange, id_dtype
+from cs_lm.token_store import VERIFIED, ArrayTokens, MemmapManager, TokenRange, id_dtype
 from cs_lm.tokenizer import BPETokenizer
 
 CPU = torch.device("cpu")
@@ -117,6 +118,29 @@ def test_bad_stores(tmp_path):
     (tmp_path / "s" / "manifest.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match="delete the folder and encode"):
         MemmapManager(tmp_path / "s")
+
+
+def test_a_store_is_read_once_until_it_changes(tmp_path, monkeypatch):
+    store = save(tmp_path / "s")
+    read = []
+    monkeypatch.setattr(MemmapManager, "verify", lambda self: read.append(self.folder))
+    MemmapManager(tmp_path / "s").verify_once()
+    assert read == [], "it was read when it was made"
+    (tmp_path / "s" / VERIFIED).unlink()
+    MemmapManager(tmp_path / "s").verify_once()
+    time.sleep(0.2)  # so long a file may change without a new time
+    MemmapManager(tmp_path / "s").verify_once()
+    MemmapManager(tmp_path / "s").verify_once()
+    assert 1 <= len(read) <= 2
+    chunk = tmp_path / "s" / store.files[2].name
+    for change in (lambda: os.utime(chunk, ns=(1, 1)), lambda: chunk.write_bytes(bytes(128))):
+        before = len(read)
+        change()
+        MemmapManager(tmp_path / "s").verify_once()
+        assert len(read) == before + 1
+    (tmp_path / "s" / VERIFIED).write_text("[[", encoding="utf-8")
+    MemmapManager(tmp_path / "s").verify_once()
+    assert len(read) == before + 2
 
 
 def test_token_range(tmp_path):
