@@ -3,7 +3,7 @@
     python -m benchmarks.batches [--rounds 5]
 
 Two token stores: 10^6 ids, and 10^9 in sparse files (on a disk they take next to nothing; reading
-them maps as many pages as reading any other).
+them takes as many pages as reading any other). And what one window costs, beside mapping its file.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from benchmarks.measure import Found, in_turns
 from benchmarks.training import MODELS
 
 NUM_STEPS = 30
+NUM_WINDOWS = 2000
 CHUNK = 1 << 26
 SMALL = "0.82 M, B 12, T 64"
 
@@ -76,6 +77,33 @@ def waiting(num_tokens: int, is_prepared: bool):
     return timed
 
 
+def windows(how: str):
+    """Windows of 257 ids at random places of 10^9, each read on its own."""
+    import numpy as np
+
+    folder = tempfile.TemporaryDirectory()
+    store = sparse_store(Path(folder.name), 10**9)
+    starts = np.random.default_rng(0).integers(0, len(store) - 257, NUM_WINDOWS).tolist()
+
+    def mapped(start: int, end: int) -> np.ndarray:
+        chunk, offset = divmod(start, CHUNK)
+        path = store.folder / store.files[chunk].name
+        shape = (min(end - start, CHUNK - offset),)
+        return np.array(np.memmap(path, store.dtype, "r", offset * store.dtype.itemsize, shape))
+
+    read = store.load_by_range if how == "cs_lm" else mapped
+
+    def timed() -> Found:
+        start_s = time.perf_counter()
+        for start in starts:
+            read(start, start + 257)
+        window_us = 1e6 * (time.perf_counter() - start_s) / NUM_WINDOWS
+        folder.cleanup()
+        return Found(window_us=window_us)
+
+    return timed
+
+
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
@@ -86,6 +114,8 @@ def main(argv=None) -> None:
             contestants[f"{num_tokens:.0e} tokens, {how}"] = functools.partial(
                 waiting, num_tokens, how == "prepared"
             )
+    ways = {how: functools.partial(windows, how) for how in ("cs_lm", "numpy.memmap")}
+    in_turns("a window of 257 ids", ways, rounds)
     in_turns(f"waiting for a batch, {SMALL}", contestants, rounds, repeats=NUM_STEPS)
 
 

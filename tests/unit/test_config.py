@@ -107,6 +107,18 @@ def test_json_round_trip():
         from_json(RunConfig, stored)
 
 
+def test_settings_of_an_earlier_version_are_read():
+    """It had one path of a corpus, or none."""
+    stored = to_json(RunConfig())
+    stored["data"].update(corpus_path="a.txt", valid_path=None)
+    for name in ("text_field", "document_separator"):
+        del stored["data"][name]
+    del stored["init_from"]
+    config = from_json(RunConfig, stored)
+    assert config.data.corpus_path == ("a.txt",) and config.data.valid_path == ()
+    assert from_json(RunConfig, to_json(config)) == config
+
+
 def test_replace_reaches_nested_fields():
     config = replace_settings(RunConfig(), {"d_model": 64, "lr": 0.5, "seed": 9})
     assert (config.model.d_model, config.optim.lr, config.seed) == (64, 0.5, 9)
