@@ -1,18 +1,18 @@
 """Which text a run trains and validates on: files, standard input, the manual, or just a label."""
 
 import hashlib
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cs_lm.cache import STORE, keep_stream, keep_text, paths_of, sha256_remembered
 from cs_lm.config import DataConfig, RunConfig
+from cs_lm.errors import UserError
 from cs_lm.settings import replace
 from cs_lm.shared_settings import STANDARD_INPUT
-from cs_lm.tokenizer.corpus_files import PACKED_SUFFIXES, SUFFIXES, find_files
-from cs_lm.tokenizer.text_source import TextSource, separator_for
+from cs_lm.tokenizer.corpus_files import PACKED_SUFFIXES, SUFFIXES, find_files, is_pipe
+from cs_lm.tokenizer.text_source import TextSource, opened, separator_for
 
 EMBEDDED_LABEL = "python-manual"
 _BLOCK_BYTES = 1 << 20
@@ -135,20 +135,30 @@ def find_valid_corpus(config: RunConfig, remember: bool = True) -> Corpus | None
     return _corpus(_name_of(paths), paths, config.data, "--valid_path", remember)
 
 
-def with_pipe_kept(config: RunConfig) -> RunConfig:
-    """The same with a file in the place of standard input: a run reads its text again later."""
+def with_pipes_kept(config: RunConfig) -> RunConfig:
+    """The same with files in the place of pipes: a run reads its text more than once."""
     changes = {}
     for name in ("corpus_path", "valid_path"):
         paths = getattr(config.data, name)
-        if STANDARD_INPUT in paths:
-            kept = str(keep_stream("standard-input", _standard_input()))
-            changes[name] = tuple(kept if path == STANDARD_INPUT else path for path in paths)
+        if any(map(is_pipe, paths)):
+            changes[name] = tuple(_kept(path) if is_pipe(path) else path for path in paths)
     return replace(config, changes)
 
 
-def _standard_input() -> Iterator[bytes]:
-    while block := sys.stdin.buffer.read(_BLOCK_BYTES):
-        yield block
+def check_no_pipe(config: RunConfig) -> None:
+    """Raises: UserError: what looks at a pipe without keeping it takes its text away."""
+    for path in (*config.data.corpus_path, *config.data.valid_path):
+        if is_pipe(path):
+            raise UserError(
+                f"--dry_run: cannot look at {path}, a pipe, without using it up; save the text to "
+                "a file, or leave --dry_run out"
+            )
+
+
+def _kept(path: str) -> str:
+    with opened(path) as file:
+        blocks = iter(lambda: file.read(_BLOCK_BYTES), b"")
+        return str(keep_stream("standard-input", blocks))
 
 
 def _corpus(

@@ -20,7 +20,7 @@ from cs_lm.config import (
     RunConfig,
     named_run,
 )
-from cs_lm.corpus import check_corpora, label_of, with_pipe_kept
+from cs_lm.corpus import check_corpora, check_no_pipe, label_of, with_pipes_kept
 from cs_lm.device import resolve_device
 from cs_lm.errors import UserError
 from cs_lm.flags import FlagParser, add_flags, config_from_flags, read_flags
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokenizer = None if start is None else start.tokenizer
     if config.dry_run:
         return _print_dry_run(config, folder, tokenizer)
-    config = with_pipe_kept(config)
+    config = with_pipes_kept(config)
     data = _prepared(config, tokenizer)
     with folder.only_here():
         folder.refuse_a_run()  # one that began and ended meanwhile
@@ -111,7 +111,7 @@ def _go_on(folder: RunFolder, namespace, given: dict[str, Any]) -> int:
     tokenizer = folder.load_tokenizer()
     if config.dry_run:
         return _print_dry_run(config, folder, tokenizer)
-    config = with_pipe_kept(config)
+    config = with_pipes_kept(config)
     data = _prepared(config, tokenizer)
     held = [checkpoint]  # the trainer copies it: what is read need not stay in memory meanwhile
     del checkpoint
@@ -174,6 +174,7 @@ def _check_writable(folder: Path) -> None:
 def _print_dry_run(config: RunConfig, folder: RunFolder, tokenizer) -> int:
     from cs_lm.dry_run import report
 
+    check_no_pipe(config)
     print(report(config, folder.path, tokenizer))
     print("dry run: settings are fine, nothing was written")
     return 0

@@ -110,7 +110,7 @@ class TextSource:
         """`description` without decoding; the files are looked into, and hashed by `sha256_of`."""
         self._digests, self._kinds = [], []
         for path in self.paths:
-            with _opened(path) as file:
+            with opened(path) as file:
                 self._kinds.append(kind_of(unpacked(RawReader(file, len), repr(str(path))), path))
             self._digests.append((sha256_of or sha256_of_file)(Path(path)))
         return self._described(self.total_bytes)
@@ -133,7 +133,7 @@ class TextSource:
             digest.update(block)
             self.bytes_read += len(block)
 
-        with _opened(path) as file:
+        with opened(path) as file:
             raw = RawReader(file, note)
             content = unpacked(raw, shown)
             kind = kind_of(content, path)
@@ -174,7 +174,7 @@ def _first_alone() -> Iterator[bool]:
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[BinaryIO]:
+def opened(path: str | Path) -> Iterator[BinaryIO]:
     if path == STANDARD_INPUT:
         yield sys.stdin.buffer
         return

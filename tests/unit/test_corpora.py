@@ -5,13 +5,16 @@ import gzip
 import io
 import json
 import lzma
+import os
+import threading
 
 import pytest
 
 from cs_lm.cache import entries
 from cs_lm.cli.commands import main as command
 from cs_lm.config import DataConfig, ModelConfig, RunConfig
-from cs_lm.corpus import label_of, with_pipe_kept
+from cs_lm.corpus import check_no_pipe, label_of, with_pipes_kept
+from cs_lm.errors import UserError
 from cs_lm.prepare import prepare
 from cs_lm.tokenizer.text_source import TextSource
 
@@ -193,13 +196,21 @@ def test_labels():
         assert label_of(config(corpus_path=paths)) == label
 
 
-def test_a_pipe_is_kept_for_later(monkeypatch):
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes")
+def test_a_pipe_is_kept_for_later(monkeypatch, tmp_path):
     text = "the cat sat on the mat. " * 40
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
-    kept = with_pipe_kept(config(corpus_path="-"))
+    kept = with_pipes_kept(config(corpus_path="-"))
     (path,) = kept.data.corpus_path
     assert "standard-input_text-" in path and read(path) == text
     assert prepare(kept, lambda _: None).train
+    os.mkfifo("pipe")
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_text(text, "utf-8"))
+    writer.start()
+    assert with_pipes_kept(config(corpus_path="pipe")) == kept, "the same text has the same name"
+    writer.join()
+    with pytest.raises(UserError, match="--dry_run: cannot look at -, a pipe, without using it up"):
+        check_no_pipe(config(corpus_path="-"))
     found = DataConfig("-", "-").problems()
     assert "--corpus_path, --valid_path: got - for both" in found[0]
 
