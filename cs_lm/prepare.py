@@ -18,6 +18,7 @@ from cs_lm.cache import (
 )
 from cs_lm.config import DataConfig, RunConfig
 from cs_lm.corpus import Corpus, find_corpus, find_valid_corpus, label_of
+from cs_lm.errors import UserError
 from cs_lm.locks import FileLock
 from cs_lm.manifest import MANIFEST
 from cs_lm.token_store import MemmapManager, TokenRange, Tokens
@@ -157,6 +158,11 @@ class _Maker:
         config, path = self._config, _store_path(self._config, corpus, tokenizer)
 
         def make(is_alone: bool) -> None:
+            if path.exists():  # it is not ours to replace: a run may be reading it
+                raise UserError(
+                    f"token store: {path} is damaged: it has no {MANIFEST}; delete the folder and "
+                    "start again"
+                )
             self._say(f"token store: encoding {corpus.shown} to {path}")
             made = encode_to_store(
                 corpus.open(), tokenizer, path, config.data.chunk_size, progress=self._progress,
