@@ -41,10 +41,10 @@ run() {
     exec "$venv/bin/python" "$@"
 }
 
-# train GIVEN... -- PRESET...: trains with the preset's flags, less those that were given.
+# train GIVEN... preset PRESET...: trains with the preset's flags, less those that were given.
 train() {
     local given=() preset=() word other skip=no
-    while [ "$1" != -- ]; do given+=("$1") && shift; done
+    while [ "$1" != $'\n'preset ]; do given+=("$1") && shift; done
     shift
     for word in "$@"; do
         if [[ $word == --* ]]; then
@@ -53,6 +53,10 @@ train() {
                 case "${other%%=*}" in
                 "$word") skip=yes ;;
                 --rope_theta) [ "$word" != --theta ] || skip=yes ;;
+                --corpus_path) # another text goes by its own name
+                    [ "$word" != --corpus_size ] || skip=yes
+                    [ "$mode:$word" != default:--out_dir ] || skip=yes
+                    ;;
                 --context_length) [ "$word" != --max_seq_length ] || skip=yes ;;
                 esac
             done
@@ -63,14 +67,14 @@ train() {
 }
 
 case "${1:-}" in
-"" | --*) mode=default ;;
+"" | -*) mode=default ;;
 *) mode="$1" && shift ;;
 esac
 
 case "$mode" in
 default)
     set_up ui
-    train "$@" -- \
+    train "$@" $'\n'preset \
         --corpus_size python-manual --vocab_size 2048 --special_tokens '<|endoftext|>' \
         --valid_fraction 0.1 --chunk_size 500000 --sampling random \
         --d_model 192 --num_heads 6 --d_ff 512 --num_layers 4 \
@@ -85,7 +89,7 @@ default)
     ;;
 characters)
     set_up ui
-    train "$@" -- \
+    train "$@" $'\n'preset \
         --vocab_size 256 --special_tokens --valid_fraction 0.1 --sampling epoch \
         --d_model 128 --num_heads 4 --d_ff 320 --num_layers 4 \
         --max_seq_length 64 --seq_length 64 --theta 1000 \
@@ -99,7 +103,7 @@ characters)
     ;;
 lecture)
     set_up ui
-    train "$@" -- \
+    train "$@" $'\n'preset \
         --corpus_path data/lecture.txt --corpus_size lecture --vocab_size 32000 \
         --special_tokens '<|endoftext|>' --valid_fraction 0.1 --chunk_size 500000 \
         --d_model 512 --num_heads 8 --d_ff 1344 --num_layers 8 \

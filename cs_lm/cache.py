@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from cs_lm.locks import FileLock, acquire, wait_for
-from cs_lm.manifest import MANIFEST
+from cs_lm.manifest import MANIFEST, file_state
 from cs_lm.tokenizer.text_source import sha256_of_file
 from cs_lm.whole_file import WRITING, own_name, write_whole
 
@@ -27,7 +27,12 @@ KINDS = {STORE: "token store", TOKENIZER: "tokenizer", TEXT: "text"}
 _LOCKS = ".locks"
 _HASHES = ".hashes.json"
 _MOST_LABEL_CHARS = 60
-_OF_CACHE = re.compile(rf"(.+)_({STORE}|{TOKENIZER}|{TEXT})(?:_valid)?(?:-[0-9a-f]{{10}})?")
+_NEW_NAME = re.compile(rf"(.+)_({STORE}|{TOKENIZER}|{TEXT})-[0-9a-f]{{10}}")
+_OLD_NAME = re.compile(rf"(.+)_({STORE}|{TOKENIZER})(?:_valid)?")
+_OWN_SUFFIX = re.compile(r"\.\d+-\d+-[0-9a-f]{6}$")
+# What tells a folder of ours from one that a user has put there under such a name.
+_MARKS = {STORE: MANIFEST, TOKENIZER: "settings.json"}
+PIPE_LABEL = "standard-input"
 # Hashing a shorter file takes less time than it would take to remember it.
 _REMEMBERED_BYTES = 4 << 20
 
@@ -98,8 +103,8 @@ def keep_text(label: str, text: bytes) -> Path:
     return path
 
 
-def keep_stream(label: str, blocks: Iterable[bytes]) -> Path:
-    """The same for what comes block by block. Cost: one block in memory."""
+def keep_stream(label: str, blocks: Iterable[bytes]) -> Path | None:
+    """The same for what comes block by block, one of them in memory; None where nothing does."""
     digest = hashlib.sha256()
     DATA.mkdir(exist_ok=True)
     writing = own_name(DATA / f"{label}_{TEXT}")
@@ -110,6 +115,8 @@ def keep_stream(label: str, blocks: Iterable[bytes]) -> Path:
                 file.write(block)
             file.flush()
             os.fsync(file.fileno())
+            if not file.tell():
+                return None
         path = cache_path(label, TEXT, digest.hexdigest())
         path = path.with_name(f"{path.name}.txt")
         os.replace(writing, path)
@@ -128,18 +135,19 @@ def set_aside(path: Path) -> None:
 def sha256_remembered(path: Path) -> str:
     """A file's hash; of a large one, that of the last time while it has not changed since.
 
-    That is known by its length, time of change and number on the disk.
+    Whether it has is told by `file_state`.
     """
     found = os.stat(path)
     if found.st_size < _REMEMBERED_BYTES:
         return sha256_of_file(path)
-    key, seen = os.path.abspath(path), [found.st_size, found.st_mtime_ns, found.st_ino]
+    key, seen, began_ns = os.path.abspath(path), file_state(found), time.time_ns()
     known = _remembered_hashes()
     entry = known.get(key)
     if isinstance(entry, list) and entry[:-1] == seen:
         return entry[-1]
     digest = sha256_of_file(path)
-    if time.time_ns() - found.st_mtime_ns > 2_000_000_000:  # else it may change without notice
+    is_settled = began_ns - max(found.st_mtime_ns, found.st_ctime_ns) > 2_000_000_000
+    if is_settled and file_state(os.stat(path)) == seen:  # else it may change without notice
         known = {**_remembered_hashes(), key: [*seen, digest]}
         try:
             write_whole(DATA / _HASHES, json.dumps(known).encode("utf-8"))
@@ -174,30 +182,37 @@ class CacheEntry(NamedTuple):
     num_bytes: int
     used_s: float  # of the last use, in seconds since 1970
     is_complete: bool
+    can_be_made_again: bool  # False: what came through a pipe
 
 
 def entries() -> Iterator[CacheEntry]:
     """All that was made in data/, what was left half-made included; not what users put there."""
     for path in sorted(DATA.iterdir()) if DATA.is_dir() else []:
-        is_complete = not path.name.endswith(WRITING)
-        name = path.name.removesuffix(WRITING)
-        name = name if is_complete else re.sub(r"\.\d+-\d+-[0-9a-f]{6}$", "", name)
-        match = _OF_CACHE.fullmatch(name.removesuffix(".txt"))
+        is_complete, final = not path.name.endswith(WRITING), _final_path(path)
+        name = final.name.removesuffix(".txt")
+        match = _NEW_NAME.fullmatch(name) or _OLD_NAME.fullmatch(name)
         if match is None or path.is_dir() == (match[2] == TEXT):
             continue
-        if is_complete and match[2] == STORE and not (path / MANIFEST).is_file():
+        if is_complete and match[2] in _MARKS and not (path / _MARKS[match[2]]).is_file():
             continue
         files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
         used_s = max((file.stat().st_mtime for file in [*files, _lock_path(path)] if file.exists()),
                      default=path.stat().st_mtime)  # fmt: skip
         num_bytes = sum(file.stat().st_size for file in files)
-        yield CacheEntry(path, KINDS[match[2]], num_bytes, used_s, is_complete)
+        again = match[2] != TEXT or match[1] != PIPE_LABEL
+        yield CacheEntry(path, KINDS[match[2]], num_bytes, used_s, is_complete, again)
+
+
+def _final_path(path: Path) -> Path:
+    """The name that something half-made would get."""
+    if not path.name.endswith(WRITING):
+        return path
+    return path.with_name(_OWN_SUFFIX.sub("", path.name.removesuffix(WRITING)))
 
 
 def remove(entry: CacheEntry) -> bool:
     """False where a process makes or uses it."""
-    name = entry.path.name if entry.is_complete else entry.path.name.removesuffix(WRITING)
-    path = entry.path.with_name(name)
+    path = _final_path(entry.path)
     locks = [acquire(lock_path) for lock_path in (_lock_path(path), _making_path(path))]
     try:
         if None in locks:

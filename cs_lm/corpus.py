@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cs_lm.cache import STORE, keep_stream, keep_text, paths_of, sha256_remembered
+from cs_lm.cache import PIPE_LABEL, STORE, keep_stream, keep_text, paths_of, sha256_remembered
 from cs_lm.config import DataConfig, RunConfig
 from cs_lm.errors import UserError
 from cs_lm.settings import replace
@@ -47,7 +47,7 @@ def label_of(config: RunConfig) -> str:
 def _name_of(paths: Sequence[str]) -> str:
     """Of the first one, without what tells its format; of a pattern, its folder's."""
     if paths[0] == STANDARD_INPUT:
-        return "standard-input"
+        return PIPE_LABEL
     path = Path(paths[0])
     if not path.exists() and any(sign in path.name for sign in "*?["):
         path = next(p for p in path.parents if not any(sign in str(p) for sign in "*?["))
@@ -158,7 +158,10 @@ def check_no_pipe(config: RunConfig) -> None:
 def _kept(path: str) -> str:
     with opened(path) as file:
         blocks = iter(lambda: file.read(_BLOCK_BYTES), b"")
-        return str(keep_stream("standard-input", blocks))
+        kept = keep_stream(PIPE_LABEL, blocks)
+    if kept is None:
+        raise UserError(f"corpus: got nothing from {path}; need text")
+    return str(kept)
 
 
 def _corpus(

@@ -329,7 +329,7 @@ def generate_text(
     """
     size = model.config.vocab_size
     usable = torch.tensor([i in tokenizer.vocab for i in range(size)])
-    stop_ids = _stop_ids(tokenizer, config.stop_token)
+    stop_ids = stop_ids_of(tokenizer, config.stop_token)
     prompts = [prompt for prompt in prompts for _ in range(config.num_samples)]
     streams = [TextStream(tokenizer.vocab, config.stop) for _ in prompts]
     texts = [""] * len(prompts)
@@ -351,7 +351,8 @@ def generate_text(
     return texts
 
 
-def _stop_ids(tokenizer: TextTokenizer, asked: Sequence[str]) -> frozenset[int]:
+def stop_ids_of(tokenizer: TextTokenizer, asked: Sequence[str]) -> frozenset[int]:
+    """The ids that end a text. Raises: UserError for what is no special token."""
     unknown = [token for token in asked if token not in tokenizer.special_tokens]
     if unknown:
         raise UserError(

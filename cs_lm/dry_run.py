@@ -40,7 +40,10 @@ def store_tokens(config: RunConfig, tokenizer: BPETokenizer | None = None) -> tu
     store = reusable_store(config, tokenizer)
     if store is not None:
         return len(store), True
-    num_bytes = find_corpus(config, remember=False).description["bytes"]
+    corpus = find_corpus(config, remember=False)
+    if corpus.paths:
+        next(corpus.open().read())  # whether there is text in it
+    num_bytes = corpus.description["bytes"]
     return max(1, int(num_bytes / guessed_bytes_per_token(config.model.vocab_size))), False
 
 

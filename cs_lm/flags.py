@@ -41,12 +41,13 @@ class FlagParser(argparse.ArgumentParser):
     def _with_dashed_values(self, words: list[str]) -> list[str]:
         """Values that begin with a dash, joined to their flag: argparse would take them for flags.
 
-        What looks like a long flag, and is nearly one, stays apart: it will be called unknown.
+        What looks like a long flag, and is nearly one or stands behind a list, stays apart: it will
+        be called unknown.
         """
         joined: list[str] = []
         flag = None  # the one that the next words may belong to
         for word in words:
-            is_value = not word.startswith("-") or not self._may_be_flag(word)
+            is_value = not word.startswith("-") or not self._may_be_flag(word, flag)
             follows_joined = joined and flag is not None and joined[-1].startswith(f"{flag}=")
             if flag is not None and is_value and (word.startswith("-") or follows_joined):
                 if joined[-1] == flag:
@@ -57,15 +58,20 @@ class FlagParser(argparse.ArgumentParser):
             action = self._option_string_actions.get(word)
             if action is not None:
                 flag = word if action.nargs != 0 else None
-            elif flag is not None and not _is_list(self._option_string_actions[flag]):
+            elif not is_value or (
+                flag is not None and not _is_list(self._option_string_actions[flag])
+            ):
                 flag = None
         return joined
 
-    def _may_be_flag(self, word: str) -> bool:
+    def _may_be_flag(self, word: str, behind: str | None) -> bool:
+        """behind  the flag that it may be a value of; a list takes no words that look like flags"""
         name = word.partition("=")[0]
         if name in self._option_string_actions:
             return True
-        is_long = re.fullmatch(r"--?[a-z][\w-]*", name) is not None
+        is_long = re.fullmatch(r"--[a-zA-Z][\w-]*", name) is not None
+        if behind is not None and _is_list(self._option_string_actions[behind]):
+            return is_long
         return is_long and bool(difflib.get_close_matches(name, self._option_string_actions, n=1))
 
     def _given_twice(self, words: list[str]) -> list[str]:

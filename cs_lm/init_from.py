@@ -34,8 +34,9 @@ def read_start(path: str | Path, say: Callable[[str], None]) -> Start:
     Raises: UserError for a path that is none of these; ValueError for one that cannot be read.
     """
     path = Path(path)
-    if (path / STATE).is_file() and path.parent.name == "checkpoints":
-        folder, which = RunFolder(path.parent.parent), path.name.rpartition("-")[2]
+    step = path.name.rpartition("-")[2]
+    if (path / STATE).is_file() and path.parent.name == "checkpoints" and step.isdecimal():
+        folder, which = RunFolder(path.parent.parent), step
     else:
         folder, which = RunFolder(path), "best"
     if folder.exists():

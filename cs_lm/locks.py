@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
+from cs_lm.errors import UserError
+
 _LOG = logging.getLogger("cs_lm")
 _LOOK_AGAIN_S = 0.1
 # What a file system answers that has no locks at all.
@@ -56,7 +58,9 @@ def acquire(path: Path, shared: bool = False) -> FileLock | None:
         except OSError as error:
             if shared and error.errno in _READ_ONLY:
                 return FileLock(None, path, is_real=False)
-            raise
+            raise UserError(
+                f"{str(path.parent)!r} cannot be written to ({error.strerror}); name another folder"
+            ) from None
         try:
             _lock(number, shared)
         except OSError as error:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import stat
 import string
 from collections.abc import Iterable
@@ -79,6 +80,14 @@ def read_manifest(folder: Path) -> tuple[list[FileEntry], dict[str, Any]]:
         if not _is_sound(entry):
             raise ValueError(f"{str(path)!r} names a file that cannot be of its folder: {entry!r}")
     return files, content
+
+
+def file_state(found: os.stat_result) -> list[int]:
+    """Other for a file that was written, or put in the place of another one, since.
+
+    The time of change of its entry tells, too, where somebody set the time of its content back.
+    """
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev]
 
 
 def check_file(folder: Path, entry: FileEntry, completely: bool) -> None:

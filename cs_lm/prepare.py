@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cs_lm.cache import (
+    DATA,
     STORE,
     TOKENIZER,
     Say,
@@ -58,6 +59,8 @@ def prepare(
     """
     maker = _Maker(config, say, progress)
     corpus, valid_corpus = find_corpus(config), find_valid_corpus(config)
+    texts = [path for each in (corpus, valid_corpus) if each is not None for path in each.paths]
+    kept = tuple(in_use(Path(path)) for path in texts if Path(path).parent == DATA)
     if corpus is None:
         store, tokenizer = _labelled(config, tokenizer)
         lock = in_use(store.folder)
@@ -79,7 +82,7 @@ def prepare(
     measured_on = {
         "text": valid_store.source, "range": [start, end], "tokenizer": tokenizer.fingerprint,
     }  # fmt: skip
-    return PreparedData(tokenizer, train, valid, measured_on, locks)
+    return PreparedData(tokenizer, train, valid, measured_on, locks + kept)
 
 
 def reusable_store(
@@ -142,6 +145,7 @@ class _Maker:
             )
             trained = BPETokenizer(vocab, merges, specials)
             if config.data.vocab_path is not None:
+                _refuse_one_of_two(config.data)
                 trained.save(config.data.vocab_path, config.data.merges_path)
                 self._say(f"tokenizer: wrote {config.data.vocab_path} and "
                           f"{config.data.merges_path}")  # fmt: skip
@@ -325,8 +329,8 @@ def _find_tokenizer(config: RunConfig, corpus: Corpus) -> BPETokenizer | None:
     """Raises: ValueError or FileNotFoundError for the user's own files, which are not replaced."""
     data = config.data
     if data.vocab_path is not None:
-        if not Path(data.vocab_path).exists() and not Path(data.merges_path).exists():
-            return None
+        if not all(Path(path).exists() for path in (data.vocab_path, data.merges_path)):
+            return None  # both are written under a lock, one after the other
         return BPETokenizer.from_files(data.vocab_path, data.merges_path, data.special_tokens)
     settings = _tokenizer_settings(config, corpus)
     for folder in (_tokenizer_path(config, corpus), old_path(corpus.label, TOKENIZER)):
@@ -334,6 +338,15 @@ def _find_tokenizer(config: RunConfig, corpus: Corpus) -> BPETokenizer | None:
         if found is not None:
             return found
     return None
+
+
+def _refuse_one_of_two(data: DataConfig) -> None:
+    for one, other in ((data.vocab_path, data.merges_path), (data.merges_path, data.vocab_path)):
+        if Path(one).exists():
+            raise UserError(
+                f"--vocab_path, --merges_path: {one!r} is there, but {other!r} is not; restore it, "
+                "or name two new files"
+            )
 
 
 def _labelled_tokenizers(config: RunConfig, label: str) -> list[BPETokenizer]:

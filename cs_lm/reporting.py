@@ -57,6 +57,6 @@ def closing_lines(
         *lines,
         f"checkpoints: {folder.checkpoints.path(step)}{best}",
         plotted(folder.metrics, folder.plot),
-        f"more text: python -m cs_lm generate --out_dir {folder.path} "
+        f"more text: python -m cs_lm generate --out_dir {shlex.quote(str(folder.path))} "
         f"--prompt {shlex.quote(config.prompt)}",
     ]

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from cs_lm.errors import UserError
-from cs_lm.manifest import MANIFEST, check_file, read_manifest, write_manifest
+from cs_lm.manifest import MANIFEST, check_file, file_state, read_manifest, write_manifest
 from cs_lm.store_writer import JOURNAL, Encoder, Journal, write_chunks
 from cs_lm.whole_file import WRITING, own_name, put_folder, write_whole
 
@@ -191,25 +191,27 @@ class MemmapManager:
     def verify_once(self) -> None:
         """`verify`, unless this store has been read since its files were last written.
 
-        What was read is remembered in the folder, by each file's length, time of change and number
-        on the disk.
+        What was read is remembered in the folder, by the state of each file.
         Raises: as `verify`.
         """
+        states = self._states()
         try:
-            seen = json.loads((self.folder / VERIFIED).read_text(encoding="utf-8"))
-            if seen == [list(identity) for identity in self._identities]:
+            if json.loads((self.folder / VERIFIED).read_text(encoding="utf-8")) == states:
                 return
         except (OSError, ValueError, RecursionError):
             pass
         began_ns = time.time_ns()
         self.verify()
-        newest_ns = max(changed_ns for _, changed_ns, _ in self._identities)
-        if newest_ns < began_ns - _SETTLED_NS:
+        newest_ns = max(max(state[1:3]) for state in states)
+        if newest_ns < began_ns - _SETTLED_NS and self._states() == states:
             self._remember_verified()
+
+    def _states(self) -> list[list[int]]:
+        return [file_state(os.stat(path)) for path in self._paths]
 
     def _remember_verified(self) -> None:
         with suppress(OSError):  # a folder that is not ours to write in
-            write_whole(self.folder / VERIFIED, json.dumps(self._identities).encode("utf-8"))
+            write_whole(self.folder / VERIFIED, json.dumps(self._states()).encode("utf-8"))
 
     def _read(self, chunk: int, offset: int, count: int) -> np.ndarray:
         path, num_bytes = self._paths[chunk], count * self.dtype.itemsize

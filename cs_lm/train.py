@@ -218,6 +218,8 @@ class Trainer:
 
     def _rescue(self) -> None:
         """Saves what an unexpected exception has left whole, if it came between two updates."""
+        if self.step == 0:
+            return  # nothing is lost, and no run stands in the way of the next attempt
         if self.optimizer.num_updates() != self._updates_before_step:
             self.say(f"the exception came within an update of weights: {self.saver.kept}")
             return

@@ -35,6 +35,10 @@ def writing_whole(path: str | Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(writing, path)
+    except OSError as error:
+        if error.filename == str(writing):  # a name that nobody has asked for
+            error.filename = str(path)
+        raise
     finally:
         writing.unlink(missing_ok=True)
     sync_folder(path.parent)

@@ -1,7 +1,7 @@
 """`cs-lm cache`: what lies in data/, and, by command only, what of it to remove.
 
-Every text, tokenizer and token store there can be made again by the command that made it. What a
-process is using stays.
+Every tokenizer and token store there can be made again by the command that made it; what came
+through a pipe cannot, and goes by name only. What a process is using stays.
 """
 
 import datetime
@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from cs_lm.cache import DATA, CacheEntry, entries, remove
 from cs_lm.cli.errors import readable_errors
@@ -36,7 +37,8 @@ class CacheConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(CacheConfig, "cs-lm cache", __doc__, argv)
     found = list(entries())
-    unknown = set(config.remove) - {entry.path.name for entry in found}
+    asked = {Path(name).name for name in config.remove}  # `data/name/`, as shells complete it
+    unknown = asked - {entry.path.name for entry in found}
     if unknown:
         raise UserError(
             f"--remove: got {', '.join(sorted(unknown))}, which is not in {DATA}; "
@@ -48,7 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     before_s = -math.inf
     if config.unused_days is not None:
         before_s = time.time() - _DAY_S * config.unused_days
-    chosen = [e for e in found if e.path.name in config.remove or e.used_s < before_s]
+    chosen = [
+        entry
+        for entry in found
+        if entry.path.name in config.remove or (entry.used_s < before_s and entry.can_be_made_again)
+    ]
     in_use = []
     for entry in chosen:
         if remove(entry):

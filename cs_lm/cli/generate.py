@@ -14,7 +14,7 @@ import torch
 
 from cs_lm.cli.errors import print_error, readable_errors, say_on_stderr
 from cs_lm.config import DTYPES
-from cs_lm.decoding import DecodingConfig, NotANumberError, generate_text
+from cs_lm.decoding import DecodingConfig, NotANumberError, generate_text, stop_ids_of
 from cs_lm.device import resolve_device
 from cs_lm.errors import UserError
 from cs_lm.flags import parse_config
@@ -64,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     trained = load_trained(
         folder, config.checkpoint, device, getattr(torch, config.dtype), say_on_stderr
     )
+    stop_ids_of(trained.tokenizer, config.decoding.stop_token)  # said before anything is written
     try:
         return _answer(trained, prompt, config.decoding)
     except NotANumberError as error:

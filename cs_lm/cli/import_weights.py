@@ -5,6 +5,7 @@ nanoGPT's ckpt.pt (its GELU is the one without tanh: scores differ by some 1e-3)
 text, is evaluated, and `run_clm.py --resume` trains it further.
 """
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,9 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     with folder.only_here():
         folder.refuse_a_run()
         folder.begin(config, model, tokenizer)
+    shown = shlex.quote(str(folder.path))
     print(
         f"imported {num_parameters(model.config) / 1e6:.2f} M parameters to {folder.path}\n"
-        f'text: python -m cs_lm generate --out_dir {folder.path} --prompt "The "\n'
-        f"training: python run_clm.py --resume --out_dir {folder.path} --corpus_path TEXT"
+        f'text: python -m cs_lm generate --out_dir {shown} --prompt "The "\n'
+        f"training: python run_clm.py --resume --out_dir {shown} --corpus_path TEXT"
     )
     return 0

@@ -55,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         start = read_start(given["init_from"], say_on_stderr)
         base = start.base
-        _refuse_what_cannot_change(base, given, "--init_from has", _FIXED_FROM_START)
+        whose = "--init_from has", "leave the flag out, or --init_from"
+        _refuse_what_cannot_change(base, given, whose, _FIXED_FROM_START)
     config = config_from_flags(base, namespace, _problems_of_this_machine)
     folder = RunFolder(config.out_dir or Path("runs") / label_of(config))
     _check_writable(folder.path)
@@ -102,7 +103,10 @@ def _go_on(folder: RunFolder, namespace, given: dict[str, Any]) -> int:
     saved = saved_config(checkpoint)
     # no text has decided yet what the best of an imported model is
     fixed = _FIXED_SETTINGS if checkpoint["iteration"] > 0 else _FIXED_FROM_START
-    _refuse_what_cannot_change(saved, given, "the run to resume has", fixed)
+    whose = (
+        "the run to resume has", "leave the flag out, or start a new run in another --out_dir"
+    )  # fmt: skip
+    _refuse_what_cannot_change(saved, given, whose, fixed)
     config = config_from_flags(saved, namespace, _problems_of_this_machine)
     for name in sorted(set(given) - _OF_THIS_CALL):
         before, now = _value(saved, name), given[name]
@@ -119,9 +123,13 @@ def _go_on(folder: RunFolder, namespace, given: dict[str, Any]) -> int:
 
 
 def _refuse_what_cannot_change(
-    saved: RunConfig, given: dict[str, Any], whose: str, fixed: frozenset[str]
+    saved: RunConfig, given: dict[str, Any], whose: tuple[str, str], fixed: frozenset[str]
 ) -> None:
-    """The model and its tokenizer are what they are, and so is the text that decides the best."""
+    """The model and its tokenizer are what they are, and so is the text that decides the best.
+
+    whose  what has the settings, and what to do, in words
+    """
+    has, remedy = whose
     wrong = []
     for name, (owner, each) in settings_of(RunConfig).items():
         if name not in given or not has_setting(saved, name):
@@ -130,8 +138,8 @@ def _refuse_what_cannot_change(
             before = _value(saved, name)
             if name != "drop_rate" and given[name] != before:
                 wrong.append(
-                    f"{flag_of(each)}: got {_shown(given[name])}, but {whose} {_shown(before)}; "
-                    "leave the flag out, or start a new run in another --out_dir"
+                    f"{flag_of(each)}: got {_shown(given[name])}, but {has} {_shown(before)}; "
+                    f"{remedy}"
                 )
     if wrong:
         raise ValueError("\n".join(wrong))

@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from cs_lm.tokenizer.json_texts import text_of_record
+
 STANDARD_INPUT = "-"
 SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".parquet")
 PACKED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
@@ -30,8 +32,7 @@ _LOOK_AGAIN_S = 0.2
 _ROWS_AT_ONCE = 256
 _MAGIC_BYTES = 6
 _NOT_TEXT = {b"PK\x03\x04": "a zip archive", b"%PDF-": "a PDF", b"\x7fELF": "a program"}
-_NEXT_VALUE = re.compile(r"[, \t\r\n]*")
-_UNPACKING_ERRORS = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
+_UNPACKING_ERRORS = (EOFError, zlib.error, lzma.LZMAError, OSError)
 PathOrPaths = str | Path | Sequence[str | Path]
 
 
@@ -46,7 +47,8 @@ def find_files(given: PathOrPaths, flag: str = "corpus") -> list[str | Path]:
     """The files that paths stand for: a file itself, a folder or a pattern its files by name.
 
     Of a folder: files below it whose names end in one of SUFFIXES, packed or not, and in no part
-    begin with a dot. Paths keep their order; files of a folder or pattern are sorted by name.
+    begin with a dot; not what runs have made there. Paths keep their order; files of a folder or
+    pattern are sorted by name.
     Raises: FileNotFoundError where there is nothing, ValueError for an empty file given alone.
     """
     given = [given] if isinstance(given, (str, Path)) else list(given)
@@ -56,7 +58,7 @@ def find_files(given: PathOrPaths, flag: str = "corpus") -> list[str | Path]:
         if is_pipe(one) or path.is_file():
             found.append(one)
         elif path.is_dir():
-            inside = [file for file in path.rglob("*") if _is_of_corpus(file, path)]
+            inside = list(_files_below(path))
             if not inside:
                 raise FileNotFoundError(
                     f"{flag}: the folder {str(one)!r} has no file that ends in "
@@ -81,12 +83,21 @@ def is_pipe(path: str | Path) -> bool:
     return path == STANDARD_INPUT or Path(path).is_fifo()
 
 
-def _is_of_corpus(path: Path, folder: Path) -> bool:
-    name = path.name
+def _files_below(folder: Path) -> Iterator[Path]:
+    for path, folders, names in os.walk(folder):
+        folders[:] = [n for n in folders if not n.startswith(".") and not _is_ours(Path(path, n))]
+        yield from (Path(path, name) for name in names if _is_of_corpus(name))
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether runs have made it: data/ with its locks, or the folder of a run."""
+    return (folder / ".locks").is_dir() or (folder / "metrics.jsonl").is_file()
+
+
+def _is_of_corpus(name: str) -> bool:
     for suffix in PACKED_SUFFIXES:
         name = name.removesuffix(suffix)
-    is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-    return name.endswith(SUFFIXES) and not is_hidden and path.is_file()
+    return name.endswith(SUFFIXES) and not name.startswith(".")
 
 
 class RawReader(io.RawIOBase):
@@ -122,13 +133,39 @@ class RawReader(io.RawIOBase):
             pass
 
 
+class _Joined(io.RawIOBase):
+    """What was read already, and then the rest."""
+
+    def __init__(self, begin: bytes, rest: io.BufferedReader):
+        self._begin, self._rest = begin, rest
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        if not self._begin:
+            return self._rest.readinto1(buffer)
+        count = min(len(buffer), len(self._begin))
+        memoryview(buffer)[:count] = self._begin[:count]
+        self._begin = self._begin[count:]
+        return count
+
+
+def begin_of(file: io.BufferedReader, num_bytes: int) -> tuple[bytes, io.BufferedReader]:
+    """The first bytes, so many unless there are fewer, and the whole, them included.
+
+    Why not `peek`: of a pipe it gives what has come by now, however little.
+    """
+    begin = file.read(num_bytes)
+    return begin, io.BufferedReader(_Joined(begin, file), _BUFFER_BYTES)
+
+
 def unpacked(raw: RawReader, shown: str) -> io.BufferedReader:
     """What a file holds, packed or not.
 
     Raises: ValueError for a zip archive and the like, or where the package for zstd is missing.
     """
-    packed = io.BufferedReader(raw, _BUFFER_BYTES)
-    magic = packed.peek(_MAGIC_BYTES)
+    magic, packed = begin_of(io.BufferedReader(raw, _BUFFER_BYTES), _MAGIC_BYTES)
     for begin, kind in _NOT_TEXT.items():
         if magic.startswith(begin):
             raise ValueError(f"corpus: {shown} is {kind}; need text, or text in one of the formats "
@@ -189,21 +226,23 @@ class _ZstdReader(io.RawIOBase):
         return count
 
 
-def kind_of(content: io.BufferedReader, path: str | Path) -> str:
-    """TEXT, RECORDS or PARQUET, by how the content begins; JSON also by the name's end."""
+def kind_of(content: io.BufferedReader, path: str | Path) -> tuple[str, io.BufferedReader]:
+    """TEXT, RECORDS or PARQUET, by how the content begins; JSON also by the name's end. And all of
+    the content, to read on.
+    """
     try:
-        begin = content.peek(_PEEKED_BYTES)[:_PEEKED_BYTES]
+        begin, content = begin_of(content, _PEEKED_BYTES)
     except _UNPACKING_ERRORS as error:
         raise _cannot_be_unpacked(repr(str(path)), error) from None
     if begin.startswith(b"PAR1"):
-        return PARQUET
+        return PARQUET, content
     name = str(path)
     for suffix in PACKED_SUFFIXES:
         name = name.removesuffix(suffix)
     begin = begin.removeprefix(codecs.BOM_UTF8).lstrip()
     if name.endswith((".jsonl", ".json", ".ndjson")) or re.match(rb"\[\s*\{\s*\"", begin):
-        return RECORDS
-    return RECORDS if _are_json_lines(begin) else TEXT
+        return RECORDS, content
+    return RECORDS if _are_json_lines(begin) else TEXT, content
 
 
 def _are_json_lines(begin: bytes) -> bool:
@@ -251,93 +290,10 @@ def decoded(
             return
 
 
-def _cannot_be_unpacked(shown: str, error: Exception) -> ValueError:
+def _cannot_be_unpacked(shown: str, error: Exception) -> Exception:
+    if isinstance(error, OSError) and error.errno is not None:  # of the disk
+        return error
     return ValueError(f"corpus: {shown} cannot be unpacked ({error}); is it whole?")
-
-
-def texts_of_records(parts: Iterator[str], shown: str, text_field: str) -> Iterator[str]:
-    """The text of each record of JSON lines, or of a JSON list.
-
-    Raises: ValueError naming the first record that is no JSON, or has no text under that name.
-    """
-    for number, value in enumerate(_json_values(parts, shown), start=1):
-        yield _text_of(value, f"record {number} of {shown}", text_field)
-
-
-def _text_of(record: Any, shown: str, text_field: str) -> str:
-    if isinstance(record, str):
-        return record
-    text = record.get(text_field) if isinstance(record, dict) else None
-    if isinstance(text, str):
-        return text
-    if isinstance(record, dict):
-        names = [name for name, value in record.items() if isinstance(value, str)]
-        has = f"it has text in {', '.join(names[:8]) or 'no field'}"
-    else:
-        has = f"it is a {type(record).__name__}"
-    raise ValueError(f"corpus: {shown} has no text in its field {text_field!r}; {has}; name the "
-                     "field with --text_field")  # fmt: skip
-
-
-def _json_values(parts: Iterator[str], shown: str) -> Iterator[Any]:
-    held = ""
-    for part in parts:
-        held = (held + part).lstrip("\ufeff \t\r\n")
-        if held:
-            break
-    if held.startswith("["):
-        yield from _values_of_list(held[1:], parts, shown)
-        return
-    number, is_ended = 0, False
-    while not is_ended:
-        part = next(parts, None)
-        is_ended = part is None
-        lines = (held + (part or "")).split("\n")
-        held = "" if is_ended else lines.pop()
-        for line in lines:
-            number += 1
-            if not line.strip():
-                continue
-            try:
-                yield json.loads(line)
-            except (ValueError, RecursionError):
-                if number == 1 and line.strip() == "{":  # one object over several lines
-                    rest = "\n".join([*lines, held])
-                    yield from _values_of_list(rest, parts, shown)
-                    return
-                raise ValueError(
-                    f"corpus: line {number} of {shown} is no JSON; need one JSON object a line, or "
-                    "one list of them"
-                ) from None
-
-
-def _values_of_list(held: str, parts: Iterator[str], shown: str) -> Iterator[Any]:
-    """Values with commas between, up to the bracket or the end; one of them in memory at a time."""
-    decoder, number, at = json.JSONDecoder(), 0, 0
-    while True:
-        at = _NEXT_VALUE.match(held, at).end()
-        if at == len(held):
-            part = next(parts, None)
-            if part is None:
-                return
-            held, at = part, 0
-            continue
-        if held[at] == "]":
-            return
-        number += 1
-        while True:
-            try:
-                value, at = decoder.raw_decode(held, at)
-                break
-            except (ValueError, RecursionError):
-                # it may be cut here: as much again is read, so that long ones are not read often
-                more = [part for _, part in zip(range(1 + len(held) // _BUFFER_BYTES), parts)]
-                if not more:
-                    raise ValueError(
-                        f"corpus: record {number} of {shown} is no JSON, or is cut short"
-                    ) from None
-                held, at = "".join([held[at:], *more]), 0
-        yield value
 
 
 def texts_of_parquet(
@@ -365,7 +321,7 @@ def texts_of_parquet(
             for batch in file.iter_batches(_ROWS_AT_ONCE, columns=[text_field]):
                 for text in batch.column(0).to_pylist():
                     if text is not None:
-                        yield _text_of(text, f"a row of {str(path)!r}", text_field)
+                        yield text_of_record(text, f"a row of {str(path)!r}", text_field)
                 num_read += batch.num_rows
                 report(num_read / num_rows)
     except (ValueError, OSError, pyarrow.ArrowException) as error:

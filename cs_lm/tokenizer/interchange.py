@@ -28,8 +28,8 @@ def write_tokenizer_json(
 
     Where a special token spells the name of another token (`é` is the name of the byte 0xE9), that
     library would take the one for the other. Such a token goes by another name, which the text is
-    given before, and loses after. Merges of its bytes are left out: no text comes to them, as the
-    token is cut out first.
+    given before, and loses after. Merges of a special token's bytes are left out where it goes by
+    another name than they do: no text comes to them, as the token is cut out first.
     """
     name_of_id = {i: name_of_token(token) for i, token in sorted(tokenizer.vocab.items())}
     id_of = {token: token_id for token_id, token in tokenizer.vocab.items()}
@@ -49,7 +49,9 @@ def write_tokenizer_json(
     ]  # fmt: skip
     longest_first = sorted(contents.items(), key=lambda pair: -len(pair[0]))
     renamed = {text: name for text, name in longest_first if name != text}
-    unused = {text.encode("utf-8") for text in renamed}
+    unused = {
+        data for text in special if name_of_token(data := text.encode("utf-8")) != contents[text]
+    }
     merges = [
         [name_of_token(a), name_of_token(b)]
         for a, b in tokenizer.merges
@@ -115,6 +117,7 @@ def _sequence(kind: str, parts: list[dict]) -> dict[str, Any] | None:
 def read_tokenizer_json(path: str | Path) -> BPETokenizer:
     """The tokenizer of a `tokenizer.json`, if it is byte-level BPE with GPT-2's split pattern.
 
+    What it says of padding and truncation is left to whoever makes batches.
     Raises: FileNotFoundError, or ValueError naming what we would do otherwise than that file says.
     """
     content = _read_json(path)
@@ -223,11 +226,8 @@ def _refuse_other_kinds(content: dict[str, Any], path: str | Path) -> dict[str, 
         else:
             wrong.append(f"normalizer {part.get('type')}, need none")
     after = content.get("post_processor") or {}
-    if after.get("type") not in (None, "ByteLevel"):
+    if after.get("type") not in (None, "ByteLevel") and not _adds_nothing(after):
         wrong.append(f"post_processor {after.get('type')}, need none: it adds tokens to a text")
-    for name in ("truncation", "padding"):
-        if content.get(name):
-            wrong.append(f"{name}, need none")
     for name in ("ignore_merges", "byte_fallback", "continuing_subword_prefix",
                  "end_of_word_suffix", "dropout"):  # fmt: skip
         if model.get(name):
@@ -239,6 +239,12 @@ def _refuse_other_kinds(content: dict[str, Any], path: str | Path) -> dict[str, 
     if wrong:
         raise ValueError(f"tokenizer.json: {str(path)!r} has {'; '.join(wrong)}")
     return renamed
+
+
+def _adds_nothing(after: dict[str, Any]) -> bool:
+    """Whether a template, which transformers writes in any case, has the text alone in it."""
+    parts = after.get("single") or []
+    return after.get("type") == "TemplateProcessing" and all("Sequence" in part for part in parts)
 
 
 def _read(path: str | Path) -> str:

@@ -15,10 +15,12 @@ _WORDS = regex.compile(SPLIT_PATTERN)
 
 # Between these neighbours the pattern always cuts, whatever stands before or after them: the
 # character class changes, and neither a leading space nor a contraction can reach across.
+# Half of a surrogate pair may be half of a letter: there is no sure border beside it.
 # Read backwards ((?r)), so that the search finds the last such border.
+_HALF = r"\uD800-\uDFFF"
 _LAST_SURE_BORDER = regex.compile(
-    r"(?r)(?<=\p{L})[^\p{L}]|(?<=\p{N})[^\p{N}]"
-    r"|(?<=[^\s\p{L}\p{N}'])[\s\p{L}\p{N}]|(?<=')[\s\p{N}]"
+    rf"(?r)(?<=\p{{L}})[^\p{{L}}{_HALF}]|(?<=\p{{N}})[^\p{{N}}{_HALF}]"
+    rf"|(?<=[^\s\p{{L}}\p{{N}}'{_HALF}])[\s\p{{L}}\p{{N}}]|(?<=')[\s\p{{N}}]"
 )
 
 # Text of one kind has none. This sees so fifty times quicker than the search does, backwards.
@@ -65,7 +67,7 @@ class SpecialTokenSplitter:
                     "here; pass it in allowed_special to encode it as one, or leave it out of "
                     "disallowed_special to encode its letters"
                 )
-            before = seen[len(seen) - longest + 1 :] if longest > 1 else ""
+            before = seen[max(0, len(seen) - longest + 1) :]
             yield part
 
     def safe_cut(self, text: str, seen: int = 0) -> int:

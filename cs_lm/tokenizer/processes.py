@@ -47,6 +47,8 @@ class WorkerGroup:
         self._tasks: queue.Queue = queue.Queue(maxsize=num_workers)
         self._results: queue.Queue = queue.Queue()
         self._processes: list[subprocess.Popen] = []
+        self._collectors: list[threading.Thread] = []
+        self._error: Exception | None = None  # what a process has raised
 
     def __enter__(self) -> "WorkerGroup":
         try:
@@ -54,8 +56,11 @@ class WorkerGroup:
             for _ in range(self._num_workers):
                 self._processes.append(_started_process())
             for process in self._processes:
-                for target in (self._feed, self._collect):
-                    threading.Thread(target=target, args=(process, start), daemon=True).start()
+                feeder = threading.Thread(target=self._feed, args=(process, start), daemon=True)
+                collector = threading.Thread(target=self._collect, args=(process,), daemon=True)
+                self._collectors.append(collector)
+                feeder.start()
+                collector.start()
         except BaseException:
             self.__exit__()
             raise
@@ -71,28 +76,50 @@ class WorkerGroup:
                 self._tasks.put_nowait(_END)
 
     def put(self, task: Any) -> None:
-        """Waits for a place in the queue. Raises: ValueError when a process has died."""
+        """Waits for a place in the queue. Raises: ValueError when a process has ended, or what it
+        raised.
+        """
         data = pickle.dumps(task, pickle.HIGHEST_PROTOCOL)
-        self._while_all_live(lambda: self._tasks.put((task is None, data), timeout=_LOOK_AGAIN_S))
+        while True:
+            try:
+                return self._tasks.put((task is None, data), timeout=_LOOK_AGAIN_S)
+            except queue.Full:
+                self._raise_error()
+                if ended := self._ended():  # none has been told to
+                    raise _death(ended[0]) from None
 
     def get(self) -> Any:
         """Waits for a result. Raises: ValueError when a process has died, or what it raised."""
-        return self._of(self._while_all_live(lambda: self._results.get(timeout=_LOOK_AGAIN_S)))
+        while True:
+            self._raise_error()
+            try:
+                return self._results.get(timeout=_LOOK_AGAIN_S)
+            except queue.Empty:
+                self._raise_error()
+                ended = self._ended()
+                dead = [process for process in ended if process.returncode]
+                if (dead or len(ended) == len(self._processes)) and self._results.empty():
+                    raise _death((dead or ended)[0]) from None
 
     def ready(self) -> Iterator[Any]:
         """The results that are there already."""
         while True:
             try:
-                found = self._results.get_nowait()
+                yield self._results.get_nowait()
             except queue.Empty:
                 return
-            yield self._of(found)
 
-    def _of(self, found: tuple[bool, Any]) -> Any:
-        is_error, result = found
-        if is_error:
-            raise result
-        return result
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _ended(self) -> list[subprocess.Popen]:
+        """Those that are not there any more, and whose results are."""
+        return [
+            process
+            for process, collector in zip(self._processes, self._collectors)
+            if process.poll() is not None and not collector.is_alive()
+        ]
 
     def _feed(self, process: subprocess.Popen, start: bytes) -> None:
         """A thread for each process: its tasks, written as soon as it reads them."""
@@ -104,22 +131,21 @@ class WorkerGroup:
                 if is_last:
                     return
 
-    def _collect(self, process: subprocess.Popen, _start: bytes) -> None:
+    def _collect(self, process: subprocess.Popen) -> None:
         with contextlib.suppress(EOFError, OSError):
             while True:
-                self._results.put(pickle.loads(_read(process.stdout)))
+                is_error, result = pickle.loads(_read(process.stdout))
+                if is_error:
+                    self._error = self._error or result
+                else:
+                    self._results.put(result)
 
-    def _while_all_live(self, attempt: Callable[[], Any]) -> Any:
-        while True:
-            try:
-                return attempt()
-            except (queue.Full, queue.Empty):
-                for process in self._processes:
-                    if process.poll() not in (None, 0) and self._results.empty():
-                        raise ValueError(
-                            f"tokenizer: a process ended with status {process.returncode}; is "
-                            "there enough memory? --num_workers 1 needs less"
-                        ) from None
+
+def _death(process: subprocess.Popen) -> ValueError:
+    return ValueError(
+        f"tokenizer: a process ended with status {process.returncode}; is there enough memory? "
+        "--num_workers 1 needs less"
+    )
 
 
 def _started_process() -> subprocess.Popen:

@@ -20,9 +20,9 @@ from cs_lm.tokenizer.corpus_files import (
     is_pipe,
     kind_of,
     texts_of_parquet,
-    texts_of_records,
     unpacked,
 )
+from cs_lm.tokenizer.json_texts import texts_of_records
 
 BLOCK_BYTES = 1 << 20
 TEXT_FIELD = "text"
@@ -111,7 +111,8 @@ class TextSource:
         self._digests, self._kinds = [], []
         for path in self.paths:
             with opened(path) as file:
-                self._kinds.append(kind_of(unpacked(RawReader(file, len), repr(str(path))), path))
+                content = unpacked(RawReader(file, len), repr(str(path)))
+                self._kinds.append(kind_of(content, path)[0])
             self._digests.append((sha256_of or sha256_of_file)(Path(path)))
         return self._described(self.total_bytes)
 
@@ -119,7 +120,8 @@ class TextSource:
         found = {"bytes": num_bytes, "encoding_errors": self._encoding_errors}
         if len(self.paths) == 1 and self._kinds == [TEXT]:
             return {**found, "sha256": self._digests[0]}
-        together = hashlib.sha256("\n".join(self._digests).encode("ascii")).hexdigest()
+        each = "".join(f"{one} {kind}\n" for one, kind in zip(self._digests, self._kinds))
+        together = hashlib.sha256(each.encode("ascii")).hexdigest()
         return {
             **found, "sha256": together, "files": len(self.paths), "text_field": self._text_field,
             "document_separator": self._separator,
@@ -135,8 +137,7 @@ class TextSource:
 
         with opened(path) as file:
             raw = RawReader(file, note)
-            content = unpacked(raw, shown)
-            kind = kind_of(content, path)
+            kind, content = kind_of(unpacked(raw, shown), path)
             if kind == PARQUET:
                 yield from self._pieces_of_parquet(path)
                 self._digests.append(sha256_of_file(Path(path)))

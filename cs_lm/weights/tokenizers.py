@@ -73,7 +73,6 @@ def read_tokenizer(folder: Path) -> BPETokenizer:
             vocab[token_id], ids[token] = token, token_id
         specials[text] = None
     ends = _ends(folder, vocab)
-    specials.update(dict.fromkeys(ends))
     found = BPETokenizer(vocab, tokenizer.merges, list(specials))
     found.end_tokens = ends or [text for text in specials if text in DEFAULT_SPECIAL_TOKENS]
     return found
@@ -107,7 +106,14 @@ def _named(folder: Path) -> Iterator[_Named]:
                 f"weights: {CONFIG} of {str(folder)!r} has {name}; need none: our tokenizer adds "
                 "nothing to a text"
             )
-    for token_id, token in (config.get("added_tokens_decoder") or {}).items():
+    added = config.get("added_tokens_decoder") or {}
+    for token_id, token in added.items() if isinstance(added, dict) else [("", None)]:
+        is_sound = isinstance(token, dict) and isinstance(token.get("content"), str)
+        if not is_sound or not token_id.isdecimal():
+            raise ValueError(
+                f"weights: added_tokens_decoder in {CONFIG} of {str(folder)!r} has {token!r} for "
+                f"{token_id!r}; need tokens with their content, by id"
+            )
         for name in ("lstrip", "rstrip", "single_word"):
             if token.get(name):
                 raise ValueError(
@@ -131,8 +137,19 @@ def _ends(folder: Path, vocab: dict[int, bytes]) -> list[str]:
     """The texts of the ids that end a text. One beyond the vocabulary ends none: it never comes."""
     for file in (GENERATION, HF):
         asked = _json(folder / file).get("eos_token_id")
-        ids = asked if isinstance(asked, list) else [asked]
-        found = [vocab[i].decode("utf-8", "replace") for i in ids if i in vocab]
+        ids = [] if asked is None else asked if isinstance(asked, list) else [asked]
+        if not all(type(i) is int for i in ids):
+            raise ValueError(
+                f"weights: eos_token_id in {file} of {str(folder)!r} is {asked!r}; need a whole "
+                "number, or a list of them"
+            )
+        try:
+            found = [vocab[i].decode("utf-8") for i in ids if i in vocab]
+        except UnicodeDecodeError:
+            raise ValueError(
+                f"weights: eos_token_id in {file} of {str(folder)!r} names a token that is a part "
+                "of a character; need one that is text"
+            ) from None
         if found:
             return found
     return []
@@ -147,7 +164,8 @@ def pad_token(tokenizer: BPETokenizer, vocab_size: int) -> tuple[str, int] | Non
 
     The first end of a text, or another special token, or a row of the model that has no token.
     """
-    for text in (*tokenizer.end_tokens, *tokenizer.special_tokens):
+    ends = [text for text in tokenizer.end_tokens if text in tokenizer.special_tokens]
+    for text in (*ends, *tokenizer.special_tokens):
         return text, next(i for i, t in tokenizer.vocab.items() if t == text.encode("utf-8"))
     return (PAD, tokenizer.vocab_size) if tokenizer.vocab_size < vocab_size else None
 
@@ -165,8 +183,9 @@ def write_tokenizer(tokenizer: BPETokenizer, vocab_size: int, context: int, fold
     write_tokenizer_json(tokenizer, folder / TOKENIZER_JSON, pad if is_new else None)
     names = written_names(tokenizer)
     roles: dict[str, Any] = {}
-    if tokenizer.end_tokens:
-        roles["bos_token"] = roles["eos_token"] = names[tokenizer.end_tokens[0]]
+    ends = [names[text] for text in tokenizer.end_tokens if text in names]
+    if ends:  # one that is ordinary text stays so: only the ids of generation say that it ends
+        roles["bos_token"] = roles["eos_token"] = ends[0]
     if pad is not None:
         roles["pad_token"] = names.get(pad[0], pad[0])
     write_json(folder / SPECIAL_MAP, roles)

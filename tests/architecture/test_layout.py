@@ -15,7 +15,7 @@ FILES = sorted((ROOT / "cs_lm").rglob("*.py"))
 # 0 definitions and settings.
 FLOORS = {
     "settings": 0, "shared_settings": 0.5, "ops": 0, "device": 0, "whole_file": 0, "recompute": 0, 
-    "stop_signals": 0, "compiling": 0, "locks": 0, "errors": 0,
+    "stop_signals": 0, "compiling": 0, "locks": 0.5, "errors": 0,
     "config": 1, "flags": 1, "manifest": 1, "gradients": 1, "weight_init": 1, "kv_cache": 1,
     "tokenizer": 1,
     "tiled_attention": 2, "language_model": 3.5, "dropout": 2, "counts": 2, "store_writer": 2,

@@ -132,12 +132,9 @@ def test_a_lock_whose_file_was_removed_is_taken_anew(tmp_path):
     first.close(remove=True)
     second = acquire(tmp_path / "lock")
     assert second is not None and (tmp_path / "lock").exists()
-    with pytest.raises(PermissionError):
-        wait_for(_not_writable(tmp_path), shared=False, on_wait=lambda: None)
 
 
-def _not_writable(folder):
-    if os.name == "nt" or os.geteuid() == 0:
-        raise PermissionError("root may write everywhere: nothing to see here")
-    (folder / "closed").mkdir(mode=0o500)
-    return folder / "closed" / "lock"
+def test_a_folder_that_cannot_be_is_named(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"file' cannot be written to .*; name another folder"):
+        wait_for(tmp_path / "file" / "lock", shared=False, on_wait=lambda: None)

@@ -29,6 +29,7 @@ TOKENIZERS = {
     "not ASCII": ["<|endoftext|>", "<|ende\u00e9\u5317|>"],
     "white space": ["<|endoftext|>", "<a b>", "\n\n#"],
     "a Latin-1 character": ["<|endoftext|>", "\u00e9", "\u00ff"],
+    "a byte or two": ["<|endoftext|>", "\n", "t ", "\n\n"],
     "the name of a space": ["\u0120", "\u0120t"],
 }
 TEXTS = [
@@ -97,6 +98,25 @@ def _padded_batches_work(ours, tokenizer, theirs, their_tokenizer):
     assert batch["input_ids"].max() < V, "no id outside the model"
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_what_transformers_saved_again_comes_back(name, learnt, tmp_path):
+    """The most usual way: exported, fine-tuned there, imported. It writes a template of nothing."""
+    ours, tokenizer = random_model(MODELS[name]), tokenizer_of(learnt, "end of text")
+    write_weights(ours, tokenizer, tmp_path / "out")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    their_tokenizer(["a cat", "the cat sat"], padding=True, truncation=True, max_length=3)
+    theirs.save_pretrained(tmp_path / "again")
+    their_tokenizer.save_pretrained(tmp_path / "again")
+    back = read_tokenizer(tmp_path / "again")
+    for text in texts_of(tokenizer):
+        assert back.encode(text) == tokenizer.encode(text)
+    for (_, a), (_, b) in zip(
+        ours.named_parameters(), read_weights(tmp_path / "again").named_parameters(), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
 def test_openai_s_layout_has_its_tokenizer_too(learnt, tmp_path):
     pytest.importorskip("tensorflow", reason="tensorflow is not installed")
     tokenizer = tokenizer_of(learnt, "end of text")
@@ -154,6 +174,37 @@ def test_what_we_would_do_otherwise_is_refused_by_name(file, content, message, t
     with pytest.raises(ValueError) as error:
         read_tokenizer(tmp_path)
     assert message in str(error.value)
+
+
+def test_ordinary_text_that_ends_a_text_stays_ordinary(tmp_path):
+    """A model that stops at a newline: its prompts are encoded as ever."""
+    vocab = {i: bytes([i]) for i in range(256)} | {256: b"\n\n"}
+    tokenizer = BPETokenizer(vocab, [(b"\n", b"\n")])
+    tokenizer.save(tmp_path / "vocab.json", tmp_path / "merges.txt")
+    write(tmp_path / "generation_config.json", {"eos_token_id": 10})
+    read = read_tokenizer(tmp_path)
+    assert read.encode("a\n\n\nb") == [97, 256, 10, 98] and read.end_tokens == ["\n"]
+    write_weights(random_model(MODELS["gpt2"]), read, tmp_path / "out")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs("a\n\n\nb")["input_ids"] == [97, 256, 10, 98]
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == 10
+    assert read_tokenizer(tmp_path / "out").end_tokens == ["\n"]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", {"eos_token_id": [[1]]}, "eos_token_id in config.json .* is ..1.."),
+        ("config.json", {"eos_token_id": 200}, "names a token that is a part of a character"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": 5}}, "has 5 for 'x'; need tok"),
+        ("tokenizer_config.json", {"added_tokens_decoder": [5]}, "need tokens with their content"),
+    ],
+)
+def test_files_of_another_make_are_named(file, content, message, tmp_path):
+    saved_pair(tmp_path)
+    write(tmp_path / file, content)
+    with pytest.raises(ValueError, match=message):
+        read_tokenizer(tmp_path)
 
 
 def test_a_tokenizer_json_decides(learnt, tmp_path):

@@ -138,3 +138,40 @@ def test_flags_that_are_not_given_leave_the_base_alone():
 def test_an_odd_head_size_is_told_beside_other_problems():
     found = ModelConfig(d_model=12, num_heads=4, vocab_size=0).problems()
     assert [line.split(":")[0] for line in found] == ["--vocab_size", "--num_heads"]
+
+
+def parsed(*argv: str) -> dict:
+    parser = FlagParser(prog="run_clm.py")
+    add_flags(parser, RunConfig)
+    return vars(parser.parse_strictly(argv))
+
+
+def test_values_that_begin_with_a_dash():
+    assert parsed("--prompt", "-x")["prompt"] == "-x"
+    assert parsed("--prompt", "- a list", "--lr", "-1") == {"prompt": "- a list", "lr": "-1"}
+    assert parsed("--prompt=--resume")["prompt"] == "--resume"
+    assert parsed("--special_tokens", "-a", "b", "--seed", "1")["special_tokens"] == ["-a", "b"]
+    assert parsed("--special_tokens=--x--", "--special_tokens", "y")["special_tokens"] == [
+        "--x--", "y",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--special_tokens", "<|e|>", "--fp16"], "--fp16: unknown flag"),
+        (["--corpus_path", "a", "--seed=1", "-v"], "-v: unknown flag"),
+        (["--prompt", "--lr_mn", "3"], "--prompt: expected one argument"),
+        (["--corpus_path"], "--corpus_path: expected at least one argument"),
+        (["--lr", "1", "--lr=2"], r"--lr: is given 2 times \(--lr, --lr\); give it once"),
+        (["--theta", "1", "--rope_theta", "2"], r"--theta: is given 2 times \(--theta, --rope_th"),
+    ],
+)
+def test_words_that_are_no_values(argv, message):
+    with pytest.raises(ValueError, match=message):
+        parsed(*argv)
+
+
+def test_lists_collect():
+    given = parsed("--corpus_path", "a", "b", "--seed", "1", "--corpus_path", "c")
+    assert given == {"corpus_path": ["a", "b", "c"], "seed": "1"}

@@ -6,10 +6,14 @@ import io
 import json
 import lzma
 import os
+import random
 import threading
+import time
+from pathlib import Path
 
 import pytest
 
+from cs_lm import cache
 from cs_lm.cache import entries
 from cs_lm.cli.commands import main as command
 from cs_lm.config import DataConfig, ModelConfig, RunConfig
@@ -97,6 +101,7 @@ def test_text_that_only_begins_like_json_is_text(tmp_path):
             b'{"title": "a", "n": 1}\n',
             "record 1 of 'x.jsonl' has no text in its field 'text'; it",
         ),
+        (b'[{"text": "a"},\n{"text": "b"},\n', "the list in 'x.jsonl' is cut short after record 2"),
         (b"[1, 2]", "record 1 of 'x.jsonl' has no text in its field 'text'; it is a int"),
         (b'{"text": 5}\n', "it has text in no field; name the field with --text_field"),
         (b"", "'x.jsonl' is empty"),
@@ -145,6 +150,28 @@ def test_folders_and_patterns_are_read_by_name(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="'empty' has no file that ends in .txt, .md"):
         TextSource("empty")
+
+
+def test_what_we_make_is_no_corpus(tmp_path):
+    """In the folder that one stands in: the text alone, also after a run."""
+    (tmp_path / "a.txt").write_text("the cat sat. " * 60, encoding="utf-8")
+    first = prepare(config(corpus_path="."), lambda _: None)
+    run = tmp_path / "runs" / "x"
+    run.mkdir(parents=True)
+    for name in ("metrics.jsonl", "notes.txt"):
+        (run / name).write_text("{}", encoding="utf-8")
+    assert TextSource(".").paths == ["a.txt"] or TextSource(".").paths == [Path("a.txt")]
+    said = []
+    again = prepare(config(corpus_path="."), said.append)
+    assert again.train.load_by_range(0, 9).tolist() == first.train.load_by_range(0, 9).tolist()
+    assert "training" not in " ".join(said)
+
+
+def test_an_empty_pipe_leaves_nothing(monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    with pytest.raises(UserError, match="got nothing from -; need text"):
+        with_pipes_kept(config(corpus_path="-"))
+    assert not list(tmp_path.glob("data/*"))
 
 
 def config(**data) -> RunConfig:
@@ -226,3 +253,104 @@ def test_commands_read_records(kind, tmp_path, capsys):
     assert command(argv) == 0
     assert command(["encode", "--corpus_path", f"x.{kind}", "--store", "s", *field]) == 0
     assert "tokens from" in capsys.readouterr().out
+
+
+def test_every_list_of_a_file_is_read(tmp_path):
+    (tmp_path / "x.json").write_bytes(b'[{"text": "a"}]\n[{"text": "b"}, {"text": "c"}]')
+    assert read("x.json") == f"a{END}b{END}c"
+
+
+def test_half_a_surrogate_pair_in_json_becomes_a_sign(tmp_path):
+    """As dumps of the web have them: cut in the middle of a character."""
+    (tmp_path / "x.jsonl").write_bytes(rb'{"text": "bad \ud83d end"}' + b"\n")
+    assert read("x.jsonl") == "bad \ufffd end"
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed"])
+@pytest.mark.parametrize("suffix", [*PACKERS, ".zst"])
+@pytest.mark.parametrize("size", [10, 3_000_000])
+def test_damage_to_packed_files_is_named(size, suffix, damage, tmp_path):
+    if (size, suffix, damage) == (10, ".zst", "changed"):
+        pytest.skip("so short a frame is not packed, and has no checksum")
+    chosen = random.Random(0)
+    packed = bytearray(PACKERS.get(suffix, zstd)(chosen.randbytes(size).hex().encode()))
+    if damage == "cut":
+        del packed[len(packed) // 2 :]
+    else:
+        packed[len(packed) // 2 : len(packed) // 2 + 9] = b"nine more"
+    (tmp_path / "x.txt").write_bytes(packed)
+    with pytest.raises(ValueError, match="'x.txt' (cannot be unpacked|is not UTF-8)"):
+        read("x.txt")
+
+
+@pytest.mark.parametrize("text", [b"", gzip.compress(b"packed"), b"plain"])
+def test_a_slow_pipe_is_told_by_its_content_too(text, monkeypatch):
+    """What has come by the first look does not decide."""
+
+    class Slow(io.RawIOBase):
+        def __init__(self, data):
+            self.left = [bytes([byte]) for byte in data]
+
+        def readable(self):
+            return True
+
+        def readinto(self, buffer):
+            if not self.left:
+                return 0
+            buffer[:1] = self.left.pop(0)
+            return 1
+
+    data = text or b'{"text": "hello"}\n{"text": "b"}\n'
+    stream = io.TextIOWrapper(io.BufferedReader(Slow(data), 1))
+    monkeypatch.setattr("sys.stdin", stream)
+    expected = {b"": f"hello{END}b", b"plain": "plain"}.get(text, "packed")
+    assert read("-") == expected
+
+
+def test_files_that_are_read_in_other_ways_are_other_texts(tmp_path):
+    for name in ("x.json", "x.txt"):
+        (tmp_path / name).write_bytes(b'["hello","world"]')
+    (tmp_path / "y.txt").write_bytes(b"more")
+    one, other = (TextSource([name, "y.txt"], separator=END) for name in ("x.json", "x.txt"))
+    assert "".join(one.read()) != "".join(other.read())
+    assert one.description() == one.describe() != other.description()
+
+
+def test_a_text_that_was_changed_behind_its_time_is_hashed_again(tmp_path):
+    path = tmp_path / "large.txt"
+    path.write_bytes(b"x" * (5 << 20))
+    (tmp_path / "data").mkdir()
+    os.utime(path, ns=(10**18, 10**18))
+    time.sleep(2.1)  # so long a change may go without notice
+    first = cache.sha256_remembered(path)
+    assert path.name in (tmp_path / "data" / ".hashes.json").read_text(encoding="utf-8")
+    assert cache.sha256_remembered(path) == first
+    with open(path, "r+b") as file:
+        file.write(b"another beginning")
+    os.utime(path, ns=(10**18, 10**18))
+    assert cache.sha256_remembered(path) != first
+
+
+def test_what_users_put_into_data_is_not_ours(tmp_path):
+    for name in ("my_text.txt", "x_text.txt"):
+        (tmp_path / "data" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "data" / name).write_bytes(b"mine")
+    for folder in ("german_tokenizer", "german_chunks", "b_tokenizer-0123456789"):
+        (tmp_path / "data" / folder).mkdir()
+        (tmp_path / "data" / folder / "model.bin").write_bytes(b"mine")
+    assert list(cache.entries()) == []
+    assert command(["cache", "--unused_days", "0"]) == 0
+    assert len(list((tmp_path / "data").iterdir())) == 5
+
+
+def test_a_text_from_a_pipe_is_removed_by_name_only(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"the cat sat. " * 60)))
+    kept = with_pipes_kept(config(corpus_path="-"))
+    (path,) = map(Path, kept.data.corpus_path)
+    os.utime(path, (0, 0))
+    assert command(["cache", "--unused_days", "1"]) == 0 and path.exists()
+    data = prepare(kept, lambda _: None)
+    assert command(["cache", "--remove", path.name]) == 2 and path.exists(), "it is in use"
+    for lock in data.locks:
+        lock.close()
+    assert command(["cache", "--remove", path.name]) == 0 and not path.exists()

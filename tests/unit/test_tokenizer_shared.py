@@ -91,6 +91,37 @@ def test_what_a_worker_raises_arrives():
             workers.get()
 
 
+LARGE = bytes(1 << 20)  # more than a pipe takes that nobody reads
+
+
+def _fails_at_once(tasks, results):
+    raise ValueError("no work for me")
+
+
+def test_what_all_workers_raise_arrives_while_tasks_are_put():
+    error = pytest.raises(ValueError, match="no work for me")
+    with WorkerGroup(2, _fails_at_once) as workers, error:
+        for _ in range(100):
+            workers.put(LARGE)
+
+
+def _echoes(tasks, results):
+    while True:
+        results.put(tasks.get())
+
+
+def test_workers_that_are_killed_are_told_of_while_results_wait():
+    with WorkerGroup(2, _echoes) as workers:
+        workers.put("one")
+        assert workers.get() == "one"
+        workers.put("two")
+        for process in workers._processes:
+            process.kill()
+        with pytest.raises(ValueError, match="a process ended with status"):
+            for _ in range(100):
+                workers.put(LARGE)
+
+
 def _ends(tasks, results):
     os._exit(7)
 
@@ -116,8 +147,9 @@ def test_special_tokens_as_text(length):
         settings = {"allowed_special": {END}, "disallowed_special": disallowed}
         with pytest.raises(ValueError, match=r"the special token '<\|user\|>', which is not allow"):
             CHAT.encode(text, **settings)
-        with pytest.raises(ValueError, match=r"the special token '<\|user\|>', which is not allow"):
-            list(CHAT.encode_iterable([text[:7], text[7:]], **settings))
+        for cut in (1, 7, len(text) - 2):
+            with pytest.raises(ValueError, match=r"special token '<\|user\|>', which is not allow"):
+                list(CHAT.encode_iterable([text[:cut], text[cut:]], **settings))
     with pytest.raises(ValueError, match="allowed_special: got '<x>', need special tokens of the"):
         CHAT.encode(text, allowed_special={"<x>"})
 
@@ -125,9 +157,12 @@ def test_special_tokens_as_text(length):
 @pytest.mark.parametrize("length", [1, SHORT_TEXT_CHARS])
 def test_surrogates_without_a_partner(length):
     """As tiktoken: a pair becomes its character, others U+FFFD."""
-    text, clean = "the \ud800 é\ud83d\ude42 \udc00" * length, "the \ufffd é🙂 \ufffd" * length
+    text = "the \ud800 é\ud83d\ude42 \udc00x\ud835\udc00a" * length  # the last pair is a letter
+    clean = "the \ufffd é🙂 \ufffdx\U0001d400a" * length
     assert CHAT.encode(text) == CHAT.encode(clean)
-    assert list(CHAT.encode_iterable([text])) == CHAT.encode(clean)
+    for size in (3, 7, len(text)):
+        parts = [text[i : i + size] for i in range(0, len(text), size)]
+        assert list(CHAT.encode_iterable(parts)) == CHAT.encode(clean)
     assert CHAT.decode(CHAT.encode(text)) == clean
 
 
