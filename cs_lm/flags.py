@@ -36,6 +36,8 @@ class FlagParser(argparse.ArgumentParser):
             problems += self._unknown_messages(unknown)
         if problems:
             raise ValueError("\n".join(problems))
+        for name, value in vars(namespace).items():
+            setattr(namespace, name, _with_two_dashes(value))
         return namespace
 
     def _with_dashed_values(self, words: list[str]) -> list[str]:
@@ -52,7 +54,7 @@ class FlagParser(argparse.ArgumentParser):
             if flag is not None and is_value and (word.startswith("-") or follows_joined):
                 if joined[-1] == flag:
                     joined.pop()
-                joined.append(f"{flag}={word}")
+                joined.append(f"{flag}={_TWO_DASHES if word == '--' else word}")
             else:
                 joined.append(word)
             action = self._option_string_actions.get(word)
@@ -97,6 +99,16 @@ class FlagParser(argparse.ArgumentParser):
             hint = f"did you mean {nearest[0]}?" if nearest else "see --help"
             messages.append(f"{flag}: unknown flag; {hint}")
         return messages
+
+
+# For `--` as a value, which argparse throws away.
+_TWO_DASHES = "\0--"
+
+
+def _with_two_dashes(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_with_two_dashes(one) for one in value]
+    return "--" if value == _TWO_DASHES else value
 
 
 def _is_list(action: argparse.Action) -> bool:

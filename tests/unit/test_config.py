@@ -148,6 +148,9 @@ def parsed(*argv: str) -> dict:
 
 def test_values_that_begin_with_a_dash():
     assert parsed("--prompt", "-x")["prompt"] == "-x"
+    assert parsed("--prompt", "--", "--special_tokens", "--", "a") == {
+        "prompt": "--", "special_tokens": ["--", "a"],
+    }  # fmt: skip
     assert parsed("--prompt", "- a list", "--lr", "-1") == {"prompt": "- a list", "lr": "-1"}
     assert parsed("--prompt=--resume")["prompt"] == "--resume"
     assert parsed("--special_tokens", "-a", "b", "--seed", "1")["special_tokens"] == ["-a", "b"]
