@@ -1,4 +1,4 @@
-"""`python -m cs_lm <command>`: the commands besides training."""
+"""`python -m cs_lm <command>`: the same as `cs-lm`."""
 
 import sys
 

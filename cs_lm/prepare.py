@@ -138,6 +138,7 @@ class _Maker:
         path = _tokenizer_path(config, corpus)
 
         def make(_is_alone: bool) -> None:
+            _refuse_one_of_two(config.data)
             self._say(f"tokenizer: training {config.model.vocab_size:,} tokens on {corpus.shown}")
             specials = config.data.special_tokens
             vocab, merges = train_bpe(
@@ -145,7 +146,6 @@ class _Maker:
             )
             trained = BPETokenizer(vocab, merges, specials)
             if config.data.vocab_path is not None:
-                _refuse_one_of_two(config.data)
                 trained.save(config.data.vocab_path, config.data.merges_path)
                 self._say(f"tokenizer: wrote {config.data.vocab_path} and "
                           f"{config.data.merges_path}")  # fmt: skip
@@ -341,12 +341,13 @@ def _find_tokenizer(config: RunConfig, corpus: Corpus) -> BPETokenizer | None:
 
 
 def _refuse_one_of_two(data: DataConfig) -> None:
-    for one, other in ((data.vocab_path, data.merges_path), (data.merges_path, data.vocab_path)):
-        if Path(one).exists():
-            raise UserError(
-                f"--vocab_path, --merges_path: {one!r} is there, but {other!r} is not; restore it, "
-                "or name two new files"
-            )
+    files = {"--vocab_path": data.vocab_path, "--merges_path": data.merges_path}
+    missing = [flag for flag, path in files.items() if path and not Path(path).exists()]
+    if len(missing) == 1:
+        raise UserError(
+            f"{missing[0]}: got {files[missing[0]]!r}, which is not a file, but the other of the two "
+            "is there; restore it, or name two new files"
+        )
 
 
 def _labelled_tokenizers(config: RunConfig, label: str) -> list[BPETokenizer]:
