@@ -345,8 +345,8 @@ def _refuse_one_of_two(data: DataConfig) -> None:
     missing = [flag for flag, path in files.items() if path and not Path(path).exists()]
     if len(missing) == 1:
         raise UserError(
-            f"{missing[0]}: got {files[missing[0]]!r}, which is not a file, but the other of the two "
-            "is there; restore it, or name two new files"
+            f"{missing[0]}: got {files[missing[0]]!r}, which is not a file, but the other of "
+            "the two is there; restore it, or name two new files"
         )
 
 
