@@ -82,7 +82,7 @@ def test_stopped_anywhere(case, work, monkeypatch):
     torch._dynamo.reset()  # what other tests compiled, of other models
     # a backend that needs no compiler
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    monkeypatch.setattr("cs_lm.train.SAMPLE_TOKENS", 4)  # a sample must fit between two stops
+    monkeypatch.setattr("cs_lm.reporting.SAMPLE_TOKENS", 4)  # a sample must fit between two stops
     config = config_of(case)
     loss_function = None if config.compile else noisy_loss
     data = prepared(work, config)
