@@ -47,7 +47,8 @@ def test_a_run_leaves_these_files(finished_run):
         "metrics.jsonl", "lock",
         *(f"checkpoints/{name}/{file}" for name in ("step-00000020", "step-00000040",
           "best-00000040") for file in ("state.pt", "manifest.json")),
-        "tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/end_tokens.json", "tokenizer/special_tokens.json",
+        "tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/end_tokens.json",
+        "tokenizer/special_tokens.json",
     }  # fmt: skip
 
 
