@@ -111,22 +111,40 @@ def penalise_repetition(scores: Tensor, token_ids: Tensor, penalty: float) -> Te
     return scores.scatter(-1, token_ids, torch.where(old > 0, old / penalty, old * penalty))
 
 
+class NotANumberError(UserError):
+    """What a model with weights that are not finite makes of any text."""
+
+
+_NOT_NUMBERS = "the model's scores are not numbers (NaN)"
+
+
 def choose_token(
     scores: Tensor, history: Sequence[int], config: DecodingConfig, generator: torch.Generator
 ) -> int:
-    """The next token of one sequence from its scores (V) on the CPU."""
+    """The next token of one sequence from its scores (V) on the CPU.
+
+    Raises: NotANumberError for scores with a NaN among them; a look costs nothing until then.
+    """
     if config.repetition_penalty != 1.0:
         window = config.repetition_window or len(history)
         recent = torch.tensor(history[-window:], dtype=torch.int64)
         scores = penalise_repetition(scores, recent, config.repetition_penalty)
     if config.temperature == 0:
-        return int(scores.argmax())
+        chosen = int(scores.argmax())
+        if math.isnan(scores[chosen]):
+            raise NotANumberError(_NOT_NUMBERS)
+        return chosen
     scores = apply_temperature(scores, config.temperature)
     if config.top_k is not None:
         scores = keep_top_k(scores, config.top_k)
     if config.top_p is not None:
         scores = keep_top_p(scores, config.top_p)
-    return int(torch.multinomial(softmax(scores), 1, generator=generator))
+    try:
+        return int(torch.multinomial(softmax(scores), 1, generator=generator))
+    except RuntimeError:
+        if scores.isnan().any():
+            raise NotANumberError(_NOT_NUMBERS) from None
+        raise
 
 
 # ---- generation ----
@@ -176,10 +194,6 @@ class _Reader:
         return self._model.scores_of(hidden[:, -1])  # (B, V)
 
 
-class NotANumberError(UserError):
-    """What a model with weights that are not finite makes of any text."""
-
-
 @torch.inference_mode()
 def token_steps(
     model: LanguageModel,
@@ -210,8 +224,6 @@ def token_steps(
     for _ in range(config.max_new_tokens):
         with evaluating(model):
             scores = reader.scores(rows).float().cpu()
-        if scores.isnan().any():
-            raise NotANumberError("the model's scores are not numbers (NaN)")
         if usable_ids is not None:
             scores = scores.masked_fill(~usable_ids, -math.inf)
         new_ids: list[int | None] = []

@@ -177,8 +177,10 @@ class BPETokenizer:
         Surrogates that make no pair become U+FFFD, as in tiktoken.
         Raises: ValueError for a disallowed special token in the text.
         """
-        splitter = self._splitter_for(allowed_special)
-        self._refuse_special([text], allowed_special, disallowed_special)
+        splitter = self._splitter
+        if allowed_special != "all" or disallowed_special:
+            splitter = self._splitter_for(allowed_special)
+            self._refuse_special([text], allowed_special, disallowed_special)
         if len(text) <= SHORT_TEXT_CHARS:
             try:
                 return self._encode_short(text, splitter)

@@ -142,9 +142,11 @@ def test_scores_that_are_no_numbers_name_the_checkpoint(work, capsys):
     )  # fmt: skip
     RunFolder(work / "run").checkpoints.save(content)
     argv = ["generate", "--out_dir", "run", "--prompt", "The cat", "--checkpoint", "last"]
-    assert command(argv) == 2
-    shown = capsys.readouterr().err
-    assert "not numbers (NaN)" in shown and "step 4 in 'run'" in shown and "--checkpoint" in shown
+    for more in ([], ["--temperature", "0"], ["--top_k", "3"], ["--top_p", "0.5"]):
+        assert command([*argv, *more]) == 2
+        shown = capsys.readouterr().err
+        assert "not numbers (NaN)" in shown and "step 4 in 'run'" in shown, shown
+        assert shown.startswith("error: --checkpoint")
     trainer.config = replace(trainer.config, {"prompt": "The cat"})
     trainer._sample()
     assert "sample: the model's scores are not numbers" in capsys.readouterr().out
