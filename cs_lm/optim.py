@@ -221,21 +221,19 @@ def _joint_norm(gradients: list[Tensor]) -> Tensor:
     wide = torch.promote_types(gradients[0].dtype, torch.float32)
     if gradients[0].device.type != "cpu":
         return torch.stack(torch._foreach_norm(gradients, 2, dtype=wide)).square().sum().sqrt()
-    total, short = torch.zeros((), dtype=torch.float64), []
+    norms, short = [], []
     for gradient in gradients:
         if gradient.numel() <= _ROW:
             short.append(gradient)
             continue
         numbers = gradient.reshape(-1)
         whole = numbers.numel() // _ROW * _ROW
-        rows = numbers[:whole].view(-1, _ROW)
-        total += torch.linalg.vector_norm(rows, dim=1, dtype=wide).double().square().sum()
+        norms.append(torch.linalg.vector_norm(numbers[:whole].view(-1, _ROW), dim=1, dtype=wide))
         if whole < numbers.numel():
             short.append(numbers[whole:])
     if short:
-        norms = torch.stack(torch._foreach_norm(short, 2, dtype=wide))
-        total += norms.double().square().sum()
-    return total.sqrt().to(wide)
+        norms.append(torch.stack(torch._foreach_norm(short, 2, dtype=wide)))
+    return torch.cat(norms).double().square().sum().sqrt().to(wide)
 
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
