@@ -116,9 +116,10 @@ def _check_vocabulary(config: RunConfig, tokenizer: BPETokenizer, say: Say) -> N
     """Raises: ValueError for a model with fewer rows than the tokenizer has tokens."""
     have, rows = tokenizer.vocab_size, config.model.vocab_size
     if have > rows:
+        of_files = "" if config.data.vocab_path is None else f" {config.data.vocab_path!r}"
         raise ValueError(
-            f"--vocab_size: got {rows}, need at least {have}: the tokenizer "
-            f"{config.data.vocab_path or ''!r} has that many tokens"
+            f"--vocab_size: got {rows}, need at least {have}: the tokenizer{of_files} has that "
+            "many tokens"
         )
     if have < rows:
         say(
