@@ -1,8 +1,8 @@
 """`python -m cs_lm import-weights`: pretrained weights become a run, at step 0.
 
 From a folder of Hugging Face's (GPT-2, Llama) or OpenAI's (GPT-2), a file of weights in one, or
-nanoGPT's ckpt.pt (its GELU is the one without tanh; the two differ by up to 5e-4). The run generates
-text, is evaluated, and `run_clm.py --resume` trains it further.
+nanoGPT's ckpt.pt (its GELU is the one without tanh; the two differ by up to 5e-4). The run
+generates text, is evaluated, and `run_clm.py --resume` trains it further.
 """
 
 import shlex
