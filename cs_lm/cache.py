@@ -30,8 +30,9 @@ _MOST_LABEL_CHARS = 60
 _NEW_NAME = re.compile(rf"(.+)_({STORE}|{TOKENIZER}|{TEXT})-[0-9a-f]{{10}}")
 _OLD_NAME = re.compile(rf"(.+)_({STORE}|{TOKENIZER})(?:_valid)?")
 _OWN_SUFFIX = re.compile(r"\.\d+-\d+-[0-9a-f]{6}$")
+SETTINGS = "settings.json"  # of a tokenizer: what it was trained with
 # What tells a folder of ours from one that a user has put there under such a name.
-_MARKS = {STORE: MANIFEST, TOKENIZER: "settings.json"}
+_MARKS = {STORE: MANIFEST, TOKENIZER: SETTINGS}
 PIPE_LABEL = "standard-input"
 # Hashing a shorter file takes less time than it would take to remember it.
 _REMEMBERED_BYTES = 4 << 20
@@ -93,11 +94,15 @@ def find_or_make(
             lock.close()
 
 
+def _text_path(label: str, digest: str) -> Path:
+    path = cache_path(label, TEXT, digest)
+    return path.with_name(f"{path.name}.txt")
+
+
 def keep_text(label: str, text: bytes) -> Path:
     """A file in data/ with this content; its name follows from it."""
     digest = hashlib.sha256(text).hexdigest()
-    path = cache_path(label, TEXT, digest)
-    path = path.with_name(f"{path.name}.txt")
+    path = _text_path(label, digest)
     if not path.is_file() or path.stat().st_size != len(text) or sha256_of_file(path) != digest:
         write_whole(path, text)
     return path
@@ -117,8 +122,7 @@ def keep_stream(label: str, blocks: Iterable[bytes]) -> Path | None:
             os.fsync(file.fileno())
             if not file.tell():
                 return None
-        path = cache_path(label, TEXT, digest.hexdigest())
-        path = path.with_name(f"{path.name}.txt")
+        path = _text_path(label, digest.hexdigest())
         os.replace(writing, path)
     finally:
         writing.unlink(missing_ok=True)

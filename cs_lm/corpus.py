@@ -11,7 +11,7 @@ from cs_lm.config import DataConfig, RunConfig
 from cs_lm.errors import UserError
 from cs_lm.settings import replace
 from cs_lm.shared_settings import STANDARD_INPUT
-from cs_lm.tokenizer.corpus_files import PACKED_SUFFIXES, SUFFIXES, find_files, is_pipe
+from cs_lm.tokenizer.corpus_files import SUFFIXES, find_files, is_pipe, without_packing
 from cs_lm.tokenizer.text_source import TextSource, opened, separator_for
 
 EMBEDDED_LABEL = "python-manual"
@@ -51,9 +51,7 @@ def _name_of(paths: Sequence[str]) -> str:
     path = Path(paths[0])
     if not path.exists() and any(sign in path.name for sign in "*?["):
         path = next(p for p in path.parents if not any(sign in str(p) for sign in "*?["))
-    name = path.absolute().name
-    for suffix in PACKED_SUFFIXES:
-        name = name.removesuffix(suffix)
+    name = without_packing(path.absolute().name)
     stem = Path(name).stem
     return (stem if Path(name).suffix in SUFFIXES or path.is_file() else name) or "corpus"
 

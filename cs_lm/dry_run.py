@@ -6,6 +6,7 @@ from pathlib import Path
 from cs_lm.config import GPT2Config, ModelConfig, RunConfig
 from cs_lm.corpus import find_corpus
 from cs_lm.counts import flops_per_token, num_block_product_weights, num_parameters
+from cs_lm.metrics import format_bytes
 from cs_lm.prepare import check_length, num_training_tokens, reusable_store
 from cs_lm.schedule import learning_rate, num_training_steps
 from cs_lm.tokenizer import BPETokenizer
@@ -98,14 +99,15 @@ def report(config: RunConfig, out_dir: Path, tokenizer: BPETokenizer | None = No
         ("FLOPs of the run", f"{about}{flops * trained:.3g}"),
         (
             "memory",
-            f"about {_size(memory_bytes(config))} on the device; while a save is written, "
-            f"{_size(checkpoint_bytes)} for the copy on the CPU",
+            f"about {format_bytes(memory_bytes(config))} on the device; while a save is written, "
+            f"{format_bytes(checkpoint_bytes)} for the copy on the CPU",
         ),
         (
             "disk",
             # the newest, the best one, and one that is being written
-            f"{_size((config.keep_last + 2) * checkpoint_bytes)} for checkpoints in {out_dir}, "
-            f"{about}{_size(id_bytes * all_tokens)} for the token store",
+            f"{format_bytes((config.keep_last + 2) * checkpoint_bytes)} for checkpoints in "
+            f"{out_dir}, "
+            f"{about}{format_bytes(id_bytes * all_tokens)} for the token store",
         ),
     ]
     warmup, end = (
@@ -118,11 +120,3 @@ def report(config: RunConfig, out_dir: Path, tokenizer: BPETokenizer | None = No
             rows.append((f"lr at step {step:,}", f"{learning_rate(step, steps, config.optim):.3g}"))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
-
-
-def _size(num_bytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if num_bytes < 1000 or unit == "TB":
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    raise AssertionError

@@ -89,6 +89,16 @@ def wait_for(path: Path, shared: bool, on_wait: Callable[[], None]) -> FileLock:
 
 
 @contextmanager
+def writing_alone(path: Path, on_wait: Callable[[], None]) -> Iterator[FileLock]:
+    """Keeps other processes from writing to the path while entered; they are waited for."""
+    lock = wait_for(path.with_name(f".{path.name}.lock"), shared=False, on_wait=on_wait)
+    try:
+        yield lock
+    finally:
+        lock.close(remove=True)
+
+
+@contextmanager
 def locked(path: Path) -> Iterator[bool]:
     """Holds the lock alone while entered; False, at once, where another process holds it."""
     lock = acquire(path)

@@ -228,6 +228,15 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
+def format_bytes(num_bytes: float) -> str:
+    """1.23 MB; a kB is 1,000 bytes."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if num_bytes < 1000 or unit == "TB":
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    raise AssertionError
+
+
 class TensorBoardLog:
     """TensorBoard event files, until the disk takes no more; needs the package tensorboard.
 

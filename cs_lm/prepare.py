@@ -7,6 +7,7 @@ from typing import Any
 
 from cs_lm.cache import (
     DATA,
+    SETTINGS,
     STORE,
     TOKENIZER,
     Say,
@@ -27,8 +28,6 @@ from cs_lm.tokenizer import BPETokenizer, train_bpe
 from cs_lm.tokenizer.parallel import ParallelEncoder
 from cs_lm.tokenizer.text_source import Progress, TextSource
 from cs_lm.whole_file import own_name, put_folder, write_whole
-
-SETTINGS = "settings.json"
 
 
 @dataclass(frozen=True)

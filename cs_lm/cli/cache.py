@@ -15,6 +15,7 @@ from cs_lm.cache import DATA, CacheEntry, entries, remove
 from cs_lm.cli.errors import readable_errors
 from cs_lm.errors import UserError
 from cs_lm.flags import parse_config
+from cs_lm.metrics import format_bytes
 from cs_lm.settings import setting
 
 _DAY_S = 86_400
@@ -53,12 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = [
         entry
         for entry in found
-        if entry.path.name in config.remove or (entry.used_s < before_s and entry.can_be_made_again)
+        if entry.path.name in asked or (entry.used_s < before_s and entry.can_be_made_again)
     ]
     in_use = []
     for entry in chosen:
         if remove(entry):
-            print(f"removed {entry.path} ({_size(entry.num_bytes)})")
+            print(f"removed {entry.path} ({format_bytes(entry.num_bytes)})")
         else:
             in_use.append(str(entry.path))
     if not chosen:
@@ -77,13 +78,5 @@ def _show(found: list[CacheEntry]) -> None:
     for entry in found:
         used = datetime.datetime.fromtimestamp(entry.used_s).strftime("%Y-%m-%d %H:%M")
         kind = entry.kind if entry.is_complete else f"unfinished {entry.kind}"
-        print(f"{entry.path.name:<{width}}  {kind:<24}  {_size(entry.num_bytes):>9}  {used}")
-    print(f"{'together':<{width}}  {'':<24}  {_size(sum(e.num_bytes for e in found)):>9}")
-
-
-def _size(num_bytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.3g} TB"
+        print(f"{entry.path.name:<{width}}  {kind:<24}  {format_bytes(entry.num_bytes):>9}  {used}")
+    print(f"{'together':<{width}}  {'':<24}  {format_bytes(sum(e.num_bytes for e in found)):>9}")

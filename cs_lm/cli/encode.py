@@ -10,7 +10,7 @@ from cs_lm.config import MAX_CHUNK_SIZE
 from cs_lm.corpus import text_of
 from cs_lm.errors import UserError
 from cs_lm.flags import parse_config
-from cs_lm.locks import wait_for
+from cs_lm.locks import writing_alone
 from cs_lm.manifest import MANIFEST
 from cs_lm.prepare import encode_to_store
 from cs_lm.settings import setting
@@ -65,19 +65,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     text = text_of(config.corpus_path, config, config.special_tokens)
     progress, folder = ProgressLine(), Path(config.store)
-    lock = wait_for(
-        folder.with_name(f".{folder.name}.lock"), shared=False,
-        on_wait=lambda: say_on_stderr(f"waiting: another process is writing {folder}"),
-    )  # fmt: skip
+
+    def on_wait() -> None:
+        say_on_stderr(f"waiting: another process is writing {folder}")
+
     try:
-        if (folder / MANIFEST).is_file() and not config.overwrite:
-            raise UserError(f"--store: {str(folder)!r} exists; add --overwrite, or name another")
-        store = encode_to_store(
-            text, tokenizer, folder, config.chunk_size, config.num_workers, progress,
-            is_alone=lock.is_real, replace=config.overwrite,
-        )  # fmt: skip
+        with writing_alone(folder, on_wait) as lock:
+            if (folder / MANIFEST).is_file() and not config.overwrite:
+                raise UserError(
+                    f"--store: {str(folder)!r} exists; add --overwrite, or name another"
+                )
+            store = encode_to_store(
+                text, tokenizer, folder, config.chunk_size, config.num_workers, progress,
+                is_alone=lock.is_real, replace=config.overwrite,
+            )  # fmt: skip
     finally:
-        lock.close(remove=True)
         progress.close()
     text_bytes = store.manifest["text_bytes"]
     print(

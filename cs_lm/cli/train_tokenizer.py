@@ -9,7 +9,7 @@ from cs_lm.cli.progress import ProgressLine
 from cs_lm.corpus import text_of
 from cs_lm.errors import UserError
 from cs_lm.flags import parse_config
-from cs_lm.locks import wait_for
+from cs_lm.locks import writing_alone
 from cs_lm.settings import setting
 from cs_lm.shared_settings import (
     corpora_setting,
@@ -73,12 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _save(tokenizer: BPETokenizer, config: TrainTokenizerConfig) -> None:
     """Both files under one lock: two processes must not leave one of each."""
-    path = Path(config.vocab_path)
-    lock = wait_for(path.with_name(f".{path.name}.lock"), shared=False, on_wait=lambda: None)
-    try:
+    with writing_alone(Path(config.vocab_path), on_wait=lambda: None):
         problems = config.problems()  # what another process has made meanwhile
         if problems:
             raise UserError("\n".join(problems))
         tokenizer.save(config.vocab_path, config.merges_path)
-    finally:
-        lock.close(remove=True)

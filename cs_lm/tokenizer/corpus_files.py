@@ -95,9 +95,14 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _is_of_corpus(name: str) -> bool:
+    return without_packing(name).endswith(SUFFIXES) and not name.startswith(".")
+
+
+def without_packing(name: str) -> str:
+    """A file's name without what says that it is packed."""
     for suffix in PACKED_SUFFIXES:
         name = name.removesuffix(suffix)
-    return name.endswith(SUFFIXES) and not name.startswith(".")
+    return name
 
 
 class RawReader(io.RawIOBase):
@@ -236,9 +241,7 @@ def kind_of(content: io.BufferedReader, path: str | Path) -> tuple[str, io.Buffe
         raise _cannot_be_unpacked(repr(str(path)), error) from None
     if begin.startswith(b"PAR1"):
         return PARQUET, content
-    name = str(path)
-    for suffix in PACKED_SUFFIXES:
-        name = name.removesuffix(suffix)
+    name = without_packing(str(path))
     begin = begin.removeprefix(codecs.BOM_UTF8).lstrip()
     if name.endswith((".jsonl", ".json", ".ndjson")) or re.match(rb"\[\s*\{\s*\"", begin):
         return RECORDS, content

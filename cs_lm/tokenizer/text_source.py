@@ -183,11 +183,6 @@ def opened(path: str | Path) -> Iterator[BinaryIO]:
         yield file
 
 
-def read_text(path: PathOrPaths, encoding_errors: str = "strict") -> Iterator[str]:
-    """`TextSource.read` of a source that nothing else is asked of."""
-    return TextSource(path, encoding_errors).read()
-
-
 def sha256_of_file(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -101,7 +101,7 @@ def test_a_store_in_use_is_not_removed(work, capsys):
     assert command(["cache"]) == 0
     shown = capsys.readouterr().out
     assert store.path.name in shown and "animals_tokenizer-" in shown and "together" in shown
-    assert command(["cache", "--remove", store.path.name]) == 0
+    assert command(["cache", "--remove", f"{store.path}/"]) == 0  # as shells complete it
     assert not store.path.exists() and not list(work.glob("data/*.writing"))
     assert command(["cache", "--unused_days", "1"]) == 0
     assert command(["cache", "--remove", "animals.txt"]) == 2
