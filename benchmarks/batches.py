@@ -23,8 +23,8 @@ SMALL = "0.82 M, B 12, T 64"
 
 def sparse_store(folder: Path, num_tokens: int):
     """A store of zeros that takes no room: what `MemmapManager.save_as_memmap` would write."""
-    from cs_lm.manifest import FileEntry, write_manifest
-    from cs_lm.token_store import FORMAT_VERSION, MemmapManager, id_dtype
+    from cs_lm.data.token_store import FORMAT_VERSION, MemmapManager, id_dtype
+    from cs_lm.storage.manifest import FileEntry, write_manifest
 
     vocab_size = 32_000
     width = id_dtype(vocab_size).itemsize
@@ -46,10 +46,10 @@ def sparse_store(folder: Path, num_tokens: int):
 def waiting(num_tokens: int, is_prepared: bool):
     import torch
 
-    from cs_lm.batches import BatchSource, Prefetcher
-    from cs_lm.config import ModelConfig
-    from cs_lm.language_model import next_token_loss
-    from cs_lm.model import TransformerLM
+    from cs_lm.config.run import ModelConfig
+    from cs_lm.data.batches import BatchSource, Prefetcher
+    from cs_lm.models.base import next_token_loss
+    from cs_lm.models.transformer import TransformerLM
 
     sizes, batch_size, _ = MODELS[SMALL]
     model = TransformerLM(ModelConfig(**sizes))

@@ -21,9 +21,9 @@ LONG = 2000
 def our_model(dtype: str, context_length: int):
     import torch
 
-    from cs_lm.config import ModelConfig
-    from cs_lm.language_model import cast_weights
-    from cs_lm.model import TransformerLM
+    from cs_lm.config.run import ModelConfig
+    from cs_lm.models.base import cast_weights
+    from cs_lm.models.transformer import TransformerLM
 
     sizes = MODELS["57.7 M, B 8, T 256"][0] | {"context_length": context_length}
     model = TransformerLM(ModelConfig(**sizes)).eval()
@@ -31,7 +31,7 @@ def our_model(dtype: str, context_length: int):
 
 
 def ours(dtype: str):
-    from cs_lm.decoding import DecodingConfig, generate
+    from cs_lm.inference.generate import DecodingConfig, generate
 
     model = our_model(dtype, 512)
     generate(model, [PROMPT], DecodingConfig(max_new_tokens=8, temperature=0))
@@ -62,7 +62,7 @@ def transformers(dtype: str):
 
 def by_length(dtype: str):
     """Whether a token late in the text costs what an early one does."""
-    from cs_lm.decoding import DecodingConfig, token_steps
+    from cs_lm.inference.generate import DecodingConfig, token_steps
 
     model = our_model(dtype, len(PROMPT) + LONG)
 

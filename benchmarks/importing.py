@@ -26,11 +26,11 @@ def write(name: str, file_format: str, folder: Path) -> float:
     import torch
     from torch import nn
 
-    from cs_lm.config import named_run
-    from cs_lm.counts import num_parameters
-    from cs_lm.gpt2 import GPT2LM
+    from cs_lm.config.run import named_run
+    from cs_lm.interop.export_weights import write_weights
+    from cs_lm.models.gpt2 import GPT2LM
+    from cs_lm.models.stats import num_parameters
     from cs_lm.tokenizer import BPETokenizer
-    from cs_lm.weights.writing import write_weights
 
     config = named_run(name).model
     model = GPT2LM(config, device="meta")
@@ -46,7 +46,7 @@ def importing(who: str, folder: Path, weights_mb: float):
     import safetensors.torch  # noqa: F401
     import transformers
 
-    from cs_lm.weights.reading import read_weights
+    from cs_lm.interop.import_weights import read_weights
 
     theirs = transformers.GPT2LMHeadModel.from_pretrained
     read = theirs if who == "transformers" else read_weights

@@ -12,7 +12,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from cs_lm.config import GPT_SIZES, GPT2Config, named_run
+from cs_lm.config.run import GPT_SIZES, GPT2Config, named_run
 
 SIZES = [name for name in GPT_SIZES if name.startswith("gpt2-")]
 T = 64
@@ -42,9 +42,9 @@ def differences(config: GPT2Config, folder: Path) -> dict[str, dict[str, float]]
     import torch
     import transformers
 
+    from cs_lm.interop.export_weights import write_weights
+    from cs_lm.interop.import_weights import read_weights
     from cs_lm.tokenizer import BPETokenizer
-    from cs_lm.weights.reading import read_weights
-    from cs_lm.weights.writing import write_weights
 
     ids = torch.randint(0, config.vocab_size, (2, T), generator=torch.Generator().manual_seed(1))
     found = {}

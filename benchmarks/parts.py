@@ -19,7 +19,7 @@ def attention(length: int, is_ours: bool):
     import torch
     import torch.nn.functional as F
 
-    from cs_lm.fast_ops import attention as fast
+    from cs_lm.ops.fused import attention as fast
 
     operation = functools.partial(fast, causal=True)
     if not is_ours:
@@ -42,8 +42,8 @@ def small_operation(name: str, who: str):
     import torch
     import torch.nn.functional as F
 
-    from cs_lm.fast_ops import FAST
-    from cs_lm.ops import CLEAR
+    from cs_lm.ops.fused import FAST
+    from cs_lm.ops.reference import CLEAR
 
     width = WIDTHS[name]
     x = torch.randn(2048, width, requires_grad=True)
@@ -74,8 +74,8 @@ def small_operation(name: str, who: str):
 def _parameters(name: str) -> list:
     import torch
 
-    from cs_lm.config import ModelConfig
-    from cs_lm.model import TransformerLM
+    from cs_lm.config.run import ModelConfig
+    from cs_lm.models.transformer import TransformerLM
 
     parameters = list(TransformerLM(ModelConfig(**MODELS[name][0])).parameters())
     for parameter in parameters:
@@ -87,7 +87,7 @@ def adamw(name: str, is_ours: bool, compiled: bool = False):
     import torch
 
     from cs_lm.device import keep_freed_memory
-    from cs_lm.optim import AdamW
+    from cs_lm.optim.adamw import AdamW
 
     if is_ours:
         keep_freed_memory()  # as a run does
@@ -102,7 +102,7 @@ def adamw(name: str, is_ours: bool, compiled: bool = False):
 def clipping(name: str, is_ours: bool):
     import torch
 
-    from cs_lm.optim import clip_gradients
+    from cs_lm.optim.adamw import clip_gradients
 
     parameters = _parameters(name)
     clip = clip_gradients if is_ours else torch.nn.utils.clip_grad_norm_

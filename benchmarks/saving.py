@@ -19,11 +19,11 @@ REPEATS = 3
 
 
 def _trained_one_step():
-    from cs_lm.config import ModelConfig
+    from cs_lm.config.run import ModelConfig
     from cs_lm.device import keep_freed_memory
-    from cs_lm.model import TransformerLM
-    from cs_lm.optim import AdamW, parameter_groups
-    from cs_lm.training_step import train_step
+    from cs_lm.models.transformer import TransformerLM
+    from cs_lm.optim.adamw import AdamW, parameter_groups
+    from cs_lm.training.step import train_step
 
     keep_freed_memory()
     sizes, batch_size, _ = MODELS[COURSE]
@@ -43,8 +43,8 @@ def standing_still(how: str):
     """What the caller waits for: the copy in memory, a save in place, or all that a save does."""
     import torch
 
-    from cs_lm.checkpoint import checkpoint_content, copied
-    from cs_lm.checkpoint_manager import CheckpointManager
+    from cs_lm.training.checkpoint import checkpoint_content, copied
+    from cs_lm.training.checkpoint_manager import CheckpointManager
 
     model, optimizer, _ = _trained_one_step()
     folder = tempfile.TemporaryDirectory()
@@ -65,8 +65,8 @@ def standing_still(how: str):
 
 def stepping(saves: bool):
     """Steps, with a save that begins before the first of them and is waited for, or without."""
-    from cs_lm.checkpoint import checkpoint_content
-    from cs_lm.checkpoint_manager import BackgroundSaver, CheckpointManager
+    from cs_lm.training.checkpoint import checkpoint_content
+    from cs_lm.training.checkpoint_manager import BackgroundSaver, CheckpointManager
 
     model, optimizer, step = _trained_one_step()
     folder = tempfile.TemporaryDirectory()

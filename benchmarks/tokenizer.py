@@ -58,7 +58,7 @@ def sample(path: str) -> str:
 
 def ours(folder: str):
     from cs_lm.tokenizer import BPETokenizer
-    from cs_lm.tokenizer.word_borders import character_classes
+    from cs_lm.tokenizer.word_boundaries import character_classes
 
     character_classes()
     return BPETokenizer.from_files(f"{folder}/vocab.json", f"{folder}/merges.txt")

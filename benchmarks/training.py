@@ -59,13 +59,13 @@ def ours(
     """
     import torch
 
-    from cs_lm.compiling import Compiled
-    from cs_lm.config import ModelConfig
+    from cs_lm.config.run import ModelConfig
     from cs_lm.device import keep_freed_memory
-    from cs_lm.language_model import next_token_loss
-    from cs_lm.model import TransformerLM
-    from cs_lm.optim import AdamW, parameter_groups
-    from cs_lm.training_step import autocast, train_step
+    from cs_lm.models.base import next_token_loss
+    from cs_lm.models.transformer import TransformerLM
+    from cs_lm.ops.compile import Compiled
+    from cs_lm.optim.adamw import AdamW, parameter_groups
+    from cs_lm.training.step import autocast, train_step
 
     keep_freed_memory()  # as a run does
     sizes, usual_size, num_steps = MODELS[name]
@@ -92,7 +92,7 @@ def twin(name: str, dtype: str, keeps_memory: bool = False, compiled: bool = Fal
     import torch
 
     from benchmarks.twin import Twin, twin_loss, twin_optimizer, twin_step
-    from cs_lm.config import ModelConfig
+    from cs_lm.config.run import ModelConfig
     from cs_lm.device import keep_freed_memory
 
     if keeps_memory:  # our setting of the allocator, lent to torch

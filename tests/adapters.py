@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from cs_lm import ops
-from cs_lm.batches import load_windows, random_starts
-from cs_lm.checkpoint import load_checkpoint, save_checkpoint
-from cs_lm.config import ModelConfig
-from cs_lm.layers import (
+from cs_lm.config.run import ModelConfig
+from cs_lm.data.batches import load_windows, random_starts
+from cs_lm.data.token_store import ArrayTokens
+from cs_lm.models.layers import (
     Embedding,
     Linear,
     MultiHeadSelfAttention,
@@ -16,11 +15,12 @@ from cs_lm.layers import (
     RoPE,
     SwiGLU,
 )
-from cs_lm.model import TransformerBlock, TransformerLM
-from cs_lm.optim import AdamW, clip_gradients
-from cs_lm.schedule import cosine_schedule
-from cs_lm.token_store import ArrayTokens
+from cs_lm.models.transformer import TransformerBlock, TransformerLM
+from cs_lm.ops import reference as ops
+from cs_lm.optim.adamw import AdamW, clip_gradients
+from cs_lm.optim.schedule import cosine_schedule
 from cs_lm.tokenizer import BPETokenizer, train_bpe
+from cs_lm.training.checkpoint import load_checkpoint, save_checkpoint
 
 
 def _with_weights(module, weights):

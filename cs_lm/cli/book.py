@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cs_lm.cache import keep_text
 from cs_lm.cli import train
-from cs_lm.cli.errors import readable_errors
-from cs_lm.corpus import embedded_text
-from cs_lm.flags import parse_config
-from cs_lm.metrics import read_metrics
-from cs_lm.plots import plot_losses
-from cs_lm.run_folder import RunFolder
-from cs_lm.settings import not_positive, setting
-from cs_lm.shared_settings import device_setting
+from cs_lm.cli._errors import readable_errors
+from cs_lm.config.fields import not_positive, setting
+from cs_lm.config.flags import parse_config
+from cs_lm.config.shared import device_setting
+from cs_lm.data.cache import keep_text
+from cs_lm.data.corpus import embedded_text
+from cs_lm.training.metrics_log import read_metrics
+from cs_lm.training.plots import plot_losses
+from cs_lm.training.run_dir import RunFolder
 
 NUM_CHARACTERS = 20_479
 # Of the model, and of the training; constant learning rate, no clipping.

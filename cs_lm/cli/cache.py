@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cs_lm.cache import DATA, CacheEntry, entries, remove
-from cs_lm.cli.errors import readable_errors
+from cs_lm.cli._errors import readable_errors
+from cs_lm.config.fields import setting
+from cs_lm.config.flags import parse_config
+from cs_lm.data.cache import DATA, CacheEntry, entries, remove
 from cs_lm.errors import UserError
-from cs_lm.flags import parse_config
-from cs_lm.metrics import format_bytes
-from cs_lm.settings import setting
+from cs_lm.training.metrics_log import format_bytes
 
 _DAY_S = 86_400
 

@@ -5,7 +5,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from cs_lm.cli.errors import readable_errors
+from cs_lm.cli._errors import readable_errors
 
 COMMANDS = {
     "train": "train a language model on a text; the same as run_clm.py",

@@ -4,23 +4,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cs_lm.cli.errors import readable_errors, say_on_stderr
-from cs_lm.cli.progress import ProgressLine
-from cs_lm.config import MAX_CHUNK_SIZE
-from cs_lm.corpus import text_of
-from cs_lm.errors import UserError
-from cs_lm.flags import parse_config
-from cs_lm.locks import writing_alone
-from cs_lm.manifest import MANIFEST
-from cs_lm.prepare import encode_to_store
-from cs_lm.settings import setting
-from cs_lm.shared_settings import (
+from cs_lm.cli._errors import readable_errors, say_on_stderr
+from cs_lm.cli._progress import ProgressLine
+from cs_lm.config.fields import setting
+from cs_lm.config.flags import parse_config
+from cs_lm.config.run import MAX_CHUNK_SIZE
+from cs_lm.config.shared import (
     corpora_setting,
     document_separator_setting,
     encoding_errors_setting,
     special_tokens_setting,
     text_field_setting,
 )
+from cs_lm.data.corpus import text_of
+from cs_lm.data.prepare import encode_to_store
+from cs_lm.errors import UserError
+from cs_lm.storage.lock import writing_alone
+from cs_lm.storage.manifest import MANIFEST
 from cs_lm.tokenizer import BPETokenizer
 
 

@@ -5,14 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cs_lm.cli.errors import readable_errors, say_on_stderr
-from cs_lm.corpus import text_of
-from cs_lm.device import resolve_device
-from cs_lm.evaluation import evaluate, token_byte_lengths
-from cs_lm.flags import parse_config
-from cs_lm.run_folder import RunFolder, load_trained
-from cs_lm.settings import setting
-from cs_lm.shared_settings import (
+from cs_lm.cli._errors import readable_errors, say_on_stderr
+from cs_lm.config.fields import setting
+from cs_lm.config.flags import parse_config
+from cs_lm.config.shared import (
     checkpoint_problems,
     checkpoint_setting,
     corpora_setting,
@@ -21,7 +17,11 @@ from cs_lm.shared_settings import (
     encoding_errors_setting,
     text_field_setting,
 )
-from cs_lm.token_store import ArrayTokens
+from cs_lm.data.corpus import text_of
+from cs_lm.data.token_store import ArrayTokens
+from cs_lm.device import resolve_device
+from cs_lm.inference.evaluate import evaluate, token_byte_lengths
+from cs_lm.training.run_dir import RunFolder, load_trained
 
 
 @dataclass(frozen=True)

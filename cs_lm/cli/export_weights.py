@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
-from cs_lm.cli.errors import readable_errors, say_on_stderr
-from cs_lm.flags import parse_config
-from cs_lm.run_folder import RunFolder, load_trained
-from cs_lm.settings import setting
-from cs_lm.shared_settings import checkpoint_problems, checkpoint_setting
-from cs_lm.weights.writing import FORMATS, write_weights
+from cs_lm.cli._errors import readable_errors, say_on_stderr
+from cs_lm.config.fields import setting
+from cs_lm.config.flags import parse_config
+from cs_lm.config.shared import checkpoint_problems, checkpoint_setting
+from cs_lm.interop.export_weights import FORMATS, write_weights
+from cs_lm.training.run_dir import RunFolder, load_trained
 
 
 @dataclass(frozen=True)

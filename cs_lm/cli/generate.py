@@ -12,16 +12,16 @@ from pathlib import Path
 
 import torch
 
-from cs_lm.cli.errors import print_error, readable_errors, say_on_stderr
-from cs_lm.config import DTYPES
-from cs_lm.decoding import DecodingConfig, NotANumberError, generate_text, stop_ids_of
+from cs_lm.cli._errors import print_error, readable_errors, say_on_stderr
+from cs_lm.config.fields import is_unicode, not_unicode, setting
+from cs_lm.config.flags import parse_config
+from cs_lm.config.run import DTYPES
+from cs_lm.config.shared import checkpoint_problems, checkpoint_setting, device_setting
 from cs_lm.device import resolve_device
 from cs_lm.errors import UserError
-from cs_lm.flags import parse_config
-from cs_lm.run_folder import RunFolder, TrainedModel, load_trained
-from cs_lm.settings import is_unicode, not_unicode, setting
-from cs_lm.shared_settings import checkpoint_problems, checkpoint_setting, device_setting
-from cs_lm.stop_signals import Stopped, stopping_at_once
+from cs_lm.inference.generate import DecodingConfig, NotANumberError, generate_text, stop_ids_of
+from cs_lm.training.run_dir import RunFolder, TrainedModel, load_trained
+from cs_lm.training.signals import Stopped, stopping_at_once
 
 
 @dataclass(frozen=True)

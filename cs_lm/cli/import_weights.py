@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cs_lm.cli.errors import readable_errors
-from cs_lm.config import DataConfig, RunConfig
-from cs_lm.flags import parse_config
-from cs_lm.run_folder import RunFolder
-from cs_lm.settings import setting
+from cs_lm.cli._errors import readable_errors
+from cs_lm.config.fields import setting
+from cs_lm.config.flags import parse_config
+from cs_lm.config.run import DataConfig, RunConfig
+from cs_lm.training.run_dir import RunFolder
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class ImportConfig:
 @readable_errors
 def main(argv: Sequence[str] | None = None) -> int:
     asked = parse_config(ImportConfig, "python -m cs_lm import-weights", __doc__, argv)
-    from cs_lm.counts import num_parameters
+    from cs_lm.interop.hf_config import model_name_of, read_config
+    from cs_lm.interop.import_weights import folder_of, read_weights
+    from cs_lm.interop.sources import nanogpt_file
+    from cs_lm.interop.tokenizers import read_tokenizer
+    from cs_lm.models.stats import num_parameters
     from cs_lm.tokenizer import BPETokenizer
-    from cs_lm.weights.configs import model_name_of, read_config
-    from cs_lm.weights.reading import folder_of, read_weights
-    from cs_lm.weights.sources import nanogpt_file
-    from cs_lm.weights.tokenizers import read_tokenizer
 
     folder = RunFolder(asked.out_dir)
     folder.refuse_a_run()

@@ -12,18 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cs_lm import ops
-from cs_lm.cli.errors import readable_errors
-from cs_lm.config import DTYPES
+from cs_lm.cli._errors import readable_errors
+from cs_lm.config.fields import setting
+from cs_lm.config.flags import parse_config
+from cs_lm.config.run import DTYPES
+from cs_lm.config.shared import device_setting
 from cs_lm.device import resolve_device
-from cs_lm.fast_block import transformer_block
-from cs_lm.fast_ops import FAST
-from cs_lm.flags import parse_config
-from cs_lm.layers import RoPE
-from cs_lm.ops import CLEAR
-from cs_lm.optim import AdamW, clip_gradients
-from cs_lm.settings import setting
-from cs_lm.shared_settings import device_setting
+from cs_lm.models.layers import RoPE
+from cs_lm.ops import reference as ops
+from cs_lm.ops.fused import FAST
+from cs_lm.ops.fused_block import transformer_block
+from cs_lm.ops.reference import CLEAR
+from cs_lm.optim.adamw import AdamW, clip_gradients
 
 # The difference that rounding explains, relative to the largest entry.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}

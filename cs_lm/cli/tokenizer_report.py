@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cs_lm.cli.errors import readable_errors
-from cs_lm.flags import parse_config
-from cs_lm.settings import setting
-from cs_lm.shared_settings import encoding_errors_setting, special_tokens_setting
+from cs_lm.cli._errors import readable_errors
+from cs_lm.config.fields import setting
+from cs_lm.config.flags import parse_config
+from cs_lm.config.shared import encoding_errors_setting, special_tokens_setting
 from cs_lm.tokenizer import BPETokenizer
 from cs_lm.tokenizer.bpe import merge_steps
 from cs_lm.tokenizer.pretokenizer import split_words

@@ -9,9 +9,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from cs_lm.cli.errors import is_out_of_memory, print_error, readable_errors, say_on_stderr
-from cs_lm.cli.progress import ProgressLine
-from cs_lm.config import (
+from cs_lm.cli._errors import is_out_of_memory, print_error, readable_errors, say_on_stderr
+from cs_lm.cli._init_from import read_start
+from cs_lm.cli._progress import ProgressLine
+from cs_lm.config.fields import flag_of, has_setting, replace, settings_of
+from cs_lm.config.flags import FlagParser, add_flags, config_from_flags, read_flags
+from cs_lm.config.run import (
     DEFAULT_MODEL,
     GPT_SIZES,
     OF_ONE_CALL,
@@ -20,15 +23,12 @@ from cs_lm.config import (
     RunConfig,
     named_run,
 )
-from cs_lm.corpus import check_corpora, check_no_pipe, label_of, with_pipes_kept
+from cs_lm.data.corpus import check_corpora, check_no_pipe, label_of, with_pipes_kept
+from cs_lm.data.prepare import prepare
 from cs_lm.device import resolve_device
 from cs_lm.errors import UserError
-from cs_lm.flags import FlagParser, add_flags, config_from_flags, read_flags
-from cs_lm.init_from import read_start
-from cs_lm.metrics import SPARE_HELP
-from cs_lm.prepare import prepare
-from cs_lm.run_folder import RunFolder, saved_config
-from cs_lm.settings import flag_of, has_setting, replace, settings_of
+from cs_lm.training.metrics_log import SPARE_HELP
+from cs_lm.training.run_dir import RunFolder, saved_config
 
 DESCRIPTION = """\
 Trains a Transformer language model on a text. A tokenizer and the encoded text are
@@ -180,7 +180,7 @@ def _check_writable(folder: Path) -> None:
 
 
 def _print_dry_run(config: RunConfig, folder: RunFolder, tokenizer) -> int:
-    from cs_lm.dry_run import report
+    from cs_lm.training.estimate import report
 
     check_no_pipe(config)
     print(report(config, folder.path, tokenizer))
@@ -189,7 +189,7 @@ def _print_dry_run(config: RunConfig, folder: RunFolder, tokenizer) -> int:
 
 
 def _trainer() -> type:
-    from cs_lm.train import Trainer
+    from cs_lm.training.trainer import Trainer
 
     return Trainer
 
@@ -205,7 +205,7 @@ def _prepared(config: RunConfig, tokenizer):
 
 
 def _fit(make_trainer: Callable[[], Any]) -> int:
-    from cs_lm.bad_numbers import BadNumbers
+    from cs_lm.training.nonfinite import BadNumbers
 
     trainer = make_trainer()
     if trainer.has_ended:

@@ -4,20 +4,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cs_lm.cli.errors import readable_errors
-from cs_lm.cli.progress import ProgressLine
-from cs_lm.corpus import text_of
-from cs_lm.errors import UserError
-from cs_lm.flags import parse_config
-from cs_lm.locks import writing_alone
-from cs_lm.settings import setting
-from cs_lm.shared_settings import (
+from cs_lm.cli._errors import readable_errors
+from cs_lm.cli._progress import ProgressLine
+from cs_lm.config.fields import setting
+from cs_lm.config.flags import parse_config
+from cs_lm.config.shared import (
     corpora_setting,
     document_separator_setting,
     encoding_errors_setting,
     special_tokens_setting,
     text_field_setting,
 )
+from cs_lm.data.corpus import text_of
+from cs_lm.errors import UserError
+from cs_lm.storage.lock import writing_alone
 from cs_lm.tokenizer import BPETokenizer, train_bpe
 
 _SHOWN_BYTES = 40

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cs_lm.cli.errors import readable_errors
-from cs_lm.flags import parse_config
-from cs_lm.run_folder import RunFolder
-from cs_lm.settings import setting
-from cs_lm.token_store import MemmapManager
+from cs_lm.cli._errors import readable_errors
+from cs_lm.config.fields import setting
+from cs_lm.config.flags import parse_config
+from cs_lm.data.token_store import MemmapManager
+from cs_lm.training.run_dir import RunFolder
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cs_lm.storage.atomic import write_whole
 from cs_lm.tokenizer.bpe import Pair
-from cs_lm.tokenizer.byte_names import name_of_token, token_of_name
-from cs_lm.whole_file import write_whole
+from cs_lm.tokenizer.byte_encoder import name_of_token, token_of_name
 
 
 def read_gpt2_files(

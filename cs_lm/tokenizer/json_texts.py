@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from cs_lm.settings import is_unicode
+from cs_lm.config.fields import is_unicode
 from cs_lm.tokenizer.pretokenizer import without_surrogates
 
 _NEXT_VALUE = re.compile(r"[, \t\r\n]*")

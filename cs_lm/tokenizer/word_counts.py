@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from cs_lm.tokenizer.pretokenizer import SpecialTokenSplitter
-from cs_lm.tokenizer.processes import Results, Tasks, WorkerGroup
-from cs_lm.tokenizer.word_borders import cut, word_slices
-from cs_lm.tokenizer.word_numbers import WordNumbers
+from cs_lm.tokenizer.word_boundaries import cut, word_slices
+from cs_lm.tokenizer.word_table import WordNumbers
+from cs_lm.tokenizer.worker_pool import Results, Tasks, WorkerGroup
 
 BLOCK_CHARS = 1 << 18  # arrays of this length stay in the processor's cache
 _WORDS_AT_ONCE = 1 << 16

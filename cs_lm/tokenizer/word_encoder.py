@@ -8,8 +8,8 @@ import numpy as np
 
 from cs_lm.tokenizer.merge_table import MergeTable
 from cs_lm.tokenizer.pretokenizer import SpecialTokenSplitter
-from cs_lm.tokenizer.word_borders import character_classes, cut, word_slices
-from cs_lm.tokenizer.word_numbers import MAX_BYTES, WordNumbers
+from cs_lm.tokenizer.word_boundaries import character_classes, cut, word_slices
+from cs_lm.tokenizer.word_table import MAX_BYTES, WordNumbers
 
 BLOCK_CHARS = 1 << 16  # arrays of this length stay in the processor's cache
 _WHOLE_TEXT = SpecialTokenSplitter()

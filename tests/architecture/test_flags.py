@@ -10,9 +10,9 @@ import pytest
 from cs_lm.cli.commands import COMMANDS
 from cs_lm.cli.commands import main as command
 from cs_lm.cli.train import main as train
-from cs_lm.config import RunConfig
-from cs_lm.flags import FlagParser, add_flags, read_flags
-from cs_lm.settings import flag_of, plain_type, settings_of
+from cs_lm.config.fields import flag_of, plain_type, settings_of
+from cs_lm.config.flags import FlagParser, add_flags, read_flags
+from cs_lm.config.run import RunConfig
 
 # spelling: (field, default), the course's own
 COURSE_FLAGS = {
@@ -110,7 +110,7 @@ def test_each_command_has_help_with_defaults(name, capsys):
 
 
 CONFIGS = {
-    "run_clm.py": "cs_lm.config.RunConfig",
+    "run_clm.py": "cs_lm.config.run.RunConfig",
     "train-tokenizer": "cs_lm.cli.train_tokenizer.TrainTokenizerConfig",
     "encode": "cs_lm.cli.encode.EncodeConfig",
     "evaluate": "cs_lm.cli.evaluate.EvaluateConfig",

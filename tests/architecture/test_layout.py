@@ -1,4 +1,4 @@
-"""Imports go down the floors; files stay readable; importing does nothing."""
+"""Wings import only what the table allows; importing a module does nothing else."""
 
 import ast
 import os
@@ -9,63 +9,75 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted((ROOT / "cs_lm").rglob("*.py"))
-# 8 commands, 7 training, 6 its guards and its folder, 5 step, evaluation and decoding, 4 models and
-# optimizer, 3 layers and stores, 2 what they are made of, 1 configs, gradients and tokenizer,
-# 0 definitions and settings.
-FLOORS = {
-    "settings": 0, "shared_settings": 0.5, "ops": 0, "device": 0, "whole_file": 0, "recompute": 0, 
-    "stop_signals": 0, "compiling": 0, "locks": 0.5, "errors": 0,
-    "config": 1, "flags": 1, "manifest": 1, "gradients": 1, "weight_init": 1, "kv_cache": 1,
-    "tokenizer": 1,
-    "tiled_attention": 2, "language_model": 3.5, "dropout": 2, "counts": 2, "store_writer": 2,
-    "checkpoint": 2,
-    "fast_ops": 3, "fast_block": 3, "layers": 3, "schedule": 3, "speed": 3, "cache": 3,
-    "checkpoint_manager": 3, "token_store": 3,
-    "metrics": 3.5, "plots": 4, "model": 4, "gpt2": 4, "optim": 4, "batches": 4, "corpus": 4,
-    "prepare": 5, "measure": 6, "build_model": 5, "evaluation": 5, "decoding": 5,
-    "training_step": 5,
-    "run_folder": 6, "bad_numbers": 6, "reporting": 6.5,
-    "weights": 6,
-    "train": 7, "init_from": 7, "dry_run": 7,
-    "cli": 8,
-}  # fmt: skip
-MAX_LINES = 400
-FACADE = {"__init__", "__main__"}  # names the public things of every floor
-
-
-def component(module: str) -> str:
-    """`cs_lm.tokenizer.bpe` belongs to the component `tokenizer`."""
-    return module.split(".")[1]
+PACKAGE = ROOT / "cs_lm"
+FILES = sorted(PACKAGE.rglob("*.py"))
+# What a wing may import besides itself. The modules in the package's root that all wings may use:
+EVERYWHERE = {"errors", "device"}
+MAY_IMPORT = {wing: set(others.split()) for wing, others in {
+    "config": "", "storage": "", "ops": "",
+    "tokenizer": "storage",
+    "models": "config ops",
+    "distributed": "ops",
+    "data": "config storage tokenizer",
+    "optim": "config ops models",
+    "interop": "config storage models tokenizer",
+    "inference": "config ops models data tokenizer",
+    "training": "config storage ops tokenizer models distributed data optim inference",
+    "cli": "config storage ops tokenizer models distributed data optim interop inference training",
+}.items()}  # fmt: skip
+# Belongs to no wing: it names the public things of all of them.
+FACADE = {"__init__", "__main__", "lecture", *EVERYWHERE}
 
 
 def imports_of(path: Path) -> list[str]:
+    """The modules that a file names in import statements, wherever they stand in it."""
     modules = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             modules += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "relative imports hide the floor"
-            if node.module == "cs_lm":
-                modules += [f"cs_lm.{alias.name}" for alias in node.names]
-            else:
-                modules.append(node.module)
+            assert node.level == 0, f"{path}: relative imports hide the wing"
+            modules.append(node.module)
+            modules += [f"{node.module}.{alias.name}" for alias in node.names]
     return modules
 
 
+def wings_of(path: Path) -> set[str]:
+    """The wings, and the modules of the root, that a file imports."""
+    return {name.split(".")[1] for name in imports_of(path) if name.startswith("cs_lm.")}
+
+
+def own_wing(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(ROOT).as_posix())
-def test_imports_go_down(path):
-    parts = path.relative_to(ROOT / "cs_lm").with_suffix("").parts
-    if parts[0] in FACADE:
-        pytest.skip("the package's own face, or its command line, may name every floor")
-    for module in imports_of(path):
-        if module.startswith("cs_lm.") and component(module) != parts[0]:
-            above = FLOORS[component(module)] >= FLOORS[parts[0]]
-            assert not above, f"{'/'.join(parts)} imports {module}, which is not on a lower floor"
+def test_wings_import_what_the_table_allows(path):
+    wing = own_wing(path)
+    if wing in FACADE:
+        return
+    forbidden = wings_of(path) - MAY_IMPORT[wing] - EVERYWHERE - {wing}
+    assert not forbidden, f"{wing} may not import {', '.join(sorted(forbidden))}"
 
 
-def test_no_cycle_inside_a_package():
-    """Within tokenizer/ and cli/ there are no floors, but still an order."""
+def test_the_root_modules_that_all_may_use_import_no_wing():
+    for name in EVERYWHERE:
+        assert not wings_of(PACKAGE / f"{name}.py"), name
+
+
+def test_the_root_holds_nothing_else():
+    assert {path.stem for path in PACKAGE.glob("*.py")} <= FACADE
+    assert {path.parent.name for path in FILES} - {PACKAGE.name} <= set(MAY_IMPORT)
+
+
+def test_each_wing_says_what_lives_there():
+    for wing in {own_wing(path) for path in FILES} - FACADE:
+        said = ast.get_docstring(ast.parse((PACKAGE / wing / "__init__.py").read_text("utf-8")))
+        for path in (PACKAGE / wing).glob("[!_]*.py"):
+            assert path.stem in said, f"{wing}/__init__.py does not name {path.name}"
+
+
+def test_no_import_cycle():
     graph = {
         ".".join(p.relative_to(ROOT).with_suffix("").parts): imports_of(p)
         for p in FILES
@@ -84,20 +96,18 @@ def test_no_cycle_inside_a_package():
         visit(module, ())
 
 
-def test_every_component_has_a_floor():
-    found = {p.relative_to(ROOT / "cs_lm").with_suffix("").parts[0] for p in FILES} - FACADE
-    assert found == set(FLOORS)
-
-
 def test_tokenizer_knows_no_torch():
-    for path in (ROOT / "cs_lm" / "tokenizer").glob("*.py"):
+    for path in (PACKAGE / "tokenizer").glob("*.py"):
         assert not [m for m in imports_of(path) if m.split(".")[0] == "torch"], path.name
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(ROOT).as_posix())
-def test_files_fit_a_head(path):
-    assert path.stem not in {"utils", "common", "helpers", "misc"}
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_LINES
+def test_importing_the_tokenizer_loads_no_torch():
+    program = "import sys, cs_lm; cs_lm.BPETokenizer; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+def test_names_say_something():
+    assert not {path.stem for path in FILES} & {"utils", "common", "core", "helpers", "misc"}
 
 
 def text_calls_without_encoding(tree: ast.AST) -> list[int]:

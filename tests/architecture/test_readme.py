@@ -9,7 +9,7 @@ import pytest
 from cs_lm.cli.commands import COMMANDS
 from cs_lm.cli.commands import main as command
 from cs_lm.cli.train import main as train
-from cs_lm.settings import all_problems
+from cs_lm.config.fields import all_problems
 from cs_lm.tokenizer import BPETokenizer
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cs_lm.checkpoint_manager import CheckpointManager
+from cs_lm.training.checkpoint_manager import CheckpointManager
 
 ROOT = Path(__file__).parents[2]
 # fmt: off

@@ -8,11 +8,11 @@ import torch
 from cs_lm.cli import book
 from cs_lm.cli.commands import main as command
 from cs_lm.cli.train import main as train
-from cs_lm.config import GPT2Config, RunConfig, named_run
-from cs_lm.flags import FlagParser, add_flags, config_from_flags
-from cs_lm.metrics import read_metrics
-from cs_lm.run_folder import RunFolder, load_trained
-from cs_lm.schedule import learning_rate, num_training_steps
+from cs_lm.config.flags import FlagParser, add_flags, config_from_flags
+from cs_lm.config.run import GPT2Config, RunConfig, named_run
+from cs_lm.optim.schedule import learning_rate, num_training_steps
+from cs_lm.training.metrics_log import read_metrics
+from cs_lm.training.run_dir import RunFolder, load_trained
 
 TINY = "--d_model 16 --num_heads 2 --num_layers 1 --d_ff 40 --vocab_size 400"
 

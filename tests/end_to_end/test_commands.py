@@ -11,7 +11,7 @@ import torch
 
 from cs_lm.cli.commands import COMMANDS
 from cs_lm.cli.commands import main as command
-from cs_lm.token_store import MemmapManager
+from cs_lm.data.token_store import MemmapManager
 from cs_lm.tokenizer import BPETokenizer
 from tests.end_to_end.conftest import ROOT, write_corpus
 
@@ -117,7 +117,7 @@ def test_selfcheck(capsys, dtype, num_threads):
 
 
 def test_selfcheck_finds_a_wrong_operation(capsys, monkeypatch):
-    from cs_lm import ops
+    from cs_lm.ops import reference as ops
 
     monkeypatch.setattr(ops, "silu", lambda x: x * x.sigmoid() * 1.01)
     assert command(["selfcheck", "--device", "cpu"]) == 1

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cs_lm.cli.train import main as train
-from cs_lm.metrics import read_metrics
+from cs_lm.training.metrics_log import read_metrics
 from tests.end_to_end.conftest import (
     ROOT,
     TINY,
@@ -303,7 +303,7 @@ def test_checkpoints_do_not_tell_whether_a_run_was_compiled(tmp_path, monkeypatc
 
 HOLDER = """
 import sys, time
-from cs_lm.run_folder import RunFolder
+from cs_lm.training.run_dir import RunFolder
 with RunFolder(sys.argv[1]).only_here():
     print("held", flush=True)
     time.sleep(600)

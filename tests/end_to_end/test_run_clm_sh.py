@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from cs_lm.cli.train import DESCRIPTION
-from cs_lm.config import RunConfig
-from cs_lm.flags import FlagParser, add_flags
+from cs_lm.config.flags import FlagParser, add_flags
+from cs_lm.config.run import RunConfig
 from tests.end_to_end.conftest import ROOT
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not here")

@@ -2,7 +2,8 @@
 
 import pytest
 
-from cs_lm import gradients, tiled_attention
+from cs_lm.ops import manual_backward as gradients
+from cs_lm.ops import tiled_attention
 
 
 @pytest.fixture(params=[1, 2, 100], ids=lambda heads: f"{heads}_heads_a_tile")

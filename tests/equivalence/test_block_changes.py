@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from cs_lm.config import ModelConfig
-from cs_lm.decoding import DecodingConfig, generate
-from cs_lm.fast_ops import FAST
-from cs_lm.language_model import next_token_loss
-from cs_lm.layers import Linear, RMSNorm, SwiGLU
-from cs_lm.model import TransformerBlock, TransformerLM
-from cs_lm.ops import CLEAR, cross_entropy
+from cs_lm.config.run import ModelConfig
+from cs_lm.inference.generate import DecodingConfig, generate
+from cs_lm.models.base import next_token_loss
+from cs_lm.models.layers import Linear, RMSNorm, SwiGLU
+from cs_lm.models.transformer import TransformerBlock, TransformerLM
+from cs_lm.ops.fused import FAST
+from cs_lm.ops.reference import CLEAR, cross_entropy
 
 CONFIG = ModelConfig(d_model=12, num_heads=2, d_ff=20, vocab_size=17, num_layers=1,
                      context_length=8)  # fmt: skip

@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cs_lm.build_model import build_model
-from cs_lm.config import GPT2Config, ModelConfig
-from cs_lm.decoding import DecodingConfig, generate
-from cs_lm.fast_ops import FAST
-from cs_lm.kv_cache import KVCache
-from cs_lm.language_model import cast_weights, new_cache
-from cs_lm.model import TransformerLM
-from cs_lm.ops import CLEAR
+from cs_lm.config.run import GPT2Config, ModelConfig
+from cs_lm.inference.generate import DecodingConfig, generate
+from cs_lm.models.base import cast_weights, new_cache
+from cs_lm.models.kv_cache import KVCache
+from cs_lm.models.registry import build_model
+from cs_lm.models.transformer import TransformerLM
+from cs_lm.ops.fused import FAST
+from cs_lm.ops.reference import CLEAR
 from tests.tolerances import DEEP, close
 
 CONTEXT, V = 11, 17

@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cs_lm import fast_ops, ops
-from cs_lm.fast_ops import FAST
-from cs_lm.ops import CLEAR, IGNORE_INDEX, Ops
+from cs_lm.ops import fused as fast_ops
+from cs_lm.ops import reference as ops
+from cs_lm.ops.fused import FAST
+from cs_lm.ops.reference import CLEAR, IGNORE_INDEX, Ops
 from tests.tolerances import DEEP, close
 
 B, H, K, T, S, D, V, FF = 2, 3, 4, 5, 7, 12, 17, 20

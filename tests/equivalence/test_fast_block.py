@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from cs_lm import tiled_attention
-from cs_lm.config import ModelConfig
-from cs_lm.fast_block import transformer_block
-from cs_lm.fast_ops import FAST
-from cs_lm.language_model import next_token_loss
-from cs_lm.model import TransformerBlock, TransformerLM
-from cs_lm.ops import CLEAR
+from cs_lm.config.run import ModelConfig
+from cs_lm.models.base import next_token_loss
+from cs_lm.models.transformer import TransformerBlock, TransformerLM
+from cs_lm.ops import tiled_attention
+from cs_lm.ops.fused import FAST
+from cs_lm.ops.fused_block import transformer_block
+from cs_lm.ops.reference import CLEAR
 from tests.tolerances import DEEP, close
 
 B, T, D, H, F = 2, 5, 12, 3, 20
@@ -106,7 +106,7 @@ def test_the_model_trains_with_it(monkeypatch, generator):
     calls = []
     forward = tiled_attention.attention_forward
     monkeypatch.setattr(
-        "cs_lm.fast_block.attention_forward", lambda *a: calls.append(1) or forward(*a)
+        "cs_lm.ops.fused_block.attention_forward", lambda *a: calls.append(1) or forward(*a)
     )
     ids = torch.randint(0, 17, (B, T), generator=generator)
     next_token_loss(TransformerLM(CONFIG), ids, ids)

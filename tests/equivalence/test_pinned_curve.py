@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from cs_lm.config import ModelConfig, OptimConfig
-from cs_lm.fast_ops import OPS
-from cs_lm.model import TransformerLM
-from cs_lm.optim import AdamW, parameter_groups
-from cs_lm.schedule import learning_rate
-from cs_lm.training_step import train_step
+from cs_lm.config.run import ModelConfig, OptimConfig
+from cs_lm.models.transformer import TransformerLM
+from cs_lm.ops.fused import OPS
+from cs_lm.optim.adamw import AdamW, parameter_groups
+from cs_lm.optim.schedule import learning_rate
+from cs_lm.training.step import train_step
 from tests.tolerances import PINNED
 
 B, T, V, STEPS = 4, 11, 17, 100

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 
 with atheris.instrument_imports(include=["cs_lm"]):
-    from cs_lm import manifest
-    from cs_lm.checkpoint import checkpoint_content, read_checkpoint
-    from cs_lm.config import RunConfig
-    from cs_lm.optim import AdamW
-    from cs_lm.settings import all_problems, from_json
-    from cs_lm.token_store import MemmapManager
+    from cs_lm.config.fields import all_problems, from_json
+    from cs_lm.config.run import RunConfig
+    from cs_lm.data.token_store import MemmapManager
+    from cs_lm.optim.adamw import AdamW
+    from cs_lm.storage import manifest
     from cs_lm.tokenizer import BPETokenizer
+    from cs_lm.training.checkpoint import checkpoint_content, read_checkpoint
 
 WORK = Path(tempfile.mkdtemp())
 

@@ -29,9 +29,9 @@ import torch
 import torch._dynamo  # each start would import it anew, with its first optimizer
 
 from cs_lm import device
-from cs_lm.metrics import MetricsLog
-from cs_lm.run_folder import RunFolder
-from cs_lm.settings import replace
+from cs_lm.config.fields import replace
+from cs_lm.training.metrics_log import MetricsLog
+from cs_lm.training.run_dir import RunFolder
 from tests.faults.tiny_run import CONFIG, assert_same_run, prepared, train
 
 

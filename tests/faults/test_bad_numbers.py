@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from cs_lm.bad_numbers import write_bad_step
-from cs_lm.batches import BatchSource
-from cs_lm.build_model import build_model
-from cs_lm.checkpoint import checkpoint_content
 from cs_lm.cli.commands import main as command
-from cs_lm.config import GPT2Config
-from cs_lm.fast_ops import OPS
-from cs_lm.language_model import next_token_loss
-from cs_lm.metrics import MetricsLog, SpikeMark
-from cs_lm.run_folder import RunFolder
-from cs_lm.settings import replace, to_json
-from cs_lm.token_store import ArrayTokens
-from cs_lm.training_step import gradients_of
+from cs_lm.config.fields import replace, to_json
+from cs_lm.config.run import GPT2Config
+from cs_lm.data.batches import BatchSource
+from cs_lm.data.token_store import ArrayTokens
+from cs_lm.models.base import next_token_loss
+from cs_lm.models.registry import build_model
+from cs_lm.ops.fused import OPS
+from cs_lm.training.checkpoint import checkpoint_content
+from cs_lm.training.metrics_log import MetricsLog, SpikeMark
+from cs_lm.training.nonfinite import write_bad_step
+from cs_lm.training.run_dir import RunFolder
+from cs_lm.training.step import gradients_of
 from tests.faults.tiny_run import BAD_NUMBERS, CONFIG, assert_same_run, prepared, trainer_of
 
 CONFIG = replace(CONFIG, {"max_steps": 12, "grad_accum": 2, "eval_interval": 0})
@@ -60,7 +60,7 @@ def spoilt_trainer(folder, data, config, steps, what="loss"):
 
 
 def run(trainer):
-    from cs_lm.bad_numbers import BadNumbers
+    from cs_lm.training.nonfinite import BadNumbers
 
     try:
         return trainer.fit(), ""
@@ -172,7 +172,7 @@ def test_a_full_disk_does_not_hide_a_bad_step(work, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("cs_lm.bad_numbers.write_whole", full)
+    monkeypatch.setattr("cs_lm.training.nonfinite.write_whole", full)
     assert run(trainer)[0] == BAD_NUMBERS
     assert RunFolder(work / "run").read("last", pytest.fail)["iteration"] == BAD - 1
 

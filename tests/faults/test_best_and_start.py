@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 
-from cs_lm.checkpoint_manager import STATE
 from cs_lm.cli.commands import main as command
 from cs_lm.cli.train import main as run_clm
-from cs_lm.manifest import MANIFEST
-from cs_lm.run_folder import RunFolder
-from cs_lm.train import Trainer
+from cs_lm.storage.manifest import MANIFEST
+from cs_lm.training.checkpoint_manager import STATE
+from cs_lm.training.run_dir import RunFolder
+from cs_lm.training.trainer import Trainer
 from tests.end_to_end.conftest import TINY, laid_over, write_corpus
 from tests.faults.tiny_run import CONFIG, prepared, trainer_of
 
@@ -58,7 +58,7 @@ def test_a_best_of_an_earlier_version_is_kept_for_the_same_settings(trained, cap
     """Its manifest does not say what it was measured on."""
     path = trained.checkpoints.path(trained.checkpoints.best().step, "best") / MANIFEST
     content = json.loads(path.read_text(encoding="utf-8"))
-    from cs_lm.manifest import FileEntry, write_manifest
+    from cs_lm.storage.manifest import FileEntry, write_manifest
 
     files = [FileEntry(*entry) for entry in content.pop("files")]
     facts = {k: v for k, v in content.items() if k not in ("checksum", "measured_on")}

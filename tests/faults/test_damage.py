@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 
-from cs_lm.prepare import prepare
-from cs_lm.run_folder import RunFolder, load_trained
-from cs_lm.settings import replace
-from cs_lm.token_store import MemmapManager
+from cs_lm.config.fields import replace
+from cs_lm.data.prepare import prepare
+from cs_lm.data.token_store import MemmapManager
+from cs_lm.training.run_dir import RunFolder, load_trained
 from tests.faults.tiny_run import CONFIG, assert_same_run, prepared, trainer_of
 
 CONFIG = replace(CONFIG, {"max_steps": 9, "chunk_size": 1500})

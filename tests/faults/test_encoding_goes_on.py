@@ -10,10 +10,10 @@ import time
 import numpy as np
 import pytest
 
-from cs_lm.store_writer import JOURNAL
-from cs_lm.token_store import VERIFIED, MemmapManager
+from cs_lm.data.store_writer import JOURNAL
+from cs_lm.data.token_store import VERIFIED, MemmapManager
 from cs_lm.tokenizer import BPETokenizer
-from cs_lm.tokenizer.parallel import ParallelEncoder
+from cs_lm.tokenizer.parallel_encode import ParallelEncoder
 from tests.end_to_end.conftest import ROOT
 from tests.end_to_end.test_interrupt import wait_for_the_end_of_group
 

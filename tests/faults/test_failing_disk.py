@@ -7,14 +7,14 @@ import sys
 import pytest
 import torch
 
-from cs_lm.checkpoint import checkpoint_content
-from cs_lm.checkpoint_manager import CheckpointManager
-from cs_lm.metrics import read_metrics
-from cs_lm.optim import AdamW
-from cs_lm.run_folder import RunFolder
-from cs_lm.settings import replace
-from cs_lm.train import NOT_SAVED
-from cs_lm.whole_file import SettlingFile
+from cs_lm.config.fields import replace
+from cs_lm.optim.adamw import AdamW
+from cs_lm.storage.atomic import SettlingFile
+from cs_lm.training.checkpoint import checkpoint_content
+from cs_lm.training.checkpoint_manager import CheckpointManager
+from cs_lm.training.metrics_log import read_metrics
+from cs_lm.training.run_dir import RunFolder
+from cs_lm.training.trainer import NOT_SAVED
 from tests.faults.failing_disk import IO_ERROR, NO_SPACE, FailingDisk
 from tests.faults.tiny_run import CONFIG, assert_same_run, prepared, trainer_of
 
@@ -121,7 +121,7 @@ def test_a_run_outlives_a_disk_that_fails_for_a_while(work, number, capsys):
 
 
 def test_a_disk_that_stays_full_is_said_and_the_run_can_go_on(work, capsys, monkeypatch):
-    monkeypatch.setattr("cs_lm.checkpoint_manager.SAVE_AGAIN_S", (0, 0))
+    monkeypatch.setattr("cs_lm.training.checkpoint_manager.SAVE_AGAIN_S", (0, 0))
     config = replace(CONFIG, {"max_steps": 12})
     data = prepared(work, config)
     assert trainer_of(work / "quiet", data, config).fit() == 0

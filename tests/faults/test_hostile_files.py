@@ -12,17 +12,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cs_lm import manifest
-from cs_lm.checkpoint import checkpoint_content, load_checkpoint, read_checkpoint, save_checkpoint
-from cs_lm.checkpoint_manager import CheckpointManager
-from cs_lm.config import ModelConfig, RunConfig
-from cs_lm.counts import num_parameters
-from cs_lm.manifest import FileEntry, read_manifest, write_manifest
-from cs_lm.optim import AdamW
-from cs_lm.run_folder import saved_config
-from cs_lm.settings import all_problems, from_json, to_json
-from cs_lm.token_store import MemmapManager
+from cs_lm.config.fields import all_problems, from_json, to_json
+from cs_lm.config.run import ModelConfig, RunConfig
+from cs_lm.data.token_store import MemmapManager
+from cs_lm.models.stats import num_parameters
+from cs_lm.optim.adamw import AdamW
+from cs_lm.storage import manifest
+from cs_lm.storage.manifest import FileEntry, read_manifest, write_manifest
 from cs_lm.tokenizer import BPETokenizer
+from cs_lm.training.checkpoint import (
+    checkpoint_content,
+    load_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
+from cs_lm.training.checkpoint_manager import CheckpointManager
+from cs_lm.training.run_dir import saved_config
 
 BYTES = BPETokenizer({i: bytes([i]) for i in range(256)}, [])
 JSON = st.recursive(

@@ -9,10 +9,11 @@ import time
 import pytest
 import torch
 
-from cs_lm import cache, locks
 from cs_lm.cli.commands import main as command
-from cs_lm.locks import acquire, wait_for
-from cs_lm.run_folder import RunFolder
+from cs_lm.data import cache
+from cs_lm.storage import lock as locks
+from cs_lm.storage.lock import acquire, wait_for
+from cs_lm.training.run_dir import RunFolder
 from tests.end_to_end.conftest import ROOT, TINY, laid_over, write_corpus
 from tests.faults.tiny_run import CONFIG, prepared, train
 

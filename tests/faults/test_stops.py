@@ -9,10 +9,10 @@ from collections import Counter
 import pytest
 import torch
 
-from cs_lm.config import GPT2Config, RunConfig
-from cs_lm.language_model import next_token_loss
-from cs_lm.run_folder import RunFolder
-from cs_lm.settings import replace
+from cs_lm.config.fields import replace
+from cs_lm.config.run import GPT2Config, RunConfig
+from cs_lm.models.base import next_token_loss
+from cs_lm.training.run_dir import RunFolder
 from tests.faults.tiny_run import CONFIG, assert_same_run, prepared, trainer_of
 
 SHORT = replace(CONFIG, {"max_steps": 14, "eval_interval": 6, "sample_interval": 6})
@@ -82,7 +82,9 @@ def test_stopped_anywhere(case, work, monkeypatch):
     torch._dynamo.reset()  # what other tests compiled, of other models
     # a backend that needs no compiler
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    monkeypatch.setattr("cs_lm.reporting.SAMPLE_TOKENS", 4)  # a sample must fit between two stops
+    monkeypatch.setattr(
+        "cs_lm.training.reporting.SAMPLE_TOKENS", 4
+    )  # a sample must fit between two stops
     config = config_of(case)
     loss_function = None if config.compile else noisy_loss
     data = prepared(work, config)

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from cs_lm.bad_numbers import BadNumbers
 from cs_lm.cli.train import BAD_NUMBERS
-from cs_lm.config import DataConfig, ModelConfig, OptimConfig, RunConfig
-from cs_lm.metrics import MetricsLog
-from cs_lm.prepare import PreparedData, prepare
-from cs_lm.run_folder import RunFolder, saved_config
-from cs_lm.settings import replace as replaced
-from cs_lm.train import Trainer
+from cs_lm.config.fields import replace as replaced
+from cs_lm.config.run import DataConfig, ModelConfig, OptimConfig, RunConfig
+from cs_lm.data.prepare import PreparedData, prepare
+from cs_lm.training.metrics_log import MetricsLog
+from cs_lm.training.nonfinite import BadNumbers
+from cs_lm.training.run_dir import RunFolder, saved_config
+from cs_lm.training.trainer import Trainer
 from tests.end_to_end.conftest import write_corpus
 
 CONFIG = RunConfig(

@@ -5,13 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cs_lm.batches import epoch_starts, permuted, random_starts
-from cs_lm.config import ModelConfig
-from cs_lm.decoding import keep_top_k, keep_top_p
-from cs_lm.fast_ops import FAST
-from cs_lm.model import TransformerLM
-from cs_lm.ops import CLEAR
-from cs_lm.token_store import ArrayTokens
+from cs_lm.config.run import ModelConfig
+from cs_lm.data.batches import epoch_starts, permuted, random_starts
+from cs_lm.data.token_store import ArrayTokens
+from cs_lm.inference.generate import keep_top_k, keep_top_p
+from cs_lm.models.transformer import TransformerLM
+from cs_lm.ops.fused import FAST
+from cs_lm.ops.reference import CLEAR
 
 V, CONTEXT = 17, 11
 MODELS = [

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from cs_lm.tokenizer import BPETokenizer, bpe, fast_bpe, pair_index
 from cs_lm.tokenizer.merge_table import MergeTable
 from cs_lm.tokenizer.pretokenizer import SpecialTokenSplitter, split_words
-from cs_lm.tokenizer.word_borders import character_classes, word_starts
+from cs_lm.tokenizer.word_boundaries import character_classes, word_starts
 from cs_lm.tokenizer.word_counts import count_words
 from cs_lm.tokenizer.word_encoder import WordEncoder
-from cs_lm.tokenizer.word_numbers import WordNumbers
+from cs_lm.tokenizer.word_table import WordNumbers
 
 SPECIALS = ["<|endoftext|>", "<|endoftext|><|endoftext|>", "<|", "é"]
 # Pieces that meet at awkward borders: white space of several kinds, contractions, halves of

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from cs_lm.config import ModelConfig
-from cs_lm.fast_ops import FAST
-from cs_lm.model import TransformerLM
-from cs_lm.ops import CLEAR
+from cs_lm.config.run import ModelConfig
+from cs_lm.models.transformer import TransformerLM
+from cs_lm.ops.fused import FAST
+from cs_lm.ops.reference import CLEAR
 from tests.tolerances import OTHER_LIBRARY
 
 CONFIG = ModelConfig(

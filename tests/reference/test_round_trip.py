@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
-from cs_lm.config import GPT2Config, ModelConfig
+from cs_lm.config.run import GPT2Config, ModelConfig
+from cs_lm.interop.export_weights import write_weights
+from cs_lm.interop.import_weights import read_weights
+from cs_lm.interop.tokenizers import read_tokenizer
 from cs_lm.tokenizer import BPETokenizer, train_bpe
-from cs_lm.weights.reading import read_weights
-from cs_lm.weights.tokenizers import read_tokenizer
-from cs_lm.weights.writing import write_weights
 from tests.reference.test_weights import random_model
 from tests.tolerances import OTHER_LIBRARY
 

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from cs_lm.tokenizer import BPETokenizer, train_bpe
-from cs_lm.tokenizer.interchange import (
+from cs_lm.tokenizer.formats import (
     read_tiktoken,
     read_tokenizer_json,
     write_tiktoken,

@@ -8,12 +8,12 @@ import sys
 import pytest
 import torch
 
-from cs_lm.build_model import build_model
-from cs_lm.config import GPT2Config, ModelConfig, named_run
+from cs_lm.config.run import GPT2Config, ModelConfig, named_run
+from cs_lm.interop.export_weights import write_weights
+from cs_lm.interop.import_weights import read_weights
+from cs_lm.interop.tokenizers import read_tokenizer
+from cs_lm.models.registry import build_model
 from cs_lm.tokenizer import BPETokenizer, train_bpe
-from cs_lm.weights.reading import read_weights
-from cs_lm.weights.tokenizers import read_tokenizer
-from cs_lm.weights.writing import write_weights
 from tests.tolerances import OTHER_LIBRARY
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -172,7 +172,7 @@ def test_llama_has_their_scores(tied, tmp_path):
 
 TENSORFLOW = """
 import sys, torch
-from cs_lm.weights.reading import read_weights
+from cs_lm.interop.import_weights import read_weights
 from tests.reference.test_weights import *
 from pathlib import Path
 config = GPT2Config(24, 3, 96, V, 2, 32)
@@ -370,7 +370,7 @@ def test_shards_that_hold_the_same_tensor_are_refused(tmp_path):
     ],
 )
 def test_settings_of_another_llama_are_refused(changes, message, tmp_path):
-    from cs_lm.weights.configs import read_config, written_config
+    from cs_lm.interop.hf_config import read_config, written_config
 
     name, content = written_config("llama", LLAMA, [], None)
     (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")

@@ -5,19 +5,19 @@ import threading
 import pytest
 import torch
 
-from cs_lm import checkpoint as module
-from cs_lm.checkpoint import (
+from cs_lm.config.run import ModelConfig
+from cs_lm.models.base import next_token_loss
+from cs_lm.models.transformer import TransformerLM
+from cs_lm.optim.adamw import AdamW
+from cs_lm.storage.manifest import read_manifest, write_manifest
+from cs_lm.training import checkpoint as module
+from cs_lm.training.checkpoint import (
     checkpoint_content,
     load_checkpoint,
     read_checkpoint,
     save_checkpoint,
 )
-from cs_lm.checkpoint_manager import BackgroundSaver, CheckpointManager
-from cs_lm.config import ModelConfig
-from cs_lm.language_model import next_token_loss
-from cs_lm.manifest import read_manifest, write_manifest
-from cs_lm.model import TransformerLM
-from cs_lm.optim import AdamW
+from cs_lm.training.checkpoint_manager import BackgroundSaver, CheckpointManager
 
 CONFIG = ModelConfig(12, 3, 20, 17, 2, 11)
 

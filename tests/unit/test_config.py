@@ -3,10 +3,10 @@ from dataclasses import replace
 
 import pytest
 
-from cs_lm.config import DataConfig, ModelConfig, OptimConfig, RunConfig
-from cs_lm.flags import FlagParser, add_flags, config_from_flags
-from cs_lm.settings import all_problems, from_json, to_json
-from cs_lm.settings import replace as replace_settings
+from cs_lm.config.fields import all_problems, from_json, to_json
+from cs_lm.config.fields import replace as replace_settings
+from cs_lm.config.flags import FlagParser, add_flags, config_from_flags
+from cs_lm.config.run import DataConfig, ModelConfig, OptimConfig, RunConfig
 
 
 def from_flags(*argv: str) -> RunConfig:

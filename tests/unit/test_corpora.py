@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from cs_lm import cache
-from cs_lm.cache import entries
 from cs_lm.cli.commands import main as command
-from cs_lm.config import DataConfig, ModelConfig, RunConfig
-from cs_lm.corpus import check_no_pipe, label_of, with_pipes_kept
+from cs_lm.config.run import DataConfig, ModelConfig, RunConfig
+from cs_lm.data import cache
+from cs_lm.data.cache import entries
+from cs_lm.data.corpus import check_no_pipe, label_of, with_pipes_kept
+from cs_lm.data.prepare import prepare
 from cs_lm.errors import UserError
-from cs_lm.prepare import prepare
 from cs_lm.tokenizer.text_source import TextSource
 
 END = "<|endoftext|>"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from cs_lm.batches import (
+from cs_lm.data.batches import (
     BatchSource,
     Copied,
     Prefetcher,
@@ -18,7 +18,7 @@ from cs_lm.batches import (
     permuted,
     random_starts,
 )
-from cs_lm.token_store import VERIFIED, ArrayTokens, MemmapManager, TokenRange, id_dtype
+from cs_lm.data.token_store import VERIFIED, ArrayTokens, MemmapManager, TokenRange, id_dtype
 from cs_lm.tokenizer import BPETokenizer
 
 CPU = torch.device("cpu")
@@ -157,7 +157,7 @@ def test_token_range(tmp_path):
 
 MEMORY_PROGRAM = """
 import re, sys, numpy as np
-from cs_lm.token_store import MemmapManager
+from cs_lm.data.token_store import MemmapManager
 
 class Numbers:
     vocab_size, fingerprint = 60_000, "numbers"

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from cs_lm.config import ModelConfig
-from cs_lm.decoding import (
+from cs_lm.config.run import ModelConfig
+from cs_lm.inference.generate import (
     DecodingConfig,
     TextStream,
     apply_temperature,
@@ -15,7 +15,7 @@ from cs_lm.decoding import (
     penalise_repetition,
     token_steps,
 )
-from cs_lm.model import TransformerLM
+from cs_lm.models.transformer import TransformerLM
 from cs_lm.tokenizer import BPETokenizer
 
 INF = math.inf

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from cs_lm.build_model import build_model
-from cs_lm.config import GPT2Config, ModelConfig, RunConfig
-from cs_lm.counts import num_parameters
-from cs_lm.dry_run import memory_bytes
-from cs_lm.fast_ops import OPS
-from cs_lm.language_model import LanguageModel, next_token_loss
-from cs_lm.training_step import autocast
+from cs_lm.config.run import GPT2Config, ModelConfig, RunConfig
+from cs_lm.models.base import LanguageModel, next_token_loss
+from cs_lm.models.registry import build_model
+from cs_lm.models.stats import num_parameters
+from cs_lm.ops.fused import OPS
+from cs_lm.training.estimate import memory_bytes
+from cs_lm.training.step import autocast
 
 B, T = 3, 64
 MODELS = {

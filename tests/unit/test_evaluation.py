@@ -5,15 +5,15 @@ import numpy as np
 import pytest
 import torch
 
-from cs_lm.config import ModelConfig
-from cs_lm.evaluation import (
+from cs_lm.config.run import ModelConfig
+from cs_lm.data.token_store import ArrayTokens
+from cs_lm.inference.evaluate import (
     evaluate,
     evaluation_starts,
     gzip_bits_per_byte,
     token_byte_lengths,
 )
-from cs_lm.model import TransformerLM
-from cs_lm.token_store import ArrayTokens
+from cs_lm.models.transformer import TransformerLM
 
 V, T = 17, 5
 VOCAB = {i: b"x" * (1 + i % 3) for i in range(V)}

@@ -5,15 +5,15 @@ import math
 import pytest
 import torch
 
-from cs_lm.config import GPT_SIZES, GPT2Config, RunConfig, named_run
-from cs_lm.counts import flops_per_token, num_parameters
-from cs_lm.dropout import at_place, kept, new_state, next_pass, reseed
-from cs_lm.fast_ops import FAST
-from cs_lm.gpt2 import GPT2LM
-from cs_lm.language_model import evaluating, next_token_loss
-from cs_lm.ops import CLEAR
-from cs_lm.optim import parameter_groups
-from cs_lm.settings import all_problems, from_json, to_json
+from cs_lm.config.fields import all_problems, from_json, to_json
+from cs_lm.config.run import GPT_SIZES, GPT2Config, RunConfig, named_run
+from cs_lm.models.base import evaluating, next_token_loss
+from cs_lm.models.gpt2 import GPT2LM
+from cs_lm.models.stats import flops_per_token, num_parameters
+from cs_lm.ops.dropout_mask import at_place, kept, new_state, next_pass, reseed
+from cs_lm.ops.fused import FAST
+from cs_lm.ops.reference import CLEAR
+from cs_lm.optim.adamw import parameter_groups
 from tests.tolerances import DEEP, close
 
 B, T = 2, 5
@@ -176,7 +176,7 @@ def test_dropped_numbers_are_zero_and_the_others_larger():
 def test_large_draws_do_not_depend_on_parts(monkeypatch):
     key = next_pass(new_state(3))
     whole = kept(torch.Size((1000, 999)), 0.5, key, 1)
-    monkeypatch.setattr("cs_lm.dropout.CACHE_NUMBERS", 4000)
+    monkeypatch.setattr("cs_lm.ops.dropout_mask.CACHE_NUMBERS", 4000)
     assert torch.equal(kept(torch.Size((1000, 999)), 0.5, key, 1), whole)
 
 

@@ -3,10 +3,10 @@ import json
 
 import pytest
 
-from cs_lm import metrics
-from cs_lm.metrics import Display, MetricsLog, Stopwatch, format_duration, read_metrics
-from cs_lm.plots import plot_losses
-from cs_lm.speed import Speed
+from cs_lm.training import metrics_log as metrics
+from cs_lm.training.metrics_log import Display, MetricsLog, Stopwatch, format_duration, read_metrics
+from cs_lm.training.plots import plot_losses
+from cs_lm.training.throughput import Speed
 
 
 def test_log_round_trip(tmp_path):

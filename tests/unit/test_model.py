@@ -1,13 +1,13 @@
 import pytest
 import torch
 
-from cs_lm.config import ModelConfig
-from cs_lm.counts import flops_per_token, num_parameters
-from cs_lm.kv_cache import KVCache
-from cs_lm.language_model import next_token_loss
-from cs_lm.layers import Embedding, Linear, MultiHeadSelfAttention, RMSNorm, RoPE, SwiGLU
-from cs_lm.model import TransformerLM
-from cs_lm.weight_init import linear_std, truncated_normal_
+from cs_lm.config.run import ModelConfig
+from cs_lm.models.base import next_token_loss
+from cs_lm.models.init import linear_std, truncated_normal_
+from cs_lm.models.kv_cache import KVCache
+from cs_lm.models.layers import Embedding, Linear, MultiHeadSelfAttention, RMSNorm, RoPE, SwiGLU
+from cs_lm.models.stats import flops_per_token, num_parameters
+from cs_lm.models.transformer import TransformerLM
 from tests.tolerances import DEEP, close
 
 CONFIG = ModelConfig(12, 3, 20, 17, 2, 11, 10000.0)
@@ -42,7 +42,7 @@ def test_flops_match_what_torch_counts(model):
     """Matrix products of one forward and backward pass; the causal half is counted too."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from cs_lm.ops import CLEAR
+    from cs_lm.ops.reference import CLEAR
 
     clear = TransformerLM(CONFIG, CLEAR)
     ids = torch.zeros(B, T, dtype=torch.int64)

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from cs_lm import ops
-from cs_lm.build_model import build_model
-from cs_lm.config import GPT2Config, ModelConfig
-from cs_lm.fast_ops import OPS
-from cs_lm.language_model import next_token_loss
+from cs_lm.config.run import GPT2Config, ModelConfig
+from cs_lm.models.base import next_token_loss
+from cs_lm.models.registry import build_model
+from cs_lm.ops import reference as ops
+from cs_lm.ops.fused import OPS
 
 D, F, V, H, K = 6, 10, 17, 2, 4
 EMPTY = [(0,), (0, 3), (2, 0), (0, 0)]

@@ -5,9 +5,9 @@ import sys
 import pytest
 import torch
 
-from cs_lm import ops
-from cs_lm.fast_ops import FAST
-from cs_lm.ops import CLEAR, IGNORE_INDEX
+from cs_lm.ops import reference as ops
+from cs_lm.ops.fused import FAST
+from cs_lm.ops.reference import CLEAR, IGNORE_INDEX
 from tests.tolerances import ROUNDING, close
 
 B, T, V = 2, 5, 17
@@ -83,7 +83,7 @@ def test_rms_norm_computes_in_float32():
 
 
 def test_rope_keeps_length_and_depends_on_distance_alone():
-    from cs_lm.layers import RoPE
+    from cs_lm.models.layers import RoPE
 
     rope = RoPE(10_000.0, 8, 64)
     q, k = torch.randn(8), torch.randn(8)
@@ -103,7 +103,8 @@ def test_embedding_out_of_range():
 
 MEMORY_PROGRAM = """
 import resource, sys, torch
-from cs_lm import fast_ops, ops
+from cs_lm.ops import fused as fast_ops
+from cs_lm.ops import reference as ops
 N, V, D = 2048, 8192, 16
 x, weight = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
 targets = torch.randint(0, V, (N,))

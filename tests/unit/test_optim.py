@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from cs_lm.config import ModelConfig, OptimConfig
-from cs_lm.model import TransformerLM
-from cs_lm.optim import AdamW, clip_gradients, parameter_groups
-from cs_lm.schedule import learning_rate
+from cs_lm.config.run import ModelConfig, OptimConfig
+from cs_lm.models.transformer import TransformerLM
+from cs_lm.optim.adamw import AdamW, clip_gradients, parameter_groups
+from cs_lm.optim.schedule import learning_rate
 from tests.conftest import no_compiler
 from tests.tolerances import MANY_UPDATES, close
 

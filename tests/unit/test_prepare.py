@@ -3,11 +3,11 @@ import shutil
 
 import pytest
 
-from cs_lm.config import DataConfig, ModelConfig, RunConfig
-from cs_lm.corpus import embedded_text, find_corpus, label_of
-from cs_lm.prepare import prepare
-from cs_lm.settings import replace as replaced
-from cs_lm.token_store import MemmapManager
+from cs_lm.config.fields import replace as replaced
+from cs_lm.config.run import DataConfig, ModelConfig, RunConfig
+from cs_lm.data.corpus import embedded_text, find_corpus, label_of
+from cs_lm.data.prepare import prepare
+from cs_lm.data.token_store import MemmapManager
 from cs_lm.tokenizer import BPETokenizer
 
 TEXT = "the cat sat on the mat, the dog sat on the log.\n" * 40

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cs_lm.tokenizer import BPETokenizer, train_bpe
-from cs_lm.tokenizer.parallel import ParallelEncoder
+from cs_lm.tokenizer.parallel_encode import ParallelEncoder
 from cs_lm.tokenizer.text_source import TextSource
 from cs_lm.tokenizer.word_counts import count_words
 

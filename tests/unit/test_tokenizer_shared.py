@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from cs_lm.tokenizer import BPETokenizer, train_bpe
-from cs_lm.tokenizer.processes import WorkerGroup
 from cs_lm.tokenizer.tokenizer import SHORT_TEXT_CHARS
+from cs_lm.tokenizer.worker_pool import WorkerGroup
 from tests.end_to_end.conftest import ROOT
 
 BYTES = {i: bytes([i]) for i in range(256)}
@@ -43,7 +43,7 @@ def test_threads_share_a_tokenizer(length):
 PROGRAM = """
 import sys
 from cs_lm.tokenizer import train_bpe
-from cs_lm.tokenizer.parallel import ParallelEncoder
+from cs_lm.tokenizer.parallel_encode import ParallelEncoder
 from cs_lm.tokenizer import BPETokenizer
 print("once")
 vocab, merges = train_bpe(sys.argv[1], 270, ["<|x|>"], num_workers=2)

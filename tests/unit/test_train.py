@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from cs_lm import device
-from cs_lm.compiling import Compiled
-from cs_lm.config import ModelConfig, RunConfig
-from cs_lm.fast_ops import OPS
-from cs_lm.language_model import next_token_loss
-from cs_lm.model import TransformerLM
-from cs_lm.ops import IGNORE_INDEX
-from cs_lm.optim import AdamW, parameter_groups
-from cs_lm.schedule import num_training_steps
-from cs_lm.stop_signals import Stopped, StopSignals
-from cs_lm.training_step import autocast, train_step
+from cs_lm.config.run import ModelConfig, RunConfig
+from cs_lm.models.base import next_token_loss
+from cs_lm.models.transformer import TransformerLM
+from cs_lm.ops.compile import Compiled
+from cs_lm.ops.fused import OPS
+from cs_lm.ops.reference import IGNORE_INDEX
+from cs_lm.optim.adamw import AdamW, parameter_groups
+from cs_lm.optim.schedule import num_training_steps
+from cs_lm.training.signals import Stopped, StopSignals
+from cs_lm.training.step import autocast, train_step
 from tests.conftest import no_compiler
 from tests.tolerances import DEEP, close
 
@@ -181,7 +181,7 @@ def test_first_signal_is_noted():
 
 SIGNALS_PROGRAM = """
 import signal, sys
-from cs_lm.stop_signals import Stopped, StopSignals, Stopped, stopping_at_once
+from cs_lm.training.signals import Stopped, StopSignals, Stopped, stopping_at_once
 signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as `nohup` does
 signal.raise_signal(signal.SIGHUP)
 if sys.argv[1] == "noted":

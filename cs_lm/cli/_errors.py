@@ -1,0 +1,65 @@
+"""What a user can cause becomes readable lines and exit status 2; a traceback is for bugs."""
+
+import contextlib
+import functools
+import io
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from cs_lm.training.signals import Stopped, stopping_at_once
+
+Main = Callable[[Sequence[str] | None], int]
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """torch's allocators raise a RuntimeError, on the CPU one without a class of its own."""
+    is_cpu = "alloc" in str(error) and "memory" in str(error)
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or is_cpu
+
+
+def readable_errors(main: Main) -> Main:
+    @functools.wraps(main)
+    def guarded(argv: Sequence[str] | None = None) -> int:
+        _show_whatever_the_console_lacks()
+        try:
+            with stopping_at_once():
+                return main(argv)
+        except BrokenPipeError:  # the reader of our output has had enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            first_line = str(error).partition("\n")[0]
+            print(
+                f"error: out of memory ({first_line}); lower --batch_size (and raise "
+                "--grad_accum), --seq_length or the model's size",
+                file=sys.stderr,
+            )
+            return 2
+        except (ValueError, OSError) as error:
+            print_error(error)
+            return 2
+        except Stopped as stopped:
+            print(f"stopped by {stopped}", file=sys.stderr)
+            return stopped.exit_status
+
+    return guarded
+
+
+def _show_whatever_the_console_lacks() -> None:
+    """Characters that a console cannot show become codes: no text ends a command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+
+
+def print_error(error: Exception) -> None:
+    for line in str(error).splitlines():
+        with contextlib.suppress(OSError):  # a terminal that is gone changes no exit status
+            print(f"error: {line}", file=sys.stderr, flush=True)
+
+
+def say_on_stderr(text: str) -> None:
+    print(text, file=sys.stderr)

@@ -1,0 +1,64 @@
+"""A new run that begins with the weights of another one, or of another program."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from cs_lm.config.run import DataConfig, RunConfig, named_run
+from cs_lm.errors import UserError
+from cs_lm.interop.hf_config import model_name_of
+from cs_lm.interop.import_weights import read_weights
+from cs_lm.interop.tokenizers import read_tokenizer
+from cs_lm.tokenizer import BPETokenizer
+from cs_lm.training.checkpoint_manager import STATE
+from cs_lm.training.run_dir import RunFolder, saved_config
+
+
+class Start(NamedTuple):
+    """Weights and the tokenizer that they were trained with.
+
+    base  the defaults of a run that begins with them: nothing of their own training but the shape
+    """
+
+    base: RunConfig
+    tokenizer: BPETokenizer
+    weights: dict[str, Tensor]
+
+
+def read_start(path: str | Path, say: Callable[[str], None]) -> Start:
+    """From a run's folder (its best model), one of its checkpoints, or a folder of weights.
+
+    Raises: UserError for a path that is none of these; ValueError for one that cannot be read.
+    """
+    path = Path(path)
+    step = path.name.rpartition("-")[2]
+    if (path / STATE).is_file() and path.parent.name == "checkpoints" and step.isdecimal():
+        folder, which = RunFolder(path.parent.parent), step
+    else:
+        folder, which = RunFolder(path), "best"
+    if folder.exists():
+        content = folder.read(which, say)
+        tokenizer = folder.load_tokenizer()
+        folder.check_tokenizer(content, tokenizer)
+        saved = saved_config(content)
+        return Start(_base(saved.model_name, saved.model, tokenizer), tokenizer, content["model"])
+    if not path.exists():
+        raise UserError(
+            f"--init_from: got {str(path)!r}, which is not there; need the folder of a run, one of "
+            "its checkpoints, or a folder with weights"
+        )
+    model = read_weights(path)
+    tokenizer = read_tokenizer(path if path.is_dir() else path.parent)
+    base = _base(model_name_of(model.config), model.config, tokenizer)
+    return Start(base, tokenizer, model.state_dict())
+
+
+def _base(model_name: str, model: Any, tokenizer: BPETokenizer) -> RunConfig:
+    base = named_run(model_name)
+    return replace(
+        base, model=model, data=DataConfig(special_tokens=tuple(tokenizer.special_tokens)),
+        seq_length=min(base.seq_length, model.context_length),
+    )  # fmt: skip

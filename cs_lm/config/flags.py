@@ -1,0 +1,227 @@
+"""Command-line flags generated from the fields of a config, and read back into one.
+
+Values are converted after all flags have been read, so that every wrong one is reported at once.
+"""
+
+import argparse
+import difflib
+import re
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from cs_lm.config.fields import all_problems, flag_of, has_setting, plain_type, replace, settings_of
+
+
+class FlagParser(argparse.ArgumentParser):
+    """An ArgumentParser that raises ValueError and proposes the nearest flag."""
+
+    def __init__(self, **kwargs):
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs
+        )
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise ValueError(f"{self.prog}: {message}; see --help")
+
+    def parse_strictly(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        """Raises: ValueError naming each unknown flag with the nearest known one, and each that is
+        given twice.
+        """
+        words = self._with_dashed_values(list(sys.argv[1:] if argv is None else argv))
+        namespace, unknown = self.parse_known_args(words)
+        problems = self._given_twice(words)
+        if unknown:
+            problems += self._unknown_messages(unknown)
+        if problems:
+            raise ValueError("\n".join(problems))
+        for name, value in vars(namespace).items():
+            setattr(namespace, name, _with_two_dashes(value))
+        return namespace
+
+    def _with_dashed_values(self, words: list[str]) -> list[str]:
+        """Values that begin with a dash, joined to their flag: argparse would take them for flags.
+
+        What looks like a long flag, and is nearly one or stands behind a list, stays apart: it will
+        be called unknown.
+        """
+        joined: list[str] = []
+        flag = None  # the one that the next words may belong to
+        for word in words:
+            is_value = not word.startswith("-") or not self._may_be_flag(word, flag)
+            follows_joined = joined and flag is not None and joined[-1].startswith(f"{flag}=")
+            if flag is not None and is_value and (word.startswith("-") or follows_joined):
+                if joined[-1] == flag:
+                    joined.pop()
+                joined.append(f"{flag}={_TWO_DASHES if word == '--' else word}")
+            else:
+                joined.append(word)
+            action = self._option_string_actions.get(word)
+            if action is not None:
+                flag = word if action.nargs != 0 else None
+            elif not is_value or (
+                flag is not None and not _is_list(self._option_string_actions[flag])
+            ):
+                flag = None
+        return joined
+
+    def _may_be_flag(self, word: str, behind: str | None) -> bool:
+        """behind  the flag that it may be a value of; a list takes no words that look like flags"""
+        name = word.partition("=")[0]
+        if name in self._option_string_actions:
+            return True
+        is_long = re.fullmatch(r"--[a-zA-Z][\w-]*", name) is not None
+        if behind is not None and _is_list(self._option_string_actions[behind]):
+            return is_long
+        return is_long and bool(difflib.get_close_matches(name, self._option_string_actions, n=1))
+
+    def _given_twice(self, words: list[str]) -> list[str]:
+        given: dict[str, list[str]] = {}
+        for word in words:
+            name = word.partition("=")[0]
+            action = self._option_string_actions.get(name)
+            if action is not None and not _is_list(action) and action.dest != "help":
+                given.setdefault(action.dest, []).append(name)
+        return [
+            f"{names[0]}: is given {len(names)} times ({', '.join(names)}); give it once"
+            for names in given.values()
+            if len(names) > 1
+        ]
+
+    def _unknown_messages(self, unknown: list[str]) -> list[str]:
+        flags = [word.split("=")[0] for word in unknown if word.startswith("-")]
+        if not flags:
+            return [f"{self.prog}: got {' '.join(unknown)!r}, which belongs to no flag; see --help"]
+        messages = []
+        for flag in flags:
+            nearest = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            hint = f"did you mean {nearest[0]}?" if nearest else "see --help"
+            messages.append(f"{flag}: unknown flag; {hint}")
+        return messages
+
+
+# For `--` as a value, which argparse throws away.
+_TWO_DASHES = "\0--"
+
+
+def _with_two_dashes(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_with_two_dashes(one) for one in value]
+    return "--" if value == _TWO_DASHES else value
+
+
+def _is_list(action: argparse.Action) -> bool:
+    return action.nargs in ("*", "+")
+
+
+def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
+    """One flag for each setting of the config; a flag that is not given stays absent."""
+    groups = {}
+    for name, (owner, each) in settings_of(config_class).items():
+        if owner not in groups:
+            title = (owner.__doc__ or "").strip().rstrip(".")
+            if title.startswith(f"{owner.__name__}("):  # what a dataclass without a text has
+                title = "settings"
+            groups[owner] = parser.add_argument_group(title)
+        spellings = [s for s in (each.metadata["flag"], f"--{name}") if s]
+        kind = plain_type(typing.get_type_hints(owner)[name])
+        options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["metavar"] = _metavar(kind, each.metadata["choices"])
+            if typing.get_origin(kind) is tuple:
+                options.update(action="extend", nargs="*" if each.default else "+")
+        groups[owner].add_argument(*spellings, help=_help(each), **options)
+
+
+def read_flags(
+    namespace: argparse.Namespace, config_class: type
+) -> tuple[dict[str, Any], list[str]]:
+    """The values of the flags that were given, and what is wrong with the others."""
+    values, problems = {}, []
+    for name, (owner, each) in settings_of(config_class).items():
+        if not hasattr(namespace, name):
+            continue
+        kind = plain_type(typing.get_type_hints(owner)[name])
+        try:
+            values[name] = _convert(getattr(namespace, name), kind)
+        except ValueError as error:
+            problems.append(f"{flag_of(each)}: got {error}")
+    return values, problems
+
+
+def config_from_flags(
+    base: Any,
+    namespace: argparse.Namespace,
+    more_problems: Callable[[Any], list[str]] | None = None,
+) -> Any:
+    """The base config with the given flags laid over it.
+
+    more_problems  finds what the config alone does not show
+    Raises: ValueError with every wrong value and every problem of the result, one on a line.
+    """
+    values, problems = read_flags(namespace, type(base))
+    config = replace(base, values)
+    problems += [
+        f"{flag_of(each)}: has no effect with --model {base.model_name}; leave it out"
+        for name, (_, each) in settings_of(type(base)).items()
+        if name in values and not has_setting(base, name)
+    ]
+    problems += all_problems(config)
+    if more_problems is not None:
+        problems += [line for line in more_problems(config) if line.split(":")[0] not in
+                     {known.split(":")[0] for known in problems}]  # fmt: skip
+    if problems:
+        raise ValueError("\n".join(problems))
+    return config
+
+
+def parse_config(
+    config_class: type, prog: str, description: str, argv: Sequence[str] | None
+) -> Any:
+    """A command's config from its arguments.
+
+    Raises: ValueError with everything that is wrong, one on a line.
+    """
+    parser = FlagParser(prog=prog, description=description)
+    add_flags(parser, config_class)
+    return config_from_flags(config_class(), parser.parse_strictly(argv))
+
+
+def _metavar(kind: Any, choices: tuple[str, ...] | None) -> str:
+    if choices:
+        return "{" + ",".join(choices) + "}"
+    if typing.get_origin(kind) is tuple:
+        return typing.get_args(kind)[0].__name__.upper()
+    return kind.__name__.upper()
+
+
+def _help(each) -> str:
+    default = each.default
+    if isinstance(default, tuple):
+        default = " ".join(map(str, default))
+    unit = f" [{each.metadata['unit']}]" if each.metadata["unit"] else ""
+    shown = f"{each.metadata['help']}{unit}"
+    if default not in (None, "") and not isinstance(default, bool):
+        shown += f" (default: {default})"
+    elif isinstance(default, bool):
+        shown += f" (default: {'on' if default else 'off'})"
+    return shown.replace("%", "%%")
+
+
+def _convert(given: Any, kind: Any) -> Any:
+    """Raises: ValueError whose text goes on after "got "."""
+    if typing.get_origin(kind) is tuple:
+        return tuple(_convert(one, typing.get_args(kind)[0]) for one in given)
+    if kind is bool or kind is str:
+        return given
+    try:
+        value = kind(given)
+    except ValueError:
+        what = {int: "a whole number", float: "a number"}[kind]
+        raise ValueError(f"{given!r}, need {what}") from None
+    if value != value:
+        raise ValueError(f"{given!r}, need a number")
+    return value

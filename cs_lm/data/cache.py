@@ -1,0 +1,232 @@
+"""What is made once in data/ and found again by its content, whoever asks and however many at once.
+
+A folder's name holds a label and a fingerprint of all that its content follows from, so that two
+settings never share one. It is made under a lock, by one process while the others wait, gets its
+name when it is complete, and is not changed after that.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from cs_lm.storage.atomic import WRITING, own_name, write_whole
+from cs_lm.storage.lock import FileLock, acquire, wait_for
+from cs_lm.storage.manifest import MANIFEST, file_state
+from cs_lm.tokenizer.text_source import sha256_of_file
+
+DATA = Path("data")
+STORE, TOKENIZER, TEXT = "chunks", "tokenizer", "text"
+KINDS = {STORE: "token store", TOKENIZER: "tokenizer", TEXT: "text"}
+_LOCKS = ".locks"
+_HASHES = ".hashes.json"
+_MOST_LABEL_CHARS = 60
+_NEW_NAME = re.compile(rf"(.+)_({STORE}|{TOKENIZER}|{TEXT})-[0-9a-f]{{10}}")
+_OLD_NAME = re.compile(rf"(.+)_({STORE}|{TOKENIZER})(?:_valid)?")
+_OWN_SUFFIX = re.compile(r"\.\d+-\d+-[0-9a-f]{6}$")
+SETTINGS = "settings.json"  # of a tokenizer: what it was trained with
+# What tells a folder of ours from one that a user has put there under such a name.
+_MARKS = {STORE: MANIFEST, TOKENIZER: SETTINGS}
+PIPE_LABEL = "standard-input"
+# Hashing a shorter file takes less time than it would take to remember it.
+_REMEMBERED_BYTES = 4 << 20
+
+Say = Callable[[str], None]
+Found = TypeVar("Found")
+
+
+def cache_path(label: str, kind: str, facts: Any) -> Path:
+    """Where what follows from the facts (as JSON) lies, or will."""
+    text = json.dumps(facts, sort_keys=True, ensure_ascii=True)
+    fingerprint = hashlib.sha256(text.encode("ascii")).hexdigest()[:10]
+    return DATA / f"{label[:_MOST_LABEL_CHARS]}_{kind}-{fingerprint}"
+
+
+def old_path(label: str, kind: str) -> Path:
+    """Where earlier versions kept it: one for each label."""
+    return DATA / f"{label}_{kind}"
+
+
+def paths_of(label: str, kind: str) -> list[Path]:
+    """All that there is of that label and kind."""
+    pattern = re.compile(rf"{re.escape(label[:_MOST_LABEL_CHARS])}_{kind}-[0-9a-f]{{10}}")
+    new = [path for path in DATA.iterdir() if pattern.fullmatch(path.name)] if DATA.is_dir() else []
+    return [path for path in (old_path(label, kind), *sorted(new)) if path.is_dir()]
+
+
+def in_use(path: Path) -> FileLock:
+    """Keeps others from removing what lies there, until it is closed or the process ends."""
+    lock = wait_for(_lock_path(path), shared=True, on_wait=lambda: None)  # it is being removed
+    try:
+        os.utime(_lock_path(path))
+    except OSError:  # a folder that is not ours to write in
+        pass
+    return lock
+
+
+def find_or_make(
+    path: Path, find: Callable[[], Found | None], make: Callable[[bool], None], say: Say
+) -> tuple[Found, FileLock]:
+    """What `find` finds, made first where that is None; and the lock of whoever uses it.
+
+    make  told whether nobody else can be making the same; what it makes gets its name at its end
+    """
+    while True:
+        lock = in_use(path)
+        found = find()
+        if found is not None:
+            return found, lock
+        making = wait_for(
+            _making_path(path), shared=False,
+            on_wait=lambda: say(f"waiting: another process is making {path}"),
+        )  # fmt: skip
+        try:
+            if find() is None:
+                make(making.is_real)
+        finally:
+            making.close(remove=True)
+            lock.close()
+
+
+def _text_path(label: str, digest: str) -> Path:
+    path = cache_path(label, TEXT, digest)
+    return path.with_name(f"{path.name}.txt")
+
+
+def keep_text(label: str, text: bytes) -> Path:
+    """A file in data/ with this content; its name follows from it."""
+    digest = hashlib.sha256(text).hexdigest()
+    path = _text_path(label, digest)
+    if not path.is_file() or path.stat().st_size != len(text) or sha256_of_file(path) != digest:
+        write_whole(path, text)
+    return path
+
+
+def keep_stream(label: str, blocks: Iterable[bytes]) -> Path | None:
+    """The same for what comes block by block, one of them in memory; None where nothing does."""
+    digest = hashlib.sha256()
+    DATA.mkdir(exist_ok=True)
+    writing = own_name(DATA / f"{label}_{TEXT}")
+    try:
+        with open(writing, "wb") as file:
+            for block in blocks:
+                digest.update(block)
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+            if not file.tell():
+                return None
+        path = _text_path(label, digest.hexdigest())
+        os.replace(writing, path)
+    finally:
+        writing.unlink(missing_ok=True)
+    return path
+
+
+def set_aside(path: Path) -> None:
+    """Takes the name away, and then removes: what is cut short leaves nothing under that name."""
+    aside = own_name(path)
+    os.replace(path, aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def sha256_remembered(path: Path) -> str:
+    """A file's hash; of a large one, that of the last time while it has not changed since.
+
+    Whether it has is told by `file_state`.
+    """
+    found = os.stat(path)
+    if found.st_size < _REMEMBERED_BYTES:
+        return sha256_of_file(path)
+    key, seen, began_ns = os.path.abspath(path), file_state(found), time.time_ns()
+    known = _remembered_hashes()
+    entry = known.get(key)
+    if isinstance(entry, list) and entry[:-1] == seen:
+        return entry[-1]
+    digest = sha256_of_file(path)
+    is_settled = began_ns - max(found.st_mtime_ns, found.st_ctime_ns) > 2_000_000_000
+    if is_settled and file_state(os.stat(path)) == seen:  # else it may change without notice
+        known = {**_remembered_hashes(), key: [*seen, digest]}
+        try:
+            write_whole(DATA / _HASHES, json.dumps(known).encode("utf-8"))
+        except OSError as error:
+            logging.getLogger("cs_lm").debug("%s: not remembered (%s)", path, error)
+    return digest
+
+
+def _remembered_hashes() -> dict[str, Any]:
+    try:
+        known = json.loads((DATA / _HASHES).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _lock_path(path: Path) -> Path:
+    """Of those who use it. Whoever makes it has another one: users of what is gone do not wait."""
+    return path.parent / _LOCKS / path.name
+
+
+def _making_path(path: Path) -> Path:
+    return path.parent / _LOCKS / f"{path.name}.making"
+
+
+# ---- looking after it ----
+
+
+class CacheEntry(NamedTuple):
+    path: Path
+    kind: str  # in words
+    num_bytes: int
+    used_s: float  # of the last use, in seconds since 1970
+    is_complete: bool
+    can_be_made_again: bool  # False: what came through a pipe
+
+
+def entries() -> Iterator[CacheEntry]:
+    """All that was made in data/, what was left half-made included; not what users put there."""
+    for path in sorted(DATA.iterdir()) if DATA.is_dir() else []:
+        is_complete, final = not path.name.endswith(WRITING), _final_path(path)
+        name = final.name.removesuffix(".txt")
+        match = _NEW_NAME.fullmatch(name) or _OLD_NAME.fullmatch(name)
+        if match is None or path.is_dir() == (match[2] == TEXT):
+            continue
+        if is_complete and match[2] in _MARKS and not (path / _MARKS[match[2]]).is_file():
+            continue
+        files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+        used_s = max((file.stat().st_mtime for file in [*files, _lock_path(path)] if file.exists()),
+                     default=path.stat().st_mtime)  # fmt: skip
+        num_bytes = sum(file.stat().st_size for file in files)
+        again = match[2] != TEXT or match[1] != PIPE_LABEL
+        yield CacheEntry(path, KINDS[match[2]], num_bytes, used_s, is_complete, again)
+
+
+def _final_path(path: Path) -> Path:
+    """The name that something half-made would get."""
+    if not path.name.endswith(WRITING):
+        return path
+    return path.with_name(_OWN_SUFFIX.sub("", path.name.removesuffix(WRITING)))
+
+
+def remove(entry: CacheEntry) -> bool:
+    """False where a process makes or uses it."""
+    path = _final_path(entry.path)
+    locks = [acquire(lock_path) for lock_path in (_lock_path(path), _making_path(path))]
+    try:
+        if None in locks:
+            return False
+        if entry.path.is_dir():
+            set_aside(entry.path)
+        else:
+            entry.path.unlink()
+        return True
+    finally:
+        for lock in locks:
+            if lock is not None:
+                lock.close(remove=None not in locks)

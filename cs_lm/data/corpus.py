@@ -1,0 +1,180 @@
+"""Which text a run trains and validates on: files, standard input, the manual, or just a label."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cs_lm.config.fields import replace
+from cs_lm.config.run import DataConfig, RunConfig
+from cs_lm.config.shared import STANDARD_INPUT
+from cs_lm.data.cache import PIPE_LABEL, STORE, keep_stream, keep_text, paths_of, sha256_remembered
+from cs_lm.errors import UserError
+from cs_lm.tokenizer.corpus_files import SUFFIXES, find_files, is_pipe, without_packing
+from cs_lm.tokenizer.text_source import TextSource, opened, separator_for
+
+EMBEDDED_LABEL = "python-manual"
+_BLOCK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A text that is there, and what tells it from others.
+
+    paths        none: the manual
+    shown        what messages call it
+    description  lengths and hashes of its content, and how it is read
+    """
+
+    label: str
+    shown: str
+    paths: tuple[str, ...]
+    data: DataConfig
+    description: dict[str, Any]
+
+    def open(self) -> TextSource:
+        paths = self.paths or (str(keep_text(EMBEDDED_LABEL, _embedded_bytes())),)
+        return text_of(paths, self.data, self.data.special_tokens)
+
+
+def label_of(config: RunConfig) -> str:
+    """The name of the corpus in data/ and runs/."""
+    data = config.data
+    return data.corpus_size or (_name_of(data.corpus_path) if data.corpus_path else EMBEDDED_LABEL)
+
+
+def _name_of(paths: Sequence[str]) -> str:
+    """Of the first one, without what tells its format; of a pattern, its folder's."""
+    if paths[0] == STANDARD_INPUT:
+        return PIPE_LABEL
+    path = Path(paths[0])
+    if not path.exists() and any(sign in path.name for sign in "*?["):
+        path = next(p for p in path.parents if not any(sign in str(p) for sign in "*?["))
+    name = without_packing(path.absolute().name)
+    stem = Path(name).stem
+    return (stem if Path(name).suffix in SUFFIXES or path.is_file() else name) or "corpus"
+
+
+def embedded_text() -> str:
+    """The language manual that comes with CPython, one topic after another.
+
+    Raises: FileNotFoundError where this Python comes without it.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise FileNotFoundError(
+            "embedded corpus: this Python comes without pydoc_data.topics; give a text of your own "
+            "with --corpus_path"
+        ) from None
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def _embedded_bytes() -> bytes:
+    return embedded_text().encode("utf-8")
+
+
+def is_embedded(config: RunConfig) -> bool:
+    data = config.data
+    return not data.corpus_path and data.corpus_size in (None, EMBEDDED_LABEL)
+
+
+def check_corpora(config: RunConfig) -> list[str]:
+    """What is wrong with the texts that a run names, without reading them."""
+    found = []
+    checks = [lambda: _check_label(config)]
+    checks += [lambda: find_files(config.data.corpus_path, "--corpus_path")]
+    checks += [lambda: find_files(config.data.valid_path, "--valid_path")]
+    for check in checks:
+        try:
+            check()
+        except (ValueError, OSError) as error:
+            found.append(str(error))
+    return found
+
+
+def _check_label(config: RunConfig) -> None:
+    label = config.data.corpus_size
+    if is_embedded(config):
+        embedded_text()
+    elif not config.data.corpus_path and not paths_of(label, STORE):
+        raise FileNotFoundError(
+            f"--corpus_size: got {label!r}, but data/ holds no token store of that label; give "
+            "--corpus_path to make it"
+        )
+
+
+def find_corpus(config: RunConfig, remember: bool = True) -> Corpus | None:
+    """The text to train on, or None where only the label of an existing store is given.
+
+    remember  a large file that does not change is hashed once; False: data/ is left as it is
+    Raises: FileNotFoundError for a missing file, or a label without a store.
+    """
+    _check_label(config)
+    data = config.data
+    if is_embedded(config):
+        text = _embedded_bytes()
+        description = {
+            "bytes": len(text), "sha256": hashlib.sha256(text).hexdigest(),
+            "encoding_errors": data.encoding_errors,
+        }  # fmt: skip
+        return Corpus(EMBEDDED_LABEL, "the Python language manual", (), data, description)
+    if not data.corpus_path:
+        return None
+    return _corpus(label_of(config), data.corpus_path, data, "--corpus_path", remember)
+
+
+def find_valid_corpus(config: RunConfig, remember: bool = True) -> Corpus | None:
+    """The text to validate on, where it is one of its own."""
+    paths = config.data.valid_path
+    if not paths:
+        return None
+    return _corpus(_name_of(paths), paths, config.data, "--valid_path", remember)
+
+
+def with_pipes_kept(config: RunConfig) -> RunConfig:
+    """The same with files in the place of pipes: a run reads its text more than once."""
+    changes = {}
+    for name in ("corpus_path", "valid_path"):
+        paths = getattr(config.data, name)
+        if any(map(is_pipe, paths)):
+            changes[name] = tuple(_kept(path) if is_pipe(path) else path for path in paths)
+    return replace(config, changes)
+
+
+def check_no_pipe(config: RunConfig) -> None:
+    """Raises: UserError: what looks at a pipe without keeping it takes its text away."""
+    for path in (*config.data.corpus_path, *config.data.valid_path):
+        if is_pipe(path):
+            raise UserError(
+                f"--dry_run: cannot look at {path}, a pipe, without using it up; save the text to "
+                "a file, or leave --dry_run out"
+            )
+
+
+def _kept(path: str) -> str:
+    with opened(path) as file:
+        blocks = iter(lambda: file.read(_BLOCK_BYTES), b"")
+        kept = keep_stream(PIPE_LABEL, blocks)
+    if kept is None:
+        raise UserError(f"corpus: got nothing from {path}; need text")
+    return str(kept)
+
+
+def _corpus(
+    label: str, paths: tuple[str, ...], data: DataConfig, flag: str, remember: bool
+) -> Corpus:
+    find_files(paths, flag)  # names the flag where it fails
+    text = text_of(paths, data, data.special_tokens)
+    description = text.describe(sha256_remembered if remember else None)
+    shown = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
+    return Corpus(label, shown, paths, data, description)
+
+
+def text_of(paths: Sequence[str], settings: Any, special_tokens: Sequence[str]) -> TextSource:
+    """settings  with `encoding_errors`, `document_separator` and `text_field`"""
+    separator = separator_for(settings.document_separator, special_tokens)
+    return TextSource(
+        paths, settings.encoding_errors, separator=separator, text_field=settings.text_field
+    )

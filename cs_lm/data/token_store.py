@@ -1,0 +1,280 @@
+"""Token ids on disk: written while encoding, read by range, never held in memory as a whole."""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from cs_lm.data.store_writer import JOURNAL, Encoder, Journal, write_chunks
+from cs_lm.errors import UserError
+from cs_lm.storage.atomic import WRITING, own_name, put_folder, write_whole
+from cs_lm.storage.manifest import MANIFEST, check_file, file_state, read_manifest, write_manifest
+
+FORMAT_VERSION = 2
+VERIFIED = "verified.json"
+# A file that was changed less than this ago may be changed again without a new time of change.
+_SETTLED_NS = 100_000_000
+
+
+class Tokens(Protocol):
+    """A sequence of token ids of which ranges can be read."""
+
+    def __len__(self) -> int: ...
+
+    def load_by_range(self, start: int, end: int) -> np.ndarray: ...
+
+
+def id_dtype(vocab_size: int) -> np.dtype:
+    """uint16 for up to 65,536 ids, else uint32; little-endian on every machine."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+class MemmapManager:
+    """The token store in one folder: files of `chunk_size` ids each, and a manifest.
+
+    The manifest names dtype, number of tokens, chunk size, vocabulary size, the tokenizer's
+    fingerprint, the text's length in bytes, its source, and for each chunk its length and SHA-256.
+
+    Each read opens its file for as long as it copies: a pass over a store larger than memory
+    leaves neither pages nor open files behind in the process.
+    """
+
+    def __init__(self, folder: str | Path):
+        """Looks at the length of every chunk; `verify` reads them.
+
+        Raises: FileNotFoundError where there is no store, ValueError for a damaged one.
+        """
+        self.folder = Path(folder)
+        path = self.folder / MANIFEST
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"token store: {str(self.folder)!r} holds no {MANIFEST}; encode a text there first"
+            )
+        try:
+            self.files, self.manifest = read_manifest(self.folder)
+            if self.manifest.get("format_version") != FORMAT_VERSION:
+                raise ValueError(f"{str(path)!r} has format {self.manifest.get('format_version')}")
+            self._check_facts()
+            for entry in self.files:
+                check_file(self.folder, entry, completely=False)
+            self._paths = [os.path.join(self.folder, entry.name) for entry in self.files]
+            self._identities = [_identity(os.stat(path)) for path in self._paths]
+        except (ValueError, KeyError, TypeError) as error:
+            raise self._damaged(error) from None
+
+    def _check_facts(self) -> None:
+        facts = self.manifest
+        for name, kind in (("num_tokens", int), ("chunk_size", int), ("vocab_size", int),
+                           ("text_bytes", int), ("tokenizer_fingerprint", str),
+                           ("source", dict)):  # fmt: skip
+            if type(facts[name]) is not kind or (kind is int and facts[name] < 1):
+                raise ValueError(f"its {name} is {facts[name]!r}")
+        self.dtype = {"<u2": np.dtype("<u2"), "<u4": np.dtype("<u4")}[facts["dtype"]]
+        self._num_tokens, self.chunk_size = facts["num_tokens"], facts["chunk_size"]
+        self.fingerprint: str = facts["tokenizer_fingerprint"]
+        self.source: dict[str, Any] = facts["source"]
+        lengths = [entry.num_bytes for entry in self.files]
+        full, last = self.chunk_size * self.dtype.itemsize, lengths[-1:]
+        num_bytes = self._num_tokens * self.dtype.itemsize
+        if sum(lengths) != num_bytes or set(lengths[:-1]) - {full} or not 0 < last[0] <= full:
+            raise ValueError("its chunks have other lengths than its number of tokens asks for")
+
+    def _damaged(self, error: Exception | str) -> UserError:
+        return UserError(
+            f"token store: {str(self.folder)!r} is damaged: {error}; delete the folder and encode "
+            "the text again"
+        )
+
+    @classmethod
+    def save_as_memmap(
+        cls,
+        texts: Iterable[str],
+        tokenizer: Encoder,
+        folder: str | Path,
+        chunk_size: int = 500_000,
+        describe: Callable[[], dict[str, Any]] = dict,
+        progress: Callable[[int], None] | None = None,
+        text_key: Any = None,
+        replace: bool = True,
+    ) -> "MemmapManager":
+        """Encodes the joined texts into a store; memory holds one chunk, however long they are.
+
+        The folder appears, or takes the place of an older store, only when it is complete and all
+        of it was read again. Who else may write to it must be kept away (locks.py).
+
+        describe  asked at the end what the text was, for the manifest
+        progress  called with the number of tokens so far
+        text_key  what tells this text from others, as JSON: an attempt that was ended, even by
+                  SIGKILL, is then gone on with by the next one that is the same in all; None: it
+                  leaves nothing behind
+        replace   False: a store that somebody else has made meanwhile stays
+        Raises: ValueError when the texts are empty.
+        """
+        folder = Path(folder)
+        dtype = id_dtype(tokenizer.vocab_size)
+        key = text_key and [FORMAT_VERSION, text_key, tokenizer.fingerprint, chunk_size]
+        writing = own_name(folder) if key is None else folder.with_name(folder.name + WRITING)
+        journal = Journal(writing, key)
+        if not journal.entries:
+            shutil.rmtree(writing, ignore_errors=True)
+            writing.mkdir(parents=True)
+        try:
+            end = write_chunks(texts, tokenizer, writing, chunk_size, dtype, journal, progress)
+            if not end.num_tokens:
+                raise ValueError("token store: got an empty text, need at least one token")
+            facts = {
+                "format_version": FORMAT_VERSION, "dtype": dtype.str,
+                "num_tokens": end.num_tokens, "chunk_size": chunk_size,
+                "vocab_size": tokenizer.vocab_size,
+                "tokenizer_fingerprint": tokenizer.fingerprint, "text_bytes": end.num_bytes,
+                "source": describe(),
+            }  # fmt: skip
+            write_manifest(writing, journal.entries, facts)
+            store = cls(writing)
+            store.verify()
+            store._remember_verified()
+            (writing / JOURNAL).unlink(missing_ok=True)
+            put_folder(writing, folder, replace)
+        except BaseException as error:
+            if isinstance(error, OSError) and error.filename is None:
+                error.filename = str(writing)
+            if key is None or not journal.entries:
+                shutil.rmtree(writing, ignore_errors=True)
+            raise
+        return cls(folder)
+
+    def __len__(self) -> int:
+        return self._num_tokens
+
+    def load_by_range(self, start: int, end: int) -> np.ndarray:
+        """The ids [start, end) as one array, across chunk borders.
+
+        Raises: ValueError for a range outside the store, or a chunk file that is too short.
+        """
+        if not 0 <= start <= end <= len(self):
+            raise ValueError(
+                f"load_by_range: got [{start}, {end}), need a range inside [0, {len(self)})"
+            )
+        ids = np.empty(end - start, self.dtype)
+        position = start
+        while position < end:
+            chunk, offset = divmod(position, self.chunk_size)
+            count = min(end - position, self.chunk_size - offset)
+            ids[position - start : position - start + count] = self._read(chunk, offset, count)
+            position += count
+        return ids
+
+    def verify(self) -> None:
+        """Reads all of it.
+
+        Raises: ValueError naming the first chunk file that is not what was written, or that holds
+        an id beyond the vocabulary.
+        """
+        for number, entry in enumerate(self.files):
+            try:
+                check_file(self.folder, entry, completely=True)
+                highest = int(self._read(number, 0, entry.num_bytes // self.dtype.itemsize).max())
+                if highest >= self.manifest["vocab_size"]:
+                    raise ValueError(
+                        f"{str(self.folder / entry.name)!r} holds the id {highest}, and the "
+                        f"vocabulary has {self.manifest['vocab_size']}"
+                    )
+            except (ValueError, OSError) as error:
+                raise self._damaged(error) from None
+
+    def verify_once(self) -> None:
+        """`verify`, unless this store has been read since its files were last written.
+
+        What was read is remembered in the folder, by the state of each file.
+        Raises: as `verify`.
+        """
+        states = self._states()
+        try:
+            if json.loads((self.folder / VERIFIED).read_text(encoding="utf-8")) == states:
+                return
+        except (OSError, ValueError, RecursionError):
+            pass
+        began_ns = time.time_ns()
+        self.verify()
+        newest_ns = max(max(state[1:3]) for state in states)
+        if newest_ns < began_ns - _SETTLED_NS and self._states() == states:
+            self._remember_verified()
+
+    def _states(self) -> list[list[int]]:
+        return [file_state(os.stat(path)) for path in self._paths]
+
+    def _remember_verified(self) -> None:
+        with suppress(OSError):  # a folder that is not ours to write in
+            write_whole(self.folder / VERIFIED, json.dumps(self._states()).encode("utf-8"))
+
+    def _read(self, chunk: int, offset: int, count: int) -> np.ndarray:
+        path, num_bytes = self._paths[chunk], count * self.dtype.itemsize
+        try:
+            number = os.open(path, _READ_FLAGS)
+            try:
+                if _identity(os.fstat(number)) != self._identities[chunk]:
+                    raise ValueError("it was written anew while in use")
+                data = _read_at(number, num_bytes, offset * self.dtype.itemsize)
+            finally:
+                os.close(number)
+            if len(data) != num_bytes:
+                raise ValueError("it is too short")
+        except (OSError, ValueError) as error:
+            raise self._damaged(f"cannot read {path!r} ({error})") from None
+        return np.frombuffer(data, self.dtype)
+
+
+_READ_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0)
+
+
+def _read_at(number: int, num_bytes: int, offset: int) -> bytes:
+    """Of a file that was just opened."""
+    if hasattr(os, "pread") and num_bytes < 1 << 30:
+        return os.pread(number, num_bytes, offset)
+    os.lseek(number, offset, os.SEEK_SET)
+    parts = []
+    while num_bytes and (part := os.read(number, min(num_bytes, 1 << 30))):
+        parts.append(part)
+        num_bytes -= len(part)
+    return b"".join(parts)
+
+
+def _identity(found: os.stat_result) -> tuple[int, int, int]:
+    """Other for every file that takes the place of this one."""
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+class TokenRange:
+    """The tokens [start, end) of a store, as if they were a store of their own."""
+
+    def __init__(self, tokens: Tokens, start: int, end: int):
+        if not 0 <= start <= end <= len(tokens):
+            raise ValueError(f"TokenRange: got [{start}, {end}), need inside [0, {len(tokens)})")
+        self._tokens, self._start, self._end = tokens, start, end
+
+    def __len__(self) -> int:
+        return self._end - self._start
+
+    def load_by_range(self, start: int, end: int) -> np.ndarray:
+        if not 0 <= start <= end <= len(self):
+            raise ValueError(f"load_by_range: got [{start}, {end}), need inside [0, {len(self)})")
+        return self._tokens.load_by_range(self._start + start, self._start + end)
+
+
+class ArrayTokens:
+    """Token ids that are in memory already: a 1-D array with the interface of a store."""
+
+    def __init__(self, ids: np.ndarray):
+        self._ids = ids
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def load_by_range(self, start: int, end: int) -> np.ndarray:
+        return self._ids[start:end]

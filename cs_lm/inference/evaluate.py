@@ -1,0 +1,141 @@
+"""How well a model predicts a fixed text: loss, perplexity, bits per byte."""
+
+import math
+import zlib
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from cs_lm.data.token_store import Tokens
+from cs_lm.models.base import LanguageModel, evaluating, next_token_loss
+from cs_lm.ops.reference import IGNORE_INDEX
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Sums over the scored tokens; the means follow from them."""
+
+    loss_sum_nats: float
+    num_tokens: int
+    num_bytes: int
+
+    @property
+    def loss_nats(self) -> float:
+        """Mean surprise of a token [nats]."""
+        return self.loss_sum_nats / self.num_tokens
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss): as unsure as between this many equally likely tokens."""
+        return math.exp(min(self.loss_nats, 700.0))
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits that the model needs for a byte of text: comparable between tokenizers."""
+        return self.loss_sum_nats / math.log(2) / self.num_bytes
+
+    def record(self) -> dict[str, Any]:
+        """For the log of a run."""
+        return {
+            "loss_nats": self.loss_nats, "perplexity": self.perplexity,
+            "bits_per_byte": self.bits_per_byte, "num_scored_tokens": self.num_tokens,
+        }  # fmt: skip
+
+
+def described(record: dict[str, Any], gzip: float) -> str:
+    return (
+        f"validation: loss {record['loss_nats']:.4f} nats/token, perplexity "
+        f"{record['perplexity']:.2f}, {record['bits_per_byte']:.4f} bits/byte "
+        f"(gzip -9 on the same text: {gzip:.4f})"
+    )
+
+
+def token_byte_lengths(vocab: Mapping[int, bytes]) -> np.ndarray:
+    """How many bytes of text each id stands for."""
+    lengths = np.zeros(max(vocab) + 1, np.int64)
+    for token_id, token in vocab.items():
+        lengths[token_id] = len(token)
+    return lengths
+
+
+def evaluation_starts(num_tokens: int, seq_length: int, max_tokens: int | None) -> list[int]:
+    """First positions of the windows, a fixed choice: all of them, or evenly spread ones.
+
+    Windows do not overlap; the last one may be shorter, so that every token but the first is
+    predicted once.
+    Raises: ValueError for fewer than two tokens: nothing to predict.
+    """
+    if num_tokens < 2:
+        raise ValueError(
+            f"validation: got {num_tokens} tokens, need at least 2; give a longer text"
+        )
+    num_windows = math.ceil((num_tokens - 1) / seq_length)
+    wanted = num_windows
+    if max_tokens is not None:
+        wanted = min(num_windows, max(1, max_tokens // seq_length))
+    return [i * num_windows // wanted * seq_length for i in range(wanted)]
+
+
+@torch.no_grad()
+def evaluate(
+    model: LanguageModel,
+    tokens: Tokens,
+    seq_length: int,
+    batch_size: int,
+    byte_lengths: np.ndarray,
+    max_tokens: int | None = None,
+    precision: AbstractContextManager | None = None,
+    between: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Scores about `max_tokens` of the tokens (None: all) in windows of `seq_length`.
+
+    The batch size changes the speed, not the result. The model's mode is restored.
+    precision  an autocast context for the forward pass
+    between    called before each batch; an exception of it ends the evaluation
+    """
+    device = model.head_weight.device
+    starts = evaluation_starts(len(tokens), seq_length, max_tokens)
+    loss_sum, num_tokens, num_bytes = 0.0, 0, 0
+    with evaluating(model):
+        for first in range(0, len(starts), batch_size):
+            between()
+            rows = [
+                tokens.load_by_range(s, min(s + seq_length + 1, len(tokens)))
+                for s in starts[first : first + batch_size]
+            ]
+            x, y = _padded(rows, seq_length)
+            with precision or nullcontext():
+                batch_sum, batch_count = next_token_loss(model, x.to(device), y.to(device))
+            loss_sum += batch_sum.item()
+            num_tokens += int(batch_count)
+            num_bytes += sum(int(byte_lengths[row[1:]].sum()) for row in rows)
+    return Evaluation(loss_sum, num_tokens, num_bytes)
+
+
+def gzip_bits_per_byte(
+    tokens: Tokens, vocab: Mapping[int, bytes], seq_length: int, max_tokens: int | None = None
+) -> float:
+    """Bits that `gzip -9` needs for a byte of the text that `evaluate` scores: a yardstick."""
+    compressor = zlib.compressobj(9, wbits=31)  # 31: gzip's header and the largest window
+    num_bytes = num_compressed = 0
+    for start in evaluation_starts(len(tokens), seq_length, max_tokens):
+        row = tokens.load_by_range(start + 1, min(start + seq_length + 1, len(tokens)))
+        text = b"".join([vocab[i] for i in row.tolist()])
+        num_bytes += len(text)
+        num_compressed += len(compressor.compress(text))
+    num_compressed += len(compressor.flush())
+    return 8 * num_compressed / num_bytes
+
+
+def _padded(rows: list[np.ndarray], seq_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x and y (B, T); past the end of a short row, y is ignored (causality guards the rest)."""
+    x = torch.zeros(len(rows), seq_length, dtype=torch.int64)
+    y = torch.full((len(rows), seq_length), IGNORE_INDEX)
+    for i, row in enumerate(rows):
+        ids = torch.from_numpy(row.astype(np.int64))
+        x[i, : len(ids) - 1], y[i, : len(ids) - 1] = ids[:-1], ids[1:]
+    return x, y

@@ -1,0 +1,144 @@
+"""Weights of other programs into our models, tensor by tensor, each of them accounted for."""
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cs_lm.interop.hf_config import Described, check_config, nanogpt_config, read_config
+from cs_lm.interop.sources import NanoGPTSource, Source, nanogpt_file, open_source
+from cs_lm.interop.tensor_mapping import LAYOUTS, Layout, plain_name
+from cs_lm.models.base import LanguageModel
+from cs_lm.models.gpt2 import GPT2LM
+from cs_lm.models.layers import RoPE
+from cs_lm.models.registry import build_model
+from cs_lm.models.stats import Config, num_parameters
+from cs_lm.models.transformer import TransformerLM
+from cs_lm.ops.dropout_mask import new_state
+
+SHOWN = 10  # names of each kind
+TABLE, HEAD = "token_embeddings.weight", "lm_head.weight"
+
+
+def read_weights(path: str | Path) -> LanguageModel:
+    """The model of a folder of Hugging Face's or OpenAI's, or of a file in one; in float32.
+
+    Memory: the weights, and those of one tensor more; the largest come first, when little else is
+    there. A file of `torch.save` is read whole, and its tensors are taken over.
+    Raises: FileNotFoundError or ValueError before anything is taken into memory, but for such a
+    file, which cannot be looked at without, and for a head that should be the embedding.
+    """
+    path = Path(path)
+    folder_of(path)  # says where nothing is
+    nanogpt = nanogpt_file(path)
+    if nanogpt is None:
+        described, source = read_config(folder_of(path)), open_source(path)
+    else:
+        source = NanoGPTSource(nanogpt)
+        described = Described("gpt2", nanogpt_config(nanogpt, source.model_args), True)
+        check_config(described.config, nanogpt)
+    _check_size(described.config, source, path)
+    model = build_model(described.config, device="meta")
+    layout = LAYOUTS[described.layout](described.config)
+    if described.is_tied:
+        layout.pop(HEAD, None)
+    names: dict[str, str] = {}
+    for name in source.shapes:
+        plain = plain_name(name, described.layout)
+        if plain in names:
+            raise ValueError(f"weights: {str(path)!r} has both {names[plain]} and {name}")
+        if plain is not None:
+            names[plain] = name
+    may_be_there = {HEAD} if described.is_tied else set()
+    if problems := _differences(layout, model, names, source, may_be_there):
+        raise ValueError("\n".join([f"weights: {str(path)!r} does not fit its config", *problems]))
+    for name in sorted(layout, key=lambda name: -math.prod(source.shapes[names[name]])):
+        entry = layout[name]
+        with source.reading(names[name]) as theirs:
+            for ours, weight in zip(entry.ours, entry.to_ours(theirs, source.gives_away)):
+                _place(model, ours, weight)
+        if entry.ours == (TABLE,) and described.is_tied:
+            _tie(model, source, names.get(HEAD), path)
+    return _with_tables(model)
+
+
+def folder_of(path: Path) -> Path:
+    """Where the settings and the tokenizer of weights are.
+
+    Raises: FileNotFoundError for a path where nothing is.
+    """
+    if not path.exists():
+        raise FileNotFoundError(
+            f"weights: got {str(path)!r}, which is not a file or folder; check the path"
+        )
+    return path if path.is_dir() else path.parent
+
+
+def _check_size(config: Config, source: Source, path: Path) -> None:
+    """Raises: ValueError for settings of a model that is not in the files, however large."""
+    found = sum(map(math.prod, source.shapes.values()))
+    # a head that is the table may be missing, causal masks may be there
+    if num_parameters(config) > 2 * found or config.num_layers > len(source.shapes):
+        raise ValueError(
+            f"weights: the settings beside {str(path)!r} are those of {num_parameters(config):,} "
+            f"parameters, but it holds {found:,} numbers"
+        )
+
+
+def _differences(
+    layout: Layout,
+    model: LanguageModel,
+    names: dict[str, str],
+    source: Source,
+    may_be_there: set[str],
+) -> list[str]:
+    """A line each for what is missing, what is unexpected and what has another shape."""
+    shapes = {name: x.shape for name, x in model.named_parameters()}
+    expected = {name: entry.theirs_shape(shapes[entry.ours[0]]) for name, entry in layout.items()}
+    wrong_shapes = [
+        f"{names[name]} {list(source.shapes[names[name]])}, need {list(shape)}"
+        for name, shape in expected.items()
+        if name in names and source.shapes[names[name]] != shape
+    ]
+    unexpected = names.keys() - expected.keys() - may_be_there
+    return [
+        f"{kind}: {len(found)}: {', '.join(sorted(found)[:SHOWN])}"
+        + (", ..." if len(found) > SHOWN else "")
+        for kind, found in (
+            ("missing", expected.keys() - names.keys()), ("unexpected", unexpected),
+            ("of another shape", wrong_shapes),
+            ("not of floating point", [n for n in source.not_floats if n in names.values()]),
+        )
+        if found
+    ]  # fmt: skip
+
+
+def _place(model: nn.Module, name: str, weight: Tensor) -> None:
+    path, _, kind = name.rpartition(".")
+    setattr(model.get_submodule(path), kind, nn.Parameter(weight))
+
+
+def _tie(model: LanguageModel, source: Source, head: str | None, path: Path) -> None:
+    """Raises: ValueError for a head in the file that is not the table, as its settings say."""
+    table = model.token_embeddings.weight
+    if head is not None:
+        with source.reading(head) as theirs:
+            if not torch.equal(theirs.to(table.dtype), table):
+                raise ValueError(
+                    f"weights: {head} of {str(path)!r} is not the embedding, but its settings say "
+                    "that they are tied (tie_word_embeddings); change the one or the other"
+                )
+    if isinstance(model, TransformerLM):
+        _place(model, HEAD, table.detach().clone())
+
+
+def _with_tables(model: LanguageModel) -> LanguageModel:
+    """What a model has besides parameters, in memory."""
+    if isinstance(model, GPT2LM):
+        model.dropout_state = new_state(0)
+    else:
+        rope, config = model.rope, model.config
+        head_size = config.d_model // config.num_heads
+        model.rope = RoPE(config.rope_theta, head_size, config.context_length, rope.ops)
+    return model

@@ -1,0 +1,136 @@
+"""What every language model of the house has: scores of the next token, their loss, and a cache."""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cs_lm.config.run import GPT2Config, ModelConfig
+from cs_lm.models.kv_cache import KVCache, positions_after
+from cs_lm.models.layers import is_product
+from cs_lm.ops.activation_checkpoint import recomputed
+from cs_lm.ops.reference import IGNORE_INDEX, Ops, cross_entropy, linear
+
+
+class LanguageModel(nn.Module):
+    """Scores of every next token, from the tokens before it.
+
+    A model makes `token_embeddings`, `layers`, `ln_final` and `lm_head` (None: scores are made with
+    the embedding), and says in `embedded` what its layers work on.
+
+    ops        which version of the operations it is built on (`ops.CLEAR` or `fast_ops.FAST`)
+    activation_checkpointing  keep only each block's input for backward, and compute the block again
+    Raises: ValueError for a config that cannot be built.
+    """
+
+    def __init__(
+        self, config: ModelConfig | GPT2Config, ops: Ops, activation_checkpointing: bool = False
+    ):
+        super().__init__()
+        if problems := config.problems():
+            raise ValueError("\n".join(problems))
+        self.config = config
+        self.ops = ops
+        self.activation_checkpointing = activation_checkpointing
+
+    def embedded(
+        self, token_ids: Tensor, token_positions: Tensor
+    ) -> tuple[Tensor, list[dict[str, Any]]]:
+        """What enters the first layer (..., T, D), and each layer's further arguments."""
+        raise NotImplementedError
+
+    def seed_dropout(self, seed: int) -> None:
+        """All that is dropped from here on follows from the seed."""
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, D), what scores are made with."""
+        return (self.token_embeddings if self.lm_head is None else self.lm_head).weight
+
+    def hidden_states(
+        self,
+        token_ids: Tensor,
+        token_positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """What the head sees: (..., T) ids to (..., T, D).
+
+        token_positions  (..., T); by default they go on from the cache's length, or from 0
+        mask             (..., T, S) boolean, True = attend, besides causality
+        cache            keys and values of earlier tokens, extended by these
+        Raises: ValueError for a sequence longer than the context.
+        """
+        next_positions = positions_after(cache, token_ids, self.config.context_length)
+        if token_positions is None:
+            token_positions = next_positions
+        x, of_layers = self.embedded(token_ids, token_positions)
+        recomputing = self.activation_checkpointing and torch.is_grad_enabled() and cache is None
+        for index, (layer, further) in enumerate(zip(self.layers, of_layers)):
+            block = functools.partial(layer, mask=mask, cache=cache, layer=index, **further)
+            x = recomputed(block, x, list(layer.parameters())) if recomputing else block(x)
+        if cache is not None:
+            cache.advance(token_ids.shape[-1])
+        return self.ln_final(x)
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        token_positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Scores of the next token at every position: (..., T) ids to (..., T, V)."""
+        return self.scores_of(self.hidden_states(token_ids, token_positions, mask, cache))
+
+    def scores_of(self, hidden: Tensor) -> Tensor:  # (..., D) -> (..., V)
+        return linear(hidden, self.head_weight) if self.has_plain_head else self.lm_head(hidden)
+
+    @property
+    def has_plain_head(self) -> bool:
+        """Whether the scores are a product with `head_weight`, and nothing besides."""
+        return self.lm_head is None or is_product(self.lm_head)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode while entered: nothing is dropped."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def next_token_loss(
+    model: LanguageModel, x: Tensor, y: Tensor, ignore_index: int = IGNORE_INDEX
+) -> tuple[Tensor, Tensor]:
+    """`cross_entropy` of the targets y (..., T) given x (..., T): sum [nats] and count."""
+    hidden = model.hidden_states(x)
+    if not model.has_plain_head:
+        return cross_entropy(model.scores_of(hidden), y, ignore_index)
+    return model.ops.linear_cross_entropy(hidden, model.head_weight, y, ignore_index)
+
+
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model with weights of another dtype, for generation; its tables stay as they are."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def new_cache(model: LanguageModel, batch_size: int, capacity: int) -> KVCache:
+    """In the weights' dtype; on a CPU at least float32, as its bfloat16 products copy the keys."""
+    config, weight = model.config, model.head_weight
+    head_size = config.d_model // config.num_heads
+    dtype = weight.dtype
+    if weight.device.type == "cpu":
+        dtype = torch.promote_types(dtype, torch.float32)
+    return KVCache(
+        config.num_layers, batch_size, config.num_heads, capacity, head_size,
+        dtype, weight.device,
+    )  # fmt: skip

@@ -1,0 +1,119 @@
+"""GPT-2: layer norms, learnt positions, GELU, biases, dropout, and a head that is the embedding."""
+
+import functools
+
+import torch
+from torch import Tensor, nn
+
+from cs_lm.config.run import GPT2Config
+from cs_lm.models.base import LanguageModel
+from cs_lm.models.init import begin_as_torch, begin_gpt2
+from cs_lm.models.kv_cache import KVCache
+from cs_lm.models.layers import Embedding, LayerNorm, Linear, MultiHeadSelfAttention
+from cs_lm.ops.dropout_mask import Drop, at_place, new_state, next_pass, reseed
+from cs_lm.ops.fused import FAST
+from cs_lm.ops.reference import Ops
+
+
+def _not_dropped(x: Tensor) -> Tensor:
+    return x
+
+
+class GPT2FeedForward(nn.Module):
+    """W2 gelu(W1 x + b1) + b2, with weights w1 (F, D) and w2 (D, F)."""
+
+    def __init__(self, d_model: int, d_ff: int, ops: Ops, device=None):
+        super().__init__()
+        self.w1 = Linear(d_model, d_ff, device=device, bias=True)
+        self.w2 = Linear(d_ff, d_model, device=device, bias=True)
+        self.ops = ops
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., D) -> (..., D)
+        return self.w2(self.ops.gelu(self.w1(x)))
+
+
+class GPT2Block(nn.Module):
+    """Pre-norm block: attention, then feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: GPT2Config, ops: Ops, device=None):
+        super().__init__()
+        d_model = config.d_model
+        self.ln1 = LayerNorm(d_model, config.norm_eps, ops, device)
+        self.attn = MultiHeadSelfAttention(
+            d_model, config.num_heads, ops, device=device, qkv_bias=config.qkv_bias,
+            output_bias=True,
+        )  # fmt: skip
+        self.ln2 = LayerNorm(d_model, config.norm_eps, ops, device)
+        self.ffn = GPT2FeedForward(d_model, config.d_ff, ops, device)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+        drops: tuple[Drop | None, Drop, Drop] = (None, _not_dropped, _not_dropped),
+    ) -> Tensor:  # (..., T, D) -> (..., T, D)
+        """drops  of the attention weights, and of what is added to the residual stream"""
+        drop_weights, drop_attended, drop_fed = drops
+        attended = self.attn(self.ln1(x), None, mask, cache, layer, drop_weights)
+        x = x + drop_attended(attended)
+        return x + drop_fed(self.ffn(self.ln2(x)))
+
+
+class GPT2LM(LanguageModel):
+    """The model of `GPT2Config`.
+
+    Dropout happens in training mode only, with draws that follow from `seed_dropout` and the
+    number of forward passes since, which the state dict holds.
+
+    generator  where the initial weights come from; None is torch's global generator
+    See `LanguageModel` for the rest.
+    Source: Radford et al. 2019, Language models are unsupervised multitask learners.
+    """
+
+    def __init__(
+        self,
+        config: GPT2Config,
+        ops: Ops = FAST,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        activation_checkpointing: bool = False,
+    ):
+        super().__init__(config, ops, activation_checkpointing)
+        with torch.device("meta"):  # every matrix is drawn once, below
+            self.token_embeddings = Embedding(config.vocab_size, config.d_model)
+            self.position_embeddings = Embedding(config.context_length, config.d_model)
+            self.layers = nn.ModuleList(GPT2Block(config, ops) for _ in range(config.num_layers))
+            self.ln_final = LayerNorm(config.d_model, config.norm_eps, ops)
+            tied = config.tied_head
+            self.lm_head = None if tied else Linear(config.d_model, config.vocab_size)
+        self.register_buffer("dropout_state", new_state(0, device))
+        if torch.device(device or "cpu").type != "meta":
+            self._begin(generator, device or "cpu")
+
+    def _begin(self, generator: torch.Generator | None, device: torch.device | str) -> None:
+        config = self.config
+        for name, parameter in list(self.named_parameters()):
+            path, _, kind = name.rpartition(".")
+            owner = self.get_submodule(path)
+            begun = torch.zeros_like(parameter, device=device)
+            if isinstance(owner, LayerNorm):
+                begun.fill_(1.0 if kind == "weight" else 0.0)
+            elif config.init == "torch":
+                begin_as_torch(name, begun, owner.weight.shape[1], generator)
+            elif kind == "weight":
+                begin_gpt2(name, begun, config.num_layers, generator)
+            setattr(owner, kind, nn.Parameter(begun))
+
+    def seed_dropout(self, seed: int) -> None:
+        reseed(self.dropout_state, seed)
+
+    def embedded(self, token_ids: Tensor, token_positions: Tensor) -> tuple[Tensor, list[dict]]:
+        x = self.token_embeddings(token_ids) + self.position_embeddings(token_positions)
+        num_layers, rate = self.config.num_layers, self.config.drop_rate
+        if not self.training or not rate:
+            return x, [{}] * num_layers
+        drop = functools.partial(at_place, rate, next_pass(self.dropout_state))
+        places = [range(3 * index + 1, 3 * index + 4) for index in range(num_layers)]
+        return drop(0)(x), [{"drops": tuple(map(drop, three))} for three in places]

@@ -1,0 +1,194 @@
+"""Parameters, and a call to the operation that uses them."""
+
+import torch
+from torch import Tensor, nn
+
+from cs_lm.models.init import EMBEDDING_STD, linear_std, truncated_normal_
+from cs_lm.models.kv_cache import KVCache
+from cs_lm.ops import reference as clear_ops
+from cs_lm.ops.dropout_mask import Drop
+from cs_lm.ops.reference import CLEAR, Ops
+
+Rotation = tuple[Tensor, Tensor]  # cos and sin, each (..., T, K/2)
+
+
+class Linear(nn.Module):
+    """x W^T; `weight` is (d_out, d_in). With or without a `bias` (d_out), which begins at 0."""
+
+    def __init__(
+        self, d_in: int, d_out: int, generator=None, device=None, dtype=None, bias: bool = False
+    ):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d_out, d_in, device=device, dtype=dtype))
+        truncated_normal_(self.weight, linear_std(d_in, d_out), generator)
+        self.bias = nn.Parameter(torch.zeros(d_out, device=device, dtype=dtype)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., d_in) -> (..., d_out)
+        return clear_ops.linear(x, self.weight, self.bias)
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Without hooks, and with the forward of its class."""
+    return not (
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def is_product(module: nn.Module | None) -> bool:
+    """Whether calling it is a product with its weight, and nothing besides."""
+    return type(module) is Linear and module.bias is None and is_untouched(module)
+
+
+class Embedding(nn.Module):
+    """A learnt vector for each token id; `weight` is (V, D)."""
+
+    def __init__(self, vocab_size: int, d_model: int, generator=None, device=None, dtype=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, d_model, device=device, dtype=dtype))
+        truncated_normal_(self.weight, EMBEDDING_STD, generator)
+
+    def forward(self, token_ids: Tensor) -> Tensor:  # (...) -> (..., D)
+        return clear_ops.embedding(token_ids, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation with a learnt gain that begins at 1."""
+
+    def __init__(self, d_model: int, eps: float = 1e-5, ops: Ops = CLEAR, device=None, dtype=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d_model, device=device, dtype=dtype))
+        self.eps = eps
+        self.ops = ops
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., D) -> (..., D)
+        return self.ops.rms_norm(x, self.weight, self.eps)
+
+
+class LayerNorm(nn.Module):
+    """Normalisation to mean 0 and variance 1, with a learnt gain (1 at first) and bias (0)."""
+
+    def __init__(self, d_model: int, eps: float = 1e-5, ops: Ops = CLEAR, device=None, dtype=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d_model, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(d_model, device=device, dtype=dtype))
+        self.eps = eps
+        self.ops = ops
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., D) -> (..., D)
+        return self.ops.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class RoPE(nn.Module):
+    """Rotary position embedding: tables of cos and sin, built once and shared by all layers.
+
+    Pair i of a head turns by position / theta^(2i/K) radians. The tables are no parameters and
+    not in the state dict: they follow from theta.
+
+    Raises: ValueError for an odd head size.
+    """
+
+    def __init__(
+        self,
+        theta: float,
+        head_size: int,
+        context_length: int,
+        ops: Ops = CLEAR,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        if head_size % 2:
+            raise ValueError(f"RoPE: got head size {head_size}, need an even one")
+        self.ops = ops
+        # float64 on the CPU: the same table, to the last bit, on every device
+        frequency = theta ** -(torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
+        angle = torch.arange(context_length, dtype=torch.float64).unsqueeze(-1) * frequency
+        for name, table in (("cos", angle.cos()), ("sin", angle.sin())):  # (context, K/2)
+            self.register_buffer(name, table.float().to(device), persistent=False)
+
+    def rotation(self, token_positions: Tensor) -> Rotation:
+        """cos and sin at the positions: (..., T) -> two of (..., T, K/2).
+
+        Raises: IndexError (on CPU) for a position at or beyond the context length.
+        """
+        return self.cos[token_positions], self.sin[token_positions]
+
+    def forward(self, x: Tensor, token_positions: Tensor) -> Tensor:
+        """x (..., T, K) turned by its positions (..., T)."""
+        return self.ops.rope(x, *self.rotation(token_positions))
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward layer with weights w1 and w3 (F, D) and w2 (D, F)."""
+
+    def __init__(
+        self, d_model: int, d_ff: int, ops: Ops = CLEAR, generator=None, device=None, dtype=None
+    ):
+        super().__init__()
+        self.w1 = Linear(d_model, d_ff, generator, device, dtype)
+        self.w2 = Linear(d_ff, d_model, generator, device, dtype)
+        self.w3 = Linear(d_model, d_ff, generator, device, dtype)
+        self.ops = ops
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., D) -> (..., D)
+        layers = self.w1, self.w2, self.w3
+        if all(map(is_product, layers)):
+            return self.ops.swiglu(x, *(layer.weight for layer in layers))
+        return self.w2(clear_ops.silu(self.w1(x)) * self.w3(x))
+
+
+class MultiHeadSelfAttention(nn.Module):
+    """Causal self-attention of H heads of size K = D / H, with or without rotary positions.
+
+    Raises: ValueError when the heads do not divide d_model.
+    """
+
+    def __init__(
+        self, d_model: int, num_heads: int, ops: Ops = CLEAR,
+        generator=None, device=None, dtype=None, qkv_bias: bool = False, output_bias: bool = False,
+    ):  # fmt: skip
+        super().__init__()
+        if d_model % num_heads:
+            raise ValueError(
+                f"MultiHeadSelfAttention: got d_model {d_model} and {num_heads} heads, need "
+                "num_heads to divide d_model"
+            )
+        self.num_heads = num_heads
+        self.ops = ops
+        self.q_proj = Linear(d_model, d_model, generator, device, dtype, qkv_bias)
+        self.k_proj = Linear(d_model, d_model, generator, device, dtype, qkv_bias)
+        self.v_proj = Linear(d_model, d_model, generator, device, dtype, qkv_bias)
+        self.output_proj = Linear(d_model, d_model, generator, device, dtype, output_bias)
+
+    def _split_heads(self, x: Tensor) -> Tensor:  # (..., T, D) -> (..., H, T, K)
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotation: Rotation | None = None,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+        drop: Drop | None = None,
+    ) -> Tensor:
+        """Shapes: x (..., T, D), rotation two of (..., T, K/2), mask (..., T, S), returns like x.
+
+        mask   boolean, True = attend, besides causality; the same for all heads
+        cache  earlier positions of this layer, extended by these; x is then (B, T, D)
+        drop   dropout of the attention weights
+        """
+        q, k, v = (self._split_heads(p(x)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if rotation is not None:
+            cos, sin = (table.unsqueeze(-3) for table in rotation)  # (..., 1, T, K/2)
+            q, k = self.ops.rope(q, cos, sin), self.ops.rope(k, cos, sin)
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)
+            q = q.to(k.dtype)
+        if mask is not None:
+            mask = mask.unsqueeze(-3)  # (..., 1, T, S)
+        heads = self.ops.attention(q, k, v, mask=mask, causal=True, drop=drop)  # (..., H, T, K)
+        return self.output_proj(heads.transpose(-3, -2).flatten(-2).to(x.dtype))

@@ -1,0 +1,108 @@
+"""The Transformer language model."""
+
+import torch
+from torch import Tensor, nn
+
+from cs_lm.config.run import ModelConfig
+from cs_lm.models.base import LanguageModel
+from cs_lm.models.kv_cache import KVCache
+from cs_lm.models.layers import (
+    Embedding,
+    Linear,
+    MultiHeadSelfAttention,
+    RMSNorm,
+    RoPE,
+    Rotation,
+    SwiGLU,
+    is_product,
+    is_untouched,
+)
+from cs_lm.ops.fused import FAST
+from cs_lm.ops.fused_block import transformer_block
+from cs_lm.ops.reference import Ops
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm block: attention, then feed-forward, each added to the residual stream.
+
+    In training on FAST it runs as one operation and does not call its layers, as long as they are
+    as they were made: with a bias, a hook, another forward or another class among them, each layer
+    is called. `as_one` False: always.
+    """
+
+    def __init__(self, config: ModelConfig, ops: Ops = FAST, generator=None, device=None):
+        super().__init__()
+        self.as_one = ops is FAST  # in training: `fast_block.py`
+        self.ln1 = RMSNorm(config.d_model, config.norm_eps, ops, device)
+        self.attn = MultiHeadSelfAttention(config.d_model, config.num_heads, ops, generator, device)
+        self.ln2 = RMSNorm(config.d_model, config.norm_eps, ops, device)
+        self.ffn = SwiGLU(config.d_model, config.d_ff, ops, generator, device)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotation: Rotation,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+    ) -> Tensor:  # (..., T, D) -> (..., T, D)
+        plain = mask is None and cache is None and rotation[0].dim() == 2
+        learning = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if self.as_one and plain and learning and x.numel() and self._is_as_made():
+            return self._as_one(x, rotation)
+        x = x + self.attn(self.ln1(x), rotation, mask, cache, layer)
+        return x + self.ffn(self.ln2(x))
+
+    def _is_as_made(self) -> bool:
+        """Whether calling the layers one by one would compute what `_as_one` does."""
+        own = self._modules
+        if any(type(own.get(name)) is not kind for name, kind in _PARTS.items()):
+            return False
+        projections = [own[name]._modules.get(part) for name, part in _PROJECTIONS]
+        return (
+            all(map(is_product, projections))
+            and all(map(is_untouched, own.values()))
+            and all(own[name].ops is FAST for name in _PARTS)
+        )
+
+    def _as_one(self, x: Tensor, rotation: Rotation) -> Tensor:
+        weights = tuple(self._modules[name]._modules[part].weight for name, part in _PROJECTIONS)
+        gains, eps = (self.ln1.weight, self.ln2.weight), (self.ln1.eps, self.ln2.eps)
+        return transformer_block(x, *rotation, self.attn.num_heads, eps, gains, weights)
+
+
+_PARTS = {"ln1": RMSNorm, "attn": MultiHeadSelfAttention, "ln2": RMSNorm, "ffn": SwiGLU}
+_PROJECTIONS = (
+    *(("attn", part) for part in ("q_proj", "k_proj", "v_proj", "output_proj")),
+    *(("ffn", part) for part in ("w1", "w2", "w3")),
+)
+
+
+class TransformerLM(LanguageModel):
+    """The model of `ModelConfig`: RMS norms, rotary positions, SwiGLU, no biases.
+
+    generator  where the initial weights come from; None is torch's global generator
+    See `LanguageModel` for the rest.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        ops: Ops = FAST,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        activation_checkpointing: bool = False,
+    ):
+        super().__init__(config, ops, activation_checkpointing)
+        self.token_embeddings = Embedding(config.vocab_size, config.d_model, generator, device)
+        self.layers = nn.ModuleList(
+            TransformerBlock(config, ops, generator, device) for _ in range(config.num_layers)
+        )
+        self.ln_final = RMSNorm(config.d_model, config.norm_eps, ops, device)
+        self.lm_head = Linear(config.d_model, config.vocab_size, generator, device)
+        head_size = config.d_model // config.num_heads
+        self.rope = RoPE(config.rope_theta, head_size, config.context_length, ops, device)
+
+    def embedded(self, token_ids: Tensor, token_positions: Tensor) -> tuple[Tensor, list[dict]]:
+        rotation = self.rope.rotation(token_positions)
+        return self.token_embeddings(token_ids), [{"rotation": rotation}] * len(self.layers)

@@ -1,0 +1,43 @@
+"""The operations of the models."""
+
+from cs_lm.ops.reference import (
+    CLEAR,
+    IGNORE_INDEX,
+    Ops,
+    attention,
+    causal_mask,
+    cross_entropy,
+    dropout,
+    embedding,
+    gelu,
+    layer_norm,
+    linear,
+    linear_cross_entropy,
+    log_softmax,
+    rms_norm,
+    rope,
+    silu,
+    softmax,
+    swiglu,
+)
+
+__all__ = [
+    "CLEAR",
+    "IGNORE_INDEX",
+    "Ops",
+    "attention",
+    "causal_mask",
+    "cross_entropy",
+    "dropout",
+    "embedding",
+    "gelu",
+    "layer_norm",
+    "linear",
+    "linear_cross_entropy",
+    "log_softmax",
+    "rms_norm",
+    "rope",
+    "silu",
+    "softmax",
+    "swiglu",
+]

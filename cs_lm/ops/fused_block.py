@@ -1,0 +1,133 @@
+"""A Transformer block as one operation with a hand-derived gradient.
+
+What autograd would add between the operations happens in passes that exist anyway: the residual
+stream is added inside a product, rotations write where attention reads, and the gradients of
+queries, keys and values go back in one product.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from cs_lm.device import product_dtype
+from cs_lm.ops.manual_backward import (
+    as_pairs,
+    complex_rotation,
+    normalise,
+    normalise_backward,
+    swiglu,
+    swiglu_backward,
+    turned,
+)
+from cs_lm.ops.tiled_attention import attention_backward, attention_forward, row_sums
+
+
+class _Block(torch.autograd.Function):
+    """Keeps both residual streams, q, k, v, what attention gave, and the products with w1 and w3.
+
+    The normalised rows and the gated product are computed again. Rows are (N, D) with N = B T.
+    """
+
+    @staticmethod
+    def forward(ctx, x, rotation, num_heads, eps, ln1, ln2, *weights):
+        dtype = product_dtype(x)
+        weights = [weight.to(dtype) for weight in weights]
+        wq, wk, wv, wo, w1, w2, w3 = weights
+        rows = x.reshape(-1, x.shape[-1])
+        split = (-1, x.shape[-2], num_heads, x.shape[-1] // num_heads)  # B, T, H, K
+        normal, scale1 = normalise(rows, eps[0])
+        h = normal.mul_(ln1).to(dtype)
+        q, k, v = (_heads(h @ weight.T, split) for weight in (wq, wk, wv))
+        q, k = (_turn(head, rotation, head.new_empty(head.shape)) for head in (q, k))
+        v = v.contiguous()
+        attended, log_normaliser = attention_forward(q, k, v, None, True)
+        middle = _add_product(rows, _rows(attended), wo)
+        normal, scale2 = normalise(middle, eps[1])
+        h = normal.mul_(ln2).to(dtype)
+        gate, value, hidden = swiglu(h, w1, w3)
+        output = _add_product(middle, hidden, w2)
+        ctx.save_for_backward(
+            rows, rotation, scale1, q, k, v, attended, log_normaliser, middle, scale2, gate, value,
+            ln1, ln2, *weights,
+        )  # fmt: skip
+        ctx.shape, ctx.split = x.shape, split
+        return output.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        (
+            rows, rotation, scale1, q, k, v, attended, log_normaliser, middle, scale2, gate, value,
+            ln1, ln2, *weights,
+        ) = ctx.saved_tensors  # fmt: skip
+        wq, wk, wv, wo, w1, w2, w3 = weights
+        grad_output = grad_output.reshape(rows.shape)
+        normal = middle * scale2
+        grad_h, *of_feed_forward = swiglu_backward(
+            grad_output.to(gate.dtype), (normal * ln2).to(gate.dtype), gate, value, w1, w2, w3
+        )
+        grad_middle, grad_ln2 = normalise_backward(grad_h, normal, scale2, ln2)
+        grad_middle.add_(grad_output)
+        grad = grad_middle.to(q.dtype)
+        grad_attended = grad @ wo
+        grad_wo = grad.T @ _rows(attended)
+        mean = row_sums(_heads(grad_attended * _rows(attended), ctx.split))
+        of_heads = attention_backward(
+            _heads(grad_attended, ctx.split), mean, q, k, v, None, log_normaliser, True
+        )
+        grad_qkv = grad.new_empty(len(rows), 3, rows.shape[-1])
+        back = rotation.conj()
+        for i, turn in enumerate((back, back, None)):
+            target = _heads(grad_qkv[:, i], ctx.split)
+            target.copy_(of_heads[i]) if turn is None else _turn(of_heads[i], turn, target)
+        grad_qkv = grad_qkv.flatten(1)  # (N, 3 D)
+        normal = rows * scale1
+        grad_weights = grad_qkv.T @ (normal * ln1).to(grad.dtype)
+        grad_x, grad_ln1 = normalise_backward(
+            grad_qkv @ torch.cat((wq, wk, wv)), normal, scale1, ln1
+        )
+        grad_x.add_(grad_middle)
+        of_weights = (*grad_weights.chunk(3), grad_wo, *of_feed_forward)
+        of_weights = (gradient.to(ln1.dtype) for gradient in of_weights)
+        return grad_x.view(ctx.shape), None, None, None, grad_ln1, grad_ln2, *of_weights
+
+
+def _heads(rows: Tensor, split: tuple[int, int, int, int]) -> Tensor:  # (N, D) -> (B, H, T, K)
+    return rows.view(split).transpose(1, 2)
+
+
+def _rows(heads: Tensor) -> Tensor:  # (B, H, T, K) -> (N, D), no copy of what attention gave
+    return heads.transpose(1, 2).reshape(-1, heads.shape[1] * heads.shape[3])
+
+
+def _turn(x: Tensor, rotation: Tensor, target: Tensor) -> Tensor:
+    """Puts x (B, H, T, K), turned by rotation (T, K/2), into the target, however both lie."""
+    if x.dtype in (torch.float32, torch.float64):
+        torch.mul(as_pairs(x), rotation, out=as_pairs(target))
+        return target
+    return target.copy_(turned(x, rotation))
+
+
+def _add_product(x: Tensor, h: Tensor, weight: Tensor) -> Tensor:
+    """x + h W^T in x's dtype."""
+    return torch.addmm(x, h, weight.T) if x.dtype == h.dtype else x + h @ weight.T
+
+
+def transformer_block(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    num_heads: int,
+    eps: tuple[float, float],
+    gains: tuple[Tensor, Tensor],
+    weights: tuple[Tensor, ...],
+) -> Tensor:
+    """x + attention, plus SwiGLU of that, each of the RMS-normalised stream; causal.
+
+    eps      of the two norms
+    gains    of the two norms, (D) each
+    weights  wq, wk, wv, wo (D, D), w1 (F, D), w2 (D, F), w3 (F, D)
+    Shapes: x (..., T, D), cos and sin (T, K/2), returns like x
+    """
+    rotation = complex_rotation(cos, sin)
+    return _Block.apply(x, rotation, num_heads, eps, *gains, *weights)

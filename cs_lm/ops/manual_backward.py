@@ -1,0 +1,166 @@
+"""Forward and backward of the small operations, by hand, for `fast_ops.py` and `fast_block.py`.
+
+Rows (N, ...) stand for all leading axes. Norms and rotations are at least float32 inside.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from cs_lm.ops.reference import GELU_CUBIC, GELU_SLOPE
+
+# On a CPU, passes that follow each other go over parts of so many numbers: they stay in its cache.
+CACHE_NUMBERS = 1 << 18
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def cached_parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of all tensors, few enough for a CPU's cache; elsewhere all rows at once."""
+    first = tensors[0]
+    whole = first.numel() <= CACHE_NUMBERS or first.device.type != "cpu"
+    if whole or torch.compiler.is_compiling():
+        return iter((tensors,))
+    rows = max(1, CACHE_NUMBERS // first.shape[-1])
+    return zip(*(tensor.split(rows) for tensor in tensors))
+
+
+def normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """n = x / rms(x) and 1 / rms(x), (N, 1)."""
+    wide = at_least_float32(x)
+    scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return wide * scale, scale
+
+
+def normalise_backward(
+    grad: Tensor, normal: Tensor, scale: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients by x and weight w of n w, whose gradient is g:
+
+    dw = sum(g n)      dx = (g w - n mean(g w n)) / rms(x)
+    """
+    product = normal * grad
+    mean = (product @ weight.to(product.dtype)).div_(normal.shape[-1]).unsqueeze(-1)  # (N, 1)
+    grad_x = grad.to(product.dtype) * weight
+    grad_x.addcmul_(normal, mean, value=-1).mul_(scale)
+    return grad_x, product.sum(0).to(weight.dtype)
+
+
+def normalise_centred(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """n = (x - mean) / sigma and 1 / sigma, (N, 1), where sigma^2 is the variance plus eps."""
+    wide = at_least_float32(x)
+    centred = wide - wide.mean(-1, keepdim=True)
+    scale = centred.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return centred.mul_(scale), scale
+
+
+def normalise_centred_backward(
+    grad: Tensor, normal: Tensor, scale: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by x, weight w and bias b of n w + b, whose gradient is g:
+
+    dw = sum(g n)   db = sum(g)   dx = (g w - mean(g w) - n mean(g w n)) / sigma
+    """
+    grad_x, grad_weight = normalise_backward(grad, normal, scale, weight)
+    wide = grad.to(grad_x.dtype)
+    mean = (wide @ weight.to(wide.dtype)).div_(normal.shape[-1]).unsqueeze(-1)  # (N, 1)
+    return grad_x.sub_(mean * scale), grad_weight, wide.sum(0).to(weight.dtype)
+
+
+def _twice_argument(x: Tensor, cubic: float) -> Tensor:
+    """2 sqrt(2 / pi) (x + cubic x^3), in two passes."""
+    linear = x.new_full((), 2 * GELU_SLOPE)
+    return torch.addcmul(linear, x, x, value=2 * GELU_SLOPE * cubic).mul_(x)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """`ops.gelu` as x s, with s the sigmoid of twice what the tanh is of: (1 + tanh u) / 2."""
+    output = torch.empty_like(x)
+    for part, out in cached_parts(x, output):
+        wide = at_least_float32(part)
+        torch.mul(_twice_argument(wide, GELU_CUBIC).sigmoid_(), wide, out=out)
+    return output
+
+
+def gelu_backward(x: Tensor, grad: Tensor) -> Tensor:
+    """The gradient g times the slope of x s, s being the sigmoid of `gelu`:
+
+    g (s + (s - s^2) 2 sqrt(2 / pi) (x + 3 * 0.044715 x^3))
+    """
+    grad_x = torch.empty_like(x)
+    for part, of_part, out in cached_parts(x, grad, grad_x):
+        part = at_least_float32(part)
+        sigmoid = _twice_argument(part, GELU_CUBIC).sigmoid_()
+        spread = sigmoid.addcmul(sigmoid, sigmoid, value=-1)
+        slope = sigmoid.addcmul_(spread, _twice_argument(part, 3 * GELU_CUBIC))
+        torch.mul(slope, of_part, out=out)
+    return grad_x
+
+
+def complex_rotation(cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns pairs as complex numbers by multiplication; its conjugate turns them back."""
+    return torch.complex(at_least_float32(cos), at_least_float32(sin))
+
+
+def as_pairs(x: Tensor) -> Tensor:
+    """Neighbours (0,1), (2,3), ... as complex numbers: (..., K) float32 to (..., K/2), a view."""
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+
+
+def turned(x: Tensor, rotation: Tensor) -> Tensor:
+    """x (..., T, K) turned by `rotation` (..., T, K/2), in x's dtype."""
+    pairs = as_pairs(at_least_float32(x)) * rotation
+    return torch.view_as_real(pairs).flatten(-2).to(x.dtype)
+
+
+def gated(gate: Tensor, value: Tensor) -> Tensor:
+    """silu(gate) * value."""
+    hidden = torch.empty_like(gate)
+    for a, b, out in cached_parts(gate, value, hidden):
+        torch.sigmoid(a, out=out).mul_(a).mul_(b)
+    return hidden
+
+
+def swiglu(x: Tensor, w1: Tensor, w3: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`ops.swiglu` up to the product with w2: x W1^T, x W3^T, and what of them is multiplied."""
+    gate, value = x @ w1.T, x @ w3.T  # (N, F)
+    return gate, value, gated(gate, value)
+
+
+def swiglu_backward(
+    grad: Tensor,
+    x: Tensor,
+    gate: Tensor,
+    value: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    w3: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients by x, w1, w2 and w3. The product that w2 was applied to is computed again."""
+    hidden, grad_gate, grad_value = _gated_backward(gate, value, grad @ w2)
+    grad_w2 = (hidden.T @ grad).T  # a quarter quicker than grad.T @ hidden where D is 128
+    grad_x = (grad_gate @ w1).addmm_(grad_value, w3)
+    return grad_x, grad_gate.T @ x, grad_w2, grad_value.T @ x
+
+
+def _gated_backward(
+    gate: Tensor, value: Tensor, grad_hidden: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`gated` once more, and the gradients by gate and value, the former in grad_hidden's memory.
+
+    With a, b and u for gate, value and the gradient, s = sigmoid(a):
+
+        db = u a s      da = u b (s + a s (1 - s))
+    """
+    hidden, grad_value = torch.empty_like(gate), torch.empty_like(gate)
+    one = torch.ones((), dtype=gate.dtype, device=gate.device)
+    for a, b, u, out, db in cached_parts(gate, value, grad_hidden, hidden, grad_value):
+        sigmoid = torch.sigmoid(a)
+        silu = a * sigmoid
+        torch.mul(silu, b, out=out)
+        torch.mul(u, silu, out=db)
+        u.mul_(b).mul_(sigmoid.lerp_(one, silu))
+    return hidden, grad_hidden, grad_value

@@ -1,0 +1,43 @@
+"""How many steps there are, and the learning rate as a pure function of the step."""
+
+import math
+
+from cs_lm.config.run import OptimConfig, RunConfig
+
+
+def cosine_schedule(it: int, lr_max: float, lr_min: float, warmup: int, cycle: int) -> float:
+    """Linear from 0 at it = 0 to lr_max at it = warmup, cosine to lr_min at it = cycle, constant.
+
+    With f = (it - warmup) / (cycle - warmup) the cosine part is
+
+        lr_min + (1 + cos(pi f)) / 2 * (lr_max - lr_min)
+    """
+    if it <= warmup and warmup > 0:
+        return lr_max * it / warmup
+    if it >= cycle:
+        return lr_min
+    fraction = (it - warmup) / (cycle - warmup)
+    return lr_min + 0.5 * (1 + math.cos(math.pi * fraction)) * (lr_max - lr_min)
+
+
+def learning_rate(step: int, num_steps: int, optim: OptimConfig) -> float:
+    """The rate of update `step` (0 is the first) in a run of `num_steps` updates.
+
+    With w = round(warmup_ratio * T), at least 1, and c = round(warmfix_ratio * T), for w < c < T:
+
+        step 0    lr / w      the first update is not wasted on a rate of 0
+        step w-1  lr          the highest
+        step w    just below lr, the cosine begins
+        step c-1  lr_min      and so it stays at step T-1 and beyond
+    """
+    warmup = round(optim.warmup_ratio * num_steps)
+    cycle = round(optim.warmfix_ratio * num_steps)
+    if cycle > 0:
+        warmup = max(1, warmup)
+    return cosine_schedule(step + 1, optim.lr, optim.lr_min, warmup, cycle)
+
+
+def num_training_steps(config: RunConfig, num_tokens: int) -> int:
+    """Updates that make `num_epochs` passes over the tokens, at least 1, at most `max_steps`."""
+    steps = max(1, round(config.num_epochs * num_tokens / config.tokens_per_step))
+    return steps if config.max_steps is None else min(steps, config.max_steps)

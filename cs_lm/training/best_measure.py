@@ -1,0 +1,43 @@
+"""What a validation loss was measured on: only losses of one measure can be compared."""
+
+from collections.abc import Callable
+from typing import Any
+
+from cs_lm.config.run import RunConfig
+from cs_lm.data.prepare import PreparedData
+from cs_lm.training.checkpoint_manager import CheckpointManager
+
+
+def measure_of(config: RunConfig, data: PreparedData) -> dict[str, Any]:
+    """Text, range and tokenizer; the window, and how much of it is scored."""
+    return {
+        **data.measured_on, "seq_length": config.seq_length, "eval_tokens": config.eval_tokens,
+    }  # fmt: skip
+
+
+def is_comparable(
+    checkpoints: CheckpointManager, measure: dict[str, Any], before: RunConfig, now: RunConfig
+) -> bool:
+    """Whether the best checkpoint's loss may be compared with those of a run that goes on.
+
+    before, now  its settings, for a checkpoint of an earlier version, which says no more than that
+    """
+    best = checkpoints.best()
+    if best is not None and best.measured_on is not None:
+        return best.measured_on == measure
+    return _settings(before) == _settings(now)
+
+
+def begin_best_anew(checkpoints: CheckpointManager, say: Callable[[str], None]) -> None:
+    if checkpoints.best() is not None:
+        checkpoints.set_best_aside()
+        say(
+            "best: begins anew, as validation losses are measured on another text, part of it, "
+            "window or tokenizer from here on; the earlier best is set aside"
+        )
+
+
+def _settings(config: RunConfig) -> tuple:
+    data = config.data
+    text = data.corpus_path, data.corpus_size, data.valid_path, data.valid_fraction
+    return (*text, config.seq_length, config.eval_tokens)

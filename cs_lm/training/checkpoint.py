@@ -1,0 +1,257 @@
+"""Checkpoint files: all that a run needs to go on, written whole, read without running code."""
+
+import copy
+import os
+import pickletools
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+from cs_lm.storage.atomic import writing_whole
+
+PathOrFile = str | os.PathLike | BinaryIO
+FORMAT_VERSION = 1
+# What a checkpoint calls to be read, besides torch's own types.
+_CALLED = {
+    "collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter",
+    "_codecs encode",
+}  # fmt: skip
+# What is not a tensor's numbers: names, shapes and settings.
+_MAX_STRUCTURE_BYTES = 64 << 20
+
+
+def checkpoint_content(
+    model: nn.Module, optimizer: torch.optim.Optimizer, iteration: int, **extras: Any
+) -> dict[str, Any]:
+    """Model, optimizer, iteration, random state and extras (tensors and plain values).
+
+    The tensors are those of the model and optimizer, not copies.
+    """
+    return {
+        "format_version": FORMAT_VERSION,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "iteration": iteration,
+        "rng": _rng_state(),
+        "extras": extras,
+    }
+
+
+def copied(content: Any) -> Any:
+    """The same content in memory of its own on the CPU, which later updates do not reach."""
+    if isinstance(content, Tensor):
+        return content.detach().to("cpu", copy=True)
+    if isinstance(content, dict):
+        return {key: copied(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return type(content)(copied(value) for value in content)
+    return copy.copy(content)
+
+
+def save_checkpoint(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    iteration: int,
+    path_or_file: PathOrFile,
+    **extras: Any,
+) -> None:
+    """Writes what `checkpoint_content` gathers.
+
+    A path is written under a temporary name first, so that a crash leaves the older file whole.
+    """
+    content = checkpoint_content(model, optimizer, iteration, **extras)
+    if not isinstance(path_or_file, (str, os.PathLike)):
+        torch.save(content, path_or_file)
+        return
+    with writing_whole(path_or_file) as file:
+        torch.save(content, file)
+
+
+def read_checkpoint(path_or_file: PathOrFile, device: str | torch.device = "cpu") -> dict[str, Any]:
+    """The content of a checkpoint; tensors and plain values only, no code is run.
+
+    Memory: no more than the file's length is taken, whatever the file says of its tensors.
+    Raises: FileNotFoundError, or ValueError for a file that is not one of our checkpoints.
+    """
+    if isinstance(path_or_file, (str, os.PathLike)) and not Path(path_or_file).is_file():
+        raise FileNotFoundError(
+            f"checkpoint: got {str(path_or_file)!r}, which is not a file; check the path"
+        )
+    try:
+        if isinstance(path_or_file, (str, os.PathLike)):  # a file object is the caller's own
+            check_archive(path_or_file)
+        content = torch.load(path_or_file, map_location=device, weights_only=True)
+        _check_content(content)
+    except Exception as error:  # torch.load raises whatever its unpickler meets
+        shown = os.fspath(path_or_file) if isinstance(path_or_file, os.PathLike) else path_or_file
+        raise ValueError(
+            f"checkpoint: cannot read {shown!s} ({type(error).__name__}): it is damaged or of "
+            "another kind; need a file that cs_lm wrote"
+        ) from None
+    return content
+
+
+def load_checkpoint(
+    path_or_file: PathOrFile, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> int:
+    """Puts a checkpoint's state into the model and optimizer; returns its iteration."""
+    content = read_checkpoint(path_or_file)
+    restore(content, model, optimizer)
+    return content["iteration"]
+
+
+def restore(
+    content: dict[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    keep_settings: bool = False,
+) -> None:
+    """Puts what `read_checkpoint` gave into the model, the optimizer and torch's generators.
+
+    keep_settings  the optimizer's learning rate, decay and so on stay as they are now
+    Raises: ValueError for a state of another model; nothing is changed then.
+    """
+    _check_shapes(content["model"], model)
+    if optimizer is not None:
+        _check_moments(content["optimizer"], optimizer)
+    model.load_state_dict(content["model"])
+    if optimizer is not None:
+        groups = [{**group, "params": None} for group in optimizer.param_groups]
+        optimizer.load_state_dict(content["optimizer"])
+        for group, before in zip(optimizer.param_groups, groups if keep_settings else ()):
+            group.update(before, params=group["params"])
+        _set_rng_state(content["rng"])
+
+
+# ---- what is refused ----
+
+
+def check_archive(path: str | os.PathLike) -> None:
+    """Before anything is unpacked: the archive's members are not compressed, and fit into it.
+
+    Raises: ValueError, or what zipfile raises for a file that is no archive.
+    """
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise ValueError("compressed")
+        if sum(member.file_size for member in members) > os.path.getsize(path):
+            raise ValueError("members longer than the file")
+        structure = [member for member in members if member.filename.endswith("data.pkl")]
+        if sum(member.file_size for member in structure) > _MAX_STRUCTURE_BYTES:
+            raise ValueError("too much besides tensors")
+        for member in structure:
+            _check_names(archive.read(member))
+
+
+def check_old_file(path: str | os.PathLike) -> None:
+    """The same for a file as torch wrote it before version 1.6: pickles, then numbers."""
+    with open(path, "rb") as file:
+        for _ in ("magic number", "protocol", "machine", "content"):
+            _check_names(file)
+
+
+def _check_names(pickled: bytes | BinaryIO) -> None:
+    """What the pickle may call: not `bytearray`, of any size, which `weights_only` lets pass."""
+    for operation, argument, _ in pickletools.genops(pickled):
+        if operation.name == "STACK_GLOBAL":
+            raise ValueError("a pickle of another protocol")
+        is_ours = argument in _CALLED or str(argument).startswith("torch ")
+        if operation.name == "GLOBAL" and not is_ours:
+            raise ValueError(f"it calls {argument}")
+
+
+def _check_content(content: Any) -> None:
+    if content["format_version"] != FORMAT_VERSION:
+        raise ValueError(f"format {content['format_version']}")
+    for key, kind in (("model", dict), ("optimizer", dict), ("rng", dict), ("extras", dict),
+                      ("iteration", int)):  # fmt: skip
+        if not isinstance(content[key], kind):
+            raise ValueError(f"{key} is no {kind.__name__}")
+    if content["iteration"] < 0:
+        raise ValueError("negative iteration")
+    random_state = content["rng"]["cpu"]
+    if not isinstance(random_state, Tensor) or random_state.dtype != torch.uint8:
+        raise ValueError("no random state")
+    for tensor in _tensors(content):
+        check_tensor(tensor)
+
+
+def check_tensor(tensor: Tensor) -> None:
+    """Raises: ValueError for one that takes more memory than the file has bytes for it."""
+    if tensor.is_meta:
+        raise ValueError("a tensor without numbers")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise ValueError("a tensor with more elements than numbers")
+
+
+def _tensors(content: Any) -> Iterator[Tensor]:
+    if isinstance(content, Tensor):
+        yield content
+    elif isinstance(content, (dict, list, tuple)):
+        for value in content.values() if isinstance(content, dict) else content:
+            yield from _tensors(value)
+
+
+def _check_shapes(state: dict[str, Any], model: nn.Module) -> None:
+    own = model.state_dict()
+    wrong = sorted(map(str, state.keys() ^ own.keys()))
+    wrong += [
+        name
+        for name in state.keys() & own.keys()
+        if getattr(state[name], "shape", None) != getattr(own[name], "shape", None)
+    ]
+    if wrong:
+        raise ValueError(
+            f"checkpoint: {wrong[0]!r} and {len(wrong) - 1} other weights do not fit the model; "
+            "was it saved by a model of another shape?"
+        )
+
+
+def _check_moments(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """Those of our AdamW; another optimizer looks after its own."""
+    try:
+        sizes = [len(group["params"]) for group in state["param_groups"]]
+        own = optimizer.param_groups
+        if sizes != [len(group["params"]) for group in own]:
+            raise ValueError("other groups of parameters")
+        numbers = [i for group in state["param_groups"] for i in group["params"]]
+        parameters = [p for group in own for p in group["params"]]
+        for number, parameter in zip(numbers, parameters):
+            found = state["state"].get(number, {})
+            names = getattr(optimizer, "state_names", found.keys())
+            if found and found.keys() != set(names):
+                raise ValueError(f"it has {sorted(found)}")
+            for name, value in found.items():
+                is_number = not isinstance(value, Tensor) or not value.dim()
+                if is_number and not isinstance(value, (int, float, Tensor)):
+                    raise ValueError(f"{name} is {value!r}")
+                if not is_number and value.shape != parameter.shape:
+                    raise ValueError(f"{name} of another shape")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"checkpoint: the optimizer's state does not fit ({error}); was it saved by a model of "
+            "another shape?"
+        ) from None
+
+
+# ---- random state ----
+
+
+def _rng_state() -> dict[str, Any]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"].cpu())
+    if "cuda" in state and torch.cuda.is_available():
+        # a run may go on with fewer devices than it began with
+        for device, device_state in zip(range(torch.cuda.device_count()), state["cuda"]):
+            torch.cuda.set_rng_state(device_state.cpu(), device)

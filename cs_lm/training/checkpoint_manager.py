@@ -1,0 +1,316 @@
+"""The checkpoints of a run: several that verify, so that no fault of one of them ends it."""
+
+import math
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from cs_lm.storage.atomic import WRITING, SettlingFile, put_folder
+from cs_lm.storage.manifest import MANIFEST, HashingFile, check_file, read_manifest, write_manifest
+from cs_lm.training.checkpoint import copied, read_checkpoint
+
+STATE = "state.pt"
+FORMAT_VERSION = 1
+# Before each attempt to save what would otherwise be lost.
+SAVE_AGAIN_S = (0, 1, 5)
+KINDS = ("step", "best")
+_NAME = re.compile(r"(step|best)-(\d{8,15})")
+_ASIDE = ".aside"
+
+Say = Callable[[str], None]
+
+
+class Best(NamedTuple):
+    """loss [nats per token]; measured_on is None where an earlier version did not say it."""
+
+    step: int
+    loss: float
+    measured_on: dict[str, Any] | None
+
+
+class CheckpointManager:
+    """Folders `step-00000080`, of which the newest stay, and `best-00000040`, the lowest loss.
+
+    Each has `state.pt` and, written last, a manifest with its length and checksum. A folder gets
+    its name when all of it is on the disk. The best one is a hard link where the disk has them.
+
+    keep_last  how many of the newest stay, 2 or more
+    """
+
+    def __init__(self, folder: str | Path, keep_last: int = 2):
+        self.folder = Path(folder)
+        self.keep_last = keep_last
+
+    # ---- what there is ----
+
+    def steps(self, kind: str = "step") -> list[int]:
+        """The steps of which there is a checkpoint of the kind, newest first."""
+        if not self.folder.is_dir():
+            return []
+        own = [path for path in self.folder.iterdir() if not path.is_symlink()]
+        found = [_NAME.fullmatch(path.name) for path in own]
+        return sorted(
+            (int(match[2]) for match in found if match and match[1] == kind), reverse=True
+        )
+
+    def path(self, step: int, kind: str = "step") -> Path:
+        return self.folder / f"{kind}-{step:08d}"
+
+    def read(self, step: int, kind: str = "step") -> dict[str, Any]:
+        """The content of one checkpoint, if every byte of it is as it was written.
+
+        Raises: FileNotFoundError, or ValueError naming the file that is not.
+        """
+        path = self.path(step, kind)
+        if not path.is_dir():
+            have = sorted({step for kind in KINDS for step in self.steps(kind)}, reverse=True)
+            raise FileNotFoundError(
+                f"checkpoint: {str(path)!r} is not there; there are those of steps: "
+                f"{', '.join(map(str, have)) or 'none'}"
+            )
+        try:
+            self._verify(path, step)
+            content = read_checkpoint(path / STATE)
+            if content["iteration"] != step:
+                raise ValueError(f"it is of step {content['iteration']}")
+        except (ValueError, OSError) as error:
+            raise ValueError(f"checkpoint: {str(path)!r} does not verify: {error}") from None
+        return content
+
+    def read_newest(self, say: Say, kinds: Sequence[str] = KINDS) -> dict[str, Any]:
+        """The newest that verifies; `say` is told of those that do not.
+
+        Raises: FileNotFoundError where there is none, ValueError where none verifies.
+        """
+        found = sorted(((step, kind) for kind in kinds for step in self.steps(kind)), reverse=True)
+        if not found:
+            raise FileNotFoundError(
+                f"checkpoint: {str(self.folder)!r} holds none of kind {' or '.join(kinds)}"
+            )
+        for step, kind in found:
+            try:
+                return self.read(step, kind)
+            except ValueError as error:
+                say(f"SKIPPED {error}")
+        raise ValueError(
+            f"checkpoint: none of the {len(found)} in {str(self.folder)!r} verifies; restore one "
+            "from a copy, or start a new run in another --out_dir"
+        )
+
+    # ---- what changes it ----
+
+    def save(self, content: dict[str, Any]) -> None:
+        """Writes the checkpoint of its iteration, then removes those that are too many.
+
+        Raises: OSError when the disk does not take it; those that there are stay as they are.
+        """
+        step = content["iteration"]
+        with _writing_folder(self.path(step)) as writing:
+            with open(writing / STATE, "wb") as file:
+                settling = SettlingFile(file)
+                hashing = HashingFile(settling)
+                try:
+                    torch.save(content, hashing)
+                except RuntimeError as error:  # what torch makes of an error of the disk
+                    raise hashing.error or error from None
+                settling.settle()
+            facts = {"format_version": FORMAT_VERSION, "iteration": step}
+            write_manifest(writing, [hashing.entry(STATE)], facts)
+        for old in self.steps()[self.keep_last :]:
+            _remove(self.path(old))
+
+    def save_best(
+        self, step: int, valid_loss: float, measured_on: dict[str, Any] | None = None
+    ) -> bool:
+        """Keeps the checkpoint of that step as the best, if its validation loss is the lowest.
+
+        measured_on  what the loss was measured on; the best of another measure is no rival
+        Raises: OSError or ValueError when the step has no checkpoint that could be kept.
+        """
+        best = self.best()
+        if best is not None and best.measured_on == measured_on and not valid_loss < best.loss:
+            return False
+        source = self.path(step)
+        files, facts = self._verify(source, step, completely=False)
+        facts = {**facts, "valid_loss": valid_loss, "measured_on": measured_on}
+        with _writing_folder(self.path(step, "best")) as writing:
+            _link(source / STATE, writing / STATE)
+            write_manifest(writing, files, facts)
+        for old in self.steps("best"):
+            if old != step:
+                _remove(self.path(old, "best"))
+        return True
+
+    def best(self) -> "Best | None":
+        """The lowest validation loss, and what it was measured on; None without one."""
+        for step in self.steps("best"):
+            try:
+                _, facts = self._verify(self.path(step, "best"), step, completely=False)
+                if math.isfinite(facts["valid_loss"]):
+                    return Best(step, float(facts["valid_loss"]), facts.get("measured_on"))
+            except (ValueError, OSError, KeyError, TypeError):
+                continue
+        return None
+
+    def set_best_aside(self) -> None:
+        """For a course whose validation losses cannot be compared with it."""
+        for step in self.steps("best"):
+            self._set_aside(self.path(step, "best"))
+
+    def go_on_from(self, step: int) -> None:
+        """Sets aside what is newer than that step: damaged, or of a course that is left.
+
+        What a crash left half written or half removed goes.
+        """
+        for kind in KINDS:
+            for other in self.steps(kind):
+                if other > step or (kind == "best" and not self._verifies(other, kind)):
+                    self._set_aside(self.path(other, kind))
+        for path in list(self.folder.iterdir()) if self.folder.is_dir() else []:
+            if path.name.endswith(WRITING) and _NAME.fullmatch(path.name.partition(".")[0]):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _set_aside(self, path: Path) -> None:
+        aside = path.with_name(path.name + _ASIDE)
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(path, aside)
+
+    def _verifies(self, step: int, kind: str) -> bool:
+        try:
+            self._verify(self.path(step, kind), step)
+        except (ValueError, OSError):
+            return False
+        return True
+
+    def _verify(self, path: Path, step: int, completely: bool = True):
+        files, facts = read_manifest(path)
+        if facts.get("format_version") != FORMAT_VERSION or facts.get("iteration") != step:
+            raise ValueError(f"{str(path / MANIFEST)!r} is of another checkpoint or version")
+        if [entry.name for entry in files] != [STATE]:
+            raise ValueError(f"{str(path / MANIFEST)!r} names other files than {STATE}")
+        check_file(path, files[0], completely)
+        return files, facts
+
+
+@contextmanager
+def _writing_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into, which gets its name when the block ends without an exception."""
+    writing = path.with_name(path.name + WRITING)
+    shutil.rmtree(writing, ignore_errors=True)
+    writing.mkdir(parents=True)
+    try:
+        yield writing
+        put_folder(writing, path)
+    except BaseException:
+        shutil.rmtree(writing, ignore_errors=True)
+        raise
+
+
+def _remove(path: Path) -> None:
+    """The name first: what is left when this is cut short is no checkpoint."""
+    nameless = path.with_name(path.name + WRITING)
+    shutil.rmtree(nameless, ignore_errors=True)
+    os.replace(path, nameless)
+    shutil.rmtree(nameless, ignore_errors=True)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)
+        with open(target, "rb+") as file:
+            os.fsync(file.fileno())
+
+
+class BackgroundSaver:
+    """Saves while training goes on, which waits for no more than the copy of its state in memory.
+
+    One save at a time: the next one waits for it. A save that fails is told to `say`, and leaves
+    `saved_step` as it was.
+    """
+
+    def __init__(
+        self,
+        manager: CheckpointManager,
+        say: Say,
+        saved_step: int = -1,
+        before: Callable[[], None] = lambda: None,
+    ):
+        """before  called before each save: what must be on the disk earlier"""
+        self._manager, self._say, self._before = manager, say, before
+        self._thread: threading.Thread | None = None
+        self.saved_step = self.asked_step = saved_step
+        self.has_failed = False
+
+    def save(self, content: dict[str, Any]) -> None:
+        self.wait()
+        self.asked_step = content["iteration"]
+        self._start(self._save, copied(content))
+
+    def save_best(self, step: int, valid_loss: float, measured_on: dict[str, Any]) -> bool:
+        """After the save of that step; whether it succeeded."""
+        self.wait()
+        if self.saved_step == step:
+            self._start(self._save_best, step, valid_loss, measured_on)
+        else:
+            self._say(f"WARNING: step {step} is not kept as the best: it could not be saved")
+        return self.saved_step == step
+
+    def save_surely(self, save: Callable[[], None]) -> bool:
+        """Calls `save` and waits for it, several times if need be; says so where all fail."""
+        for pause_s in SAVE_AGAIN_S:
+            time.sleep(pause_s)
+            save()
+            self.wait()
+            if self.saved_step == self.asked_step and not self.has_failed:
+                return True
+        again = "starts it again" if self.saved_step < 0 else "with --resume goes on from there"
+        self._say(
+            f"error: the last step could not be saved; {self.kept}; make room on the disk, then "
+            f"the same command {again}"
+        )
+        return False
+
+    @property
+    def kept(self) -> str:
+        """What a message can say of the work that is safe."""
+        if self.saved_step < 0:
+            return "there is no checkpoint yet"
+        return f"the checkpoint of step {self.saved_step} is kept"
+
+    def wait(self) -> None:
+        """Until nothing is being written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _start(self, function: Callable[..., None], *arguments: Any) -> None:
+        self._thread = threading.Thread(target=function, args=arguments, name="save", daemon=True)
+        self._thread.start()
+
+    def _save(self, content: dict[str, Any]) -> None:
+        step = content["iteration"]
+        try:
+            self._before()
+            self._manager.save(content)
+            self.saved_step, self.has_failed = step, False
+        except Exception as error:  # whatever it is, it must not end the run
+            self.has_failed, self.asked_step = True, self.saved_step
+            self._say(
+                f"WARNING: step {step} could not be saved ({error}); {self.kept}; it is tried again"
+            )
+
+    def _save_best(self, step: int, valid_loss: float, measured_on: dict[str, Any]) -> None:
+        try:
+            self._manager.save_best(step, valid_loss, measured_on)
+        except Exception as error:
+            self._say(f"WARNING: step {step} could not be kept as the best ({error})")

@@ -1,0 +1,122 @@
+"""What a run would do and need, without doing it."""
+
+import math
+from pathlib import Path
+
+from cs_lm.config.run import GPT2Config, ModelConfig, RunConfig
+from cs_lm.data.corpus import find_corpus
+from cs_lm.data.prepare import check_length, num_training_tokens, reusable_store
+from cs_lm.models.stats import flops_per_token, num_block_product_weights, num_parameters
+from cs_lm.optim.schedule import learning_rate, num_training_steps
+from cs_lm.tokenizer import BPETokenizer
+from cs_lm.training.metrics_log import format_bytes
+
+FLOAT_BYTES = 4
+
+
+# Floats that a forward pass keeps for the backward one, counted with saved_tensors_hooks:
+# multiples of D, F and H * T for each layer and position, and of V for each position.
+KEPT_FLOATS = {
+    (ModelConfig, "fast", "float32"): (6, 2, 0, 0),
+    (ModelConfig, "fast", "bfloat16"): (4, 1, 0, 0),
+    (ModelConfig, "clear", "float32"): (10, 5, 2, 2),
+    (ModelConfig, "clear", "bfloat16"): (9, 3, 1.5, 1.5),
+    (GPT2Config, "fast", "float32"): (8, 2, 0, 0),
+    (GPT2Config, "fast", "bfloat16"): (5, 1, 0, 0),
+    (GPT2Config, "clear", "float32"): (10, 7, 2, 2),
+    (GPT2Config, "clear", "bfloat16"): (8, 3.5, 1.5, 1.5),
+}
+
+
+def kept_floats(config: RunConfig) -> tuple[float, ...]:
+    of_d, of_f, of_ht, of_v = KEPT_FLOATS[type(config.model), config.ops, config.dtype]
+    if getattr(config.model, "drop_rate", 0):  # masks, and attention as in CLEAR
+        of_ht = KEPT_FLOATS[type(config.model), "clear", config.dtype][2] + 0.25
+        of_d += 0.5
+    return of_d, of_f, of_ht, of_v
+
+
+def store_tokens(config: RunConfig, tokenizer: BPETokenizer | None = None) -> tuple[int, bool]:
+    """Tokens of the whole corpus, and whether that number is known rather than guessed."""
+    store = reusable_store(config, tokenizer)
+    if store is not None:
+        return len(store), True
+    corpus = find_corpus(config, remember=False)
+    if corpus.paths:
+        next(corpus.open().read())  # whether there is text in it
+    num_bytes = corpus.description["bytes"]
+    return max(1, int(num_bytes / guessed_bytes_per_token(config.model.vocab_size))), False
+
+
+def guessed_bytes_per_token(vocab_size: int) -> float:
+    """About what English text gave: 2.1 with 512 tokens, 3.6 with 2,048, 4.2 with 32,000."""
+    return max(1.0, min(4.2, 0.8 * (math.log2(vocab_size) - 6.4)))
+
+
+def memory_bytes(config: RunConfig) -> int:
+    """Weights, gradients and two averages; and what a forward pass keeps for the backward one.
+
+    Counted for a run without --compile, which keeps what it chooses.
+    """
+    model = config.model
+    state = 4 * num_parameters(model)
+    of_d, of_f, of_ht, of_v = kept_floats(config)
+    per_layer = of_d * model.d_model + of_f * model.d_ff
+    per_layer += of_ht * model.num_heads * config.seq_length
+    layers, blocks_at_once = model.num_layers * per_layer, model.num_layers
+    if config.activation_checkpointing:
+        layers = model.num_layers * model.d_model + per_layer  # inputs, and one block at a time
+        blocks_at_once = 1
+    per_position = layers + 3 * model.d_model + of_v * model.vocab_size
+    positions = config.batch_size * config.seq_length
+    copies = 0.0  # of the weights, in bfloat16
+    if config.dtype == "bfloat16":
+        copies = blocks_at_once * num_block_product_weights(model) / 2
+    return int(FLOAT_BYTES * (state + copies + positions * per_position))
+
+
+def report(config: RunConfig, out_dir: Path, tokenizer: BPETokenizer | None = None) -> str:
+    """tokenizer  of the run that goes on, where it is not made from the corpus"""
+    model = config.model
+    all_tokens, known = store_tokens(config, tokenizer)
+    tokens = num_training_tokens(config, all_tokens)
+    check_length("training", tokens, config)
+    if not config.data.valid_path:
+        check_length("validation", all_tokens - tokens, config)
+    steps = num_training_steps(config, tokens)
+    trained = steps * config.tokens_per_step
+    parameters = num_parameters(model)
+    flops = flops_per_token(model, config.seq_length)
+    checkpoint_bytes = 3 * FLOAT_BYTES * parameters
+    id_bytes = 2 if model.vocab_size <= 1 << 16 else 4
+    about = "" if known else "about "
+    rows = [
+        ("parameters", f"{parameters:,}"),
+        ("FLOPs a token", f"{flops:,} (forward and backward)"),
+        ("training text", f"{about}{tokens:,} tokens" + ("" if known else " (not encoded yet)")),
+        ("steps", f"{about}{steps:,} of {config.tokens_per_step:,} tokens"),
+        ("trained tokens", f"{about}{trained:,} = {trained / tokens:.2f} epochs"),
+        ("FLOPs of the run", f"{about}{flops * trained:.3g}"),
+        (
+            "memory",
+            f"about {format_bytes(memory_bytes(config))} on the device; while a save is written, "
+            f"{format_bytes(checkpoint_bytes)} for the copy on the CPU",
+        ),
+        (
+            "disk",
+            # the newest, the best one, and one that is being written
+            f"{format_bytes((config.keep_last + 2) * checkpoint_bytes)} for checkpoints in "
+            f"{out_dir}, "
+            f"{about}{format_bytes(id_bytes * all_tokens)} for the token store",
+        ),
+    ]
+    warmup, end = (
+        round(config.optim.warmup_ratio * steps),
+        round(config.optim.warmfix_ratio * steps),
+    )
+    key_steps = sorted({0, max(0, warmup - 1), (warmup + end) // 2, max(0, end - 1), steps - 1})
+    for step in key_steps:
+        if step < steps:
+            rows.append((f"lr at step {step:,}", f"{learning_rate(step, steps, config.optim):.3g}"))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

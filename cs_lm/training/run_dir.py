@@ -1,0 +1,251 @@
+"""What lies where in a run's folder, and the model in it."""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from cs_lm.config.fields import all_problems, from_json, to_json
+from cs_lm.config.run import MOST_CONTEXT, RunConfig
+from cs_lm.models.base import LanguageModel, cast_weights
+from cs_lm.models.registry import build_model
+from cs_lm.models.stats import num_parameters
+from cs_lm.ops.fused import FAST
+from cs_lm.optim.adamw import AdamW, parameter_groups
+from cs_lm.storage.atomic import write_whole
+from cs_lm.storage.lock import locked
+from cs_lm.tokenizer import BPETokenizer
+from cs_lm.training.checkpoint import checkpoint_content, restore
+from cs_lm.training.checkpoint_manager import KINDS, CheckpointManager
+from cs_lm.training.metrics_log import MetricsLog
+
+_END_TOKENS = "end_tokens.json"
+
+
+class RunFolder:
+    """metrics.jsonl, loss.png, checkpoints/, tokenizer/ and tensorboard/ of a run."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.metrics = self.path / "metrics.jsonl"
+        self.plot = self.plot_of("loss", "step")
+        self.tensorboard = self.path / "tensorboard"
+        self.checkpoints = CheckpointManager(self.path / "checkpoints")
+        self._tokenizer = self.path / "tokenizer"
+
+    def plot_of(self, shown: str, against: str) -> Path:
+        """`loss.png`, or `perplexity-tokens.png` where it is not drawn against steps."""
+        return self.path / f"{shown}{'' if against == 'step' else f'-{against}'}.png"
+
+    @contextmanager
+    def only_here(self) -> Iterator[None]:
+        """Keeps other processes from training in the folder while entered.
+
+        Raises: ValueError when one does.
+        """
+        with locked(self.path / "lock") as is_ours:
+            if not is_ours:
+                raise ValueError(
+                    f"--out_dir: another process is training in {str(self.path)!r}; wait for it or "
+                    "stop it, or name another folder"
+                )
+            yield
+
+    def exists(self) -> bool:
+        """Whether there is work to lose; a run that ended before its first checkpoint has none."""
+        return any(self.checkpoints.steps(kind) for kind in KINDS)
+
+    def refuse_a_run(self) -> None:
+        """Raises: ValueError when there is work to lose."""
+        if self.exists():
+            raise ValueError(
+                f"--out_dir: {str(self.path)!r} holds a run already; add --resume to continue it, "
+                "or name another folder"
+            )
+
+    def require(self) -> None:
+        """Raises: FileNotFoundError saying that there is no run here."""
+        if not self.exists():
+            raise FileNotFoundError(
+                f"run: {str(self.path)!r} holds no checkpoint; check --out_dir, or start the run "
+                "without --resume"
+            )
+
+    def save_tokenizer(self, tokenizer: BPETokenizer) -> None:
+        """A copy, so that the folder alone is enough to generate text."""
+        tokenizer.save(self._tokenizer / "vocab.json", self._tokenizer / "merges.txt")
+        for name, tokens in (
+            ("special_tokens.json", tokenizer.special_tokens),
+            (_END_TOKENS, tokenizer.end_tokens),
+        ):
+            content = json.dumps(tokens, ensure_ascii=False).encode("utf-8")
+            write_whole(self._tokenizer / name, content)
+
+    def load_tokenizer(self) -> BPETokenizer:
+        """The run's own. Raises: FileNotFoundError or ValueError saying what to do."""
+        if not self.exists() and not self._tokenizer.is_dir():
+            raise FileNotFoundError(
+                f"run: {str(self.path)!r} holds no tokenizer; name the folder of a run (--out_dir)"
+            )
+        try:
+            return self._read_tokenizer()
+        except (ValueError, OSError) as error:
+            found = re.sub(r"^--\w+: (got )?", "", str(error))  # flags that ask for other files
+            raise ValueError(
+                f"run: its tokenizer is damaged ({found}); restore {str(self._tokenizer)!r} from a "
+                "copy"
+            ) from None
+
+    def _read_tokenizer(self) -> BPETokenizer:
+        specials = _read_texts(self._tokenizer / "special_tokens.json")
+        tokenizer = BPETokenizer.from_files(
+            self._tokenizer / "vocab.json", self._tokenizer / "merges.txt", specials
+        )
+        if (self._tokenizer / _END_TOKENS).exists():  # earlier versions had none
+            tokenizer.end_tokens = _read_texts(self._tokenizer / _END_TOKENS)
+        return tokenizer
+
+    def begin(self, config: RunConfig, model: LanguageModel, tokenizer: BPETokenizer) -> None:
+        """A run at step 0 of a model that was trained elsewhere."""
+        self.save_tokenizer(tokenizer)
+        log = MetricsLog(self.metrics)
+        log.clear()
+        log.write("import", step=0, num_parameters=num_parameters(config.model))
+        optimizer = AdamW(parameter_groups(model, config.optim.weight_decay))
+        content = checkpoint_content(
+            model, optimizer, 0, config=to_json(config), trained_tokens=0, elapsed_s=0.0,
+            tokenizer_fingerprint=tokenizer.fingerprint,
+        )  # fmt: skip
+        self.checkpoints.save(content)
+
+    def read(self, which: str, say: Callable[[str], None] = print) -> dict[str, Any]:
+        """The content of the `last` or `best` checkpoint that verifies, or of that of a step.
+
+        say  told of those that do not verify
+        Raises: FileNotFoundError or ValueError when there is none; so too for a step's own.
+        """
+        self.require()
+        if which == "last":
+            content = self.checkpoints.read_newest(say)
+        elif which == "best":
+            if not self.checkpoints.steps("best"):
+                say("there is no best checkpoint yet, before a validation: the last one is taken")
+                return self.read("last", say)
+            try:
+                content = self.checkpoints.read_newest(say, ["best"])
+            except (ValueError, FileNotFoundError) as error:
+                raise type(error)(f"{error}; or try --checkpoint last") from None
+        else:
+            step = int(which)
+            is_only_best = step in set(self.checkpoints.steps("best")) - {*self.checkpoints.steps()}
+            content = self.checkpoints.read(step, "best" if is_only_best else "step")
+        _check_extras(content["extras"])
+        return content
+
+    def ends(self) -> list[int]:
+        """The steps at which its log says that all was done."""
+        records = MetricsLog(self.metrics, lambda _: None).records()
+        return [record["step"] for record in records if record["kind"] == "end"]
+
+    def verify(self) -> list[str]:
+        """A line for everything that is not as it was written; all of it is read.
+
+        Raises: FileNotFoundError where there is nothing to verify.
+        """
+        self.require()
+        wrong: list[str] = []
+        tokenizer = None
+        try:
+            tokenizer = self.load_tokenizer()
+        except (ValueError, OSError) as error:
+            wrong.append(str(error))
+        for kind in KINDS:
+            for step in self.checkpoints.steps(kind):
+                try:
+                    content = self.checkpoints.read(step, kind)
+                    _check_extras(content["extras"])
+                    if tokenizer is not None:
+                        self.check_tokenizer(content, tokenizer)
+                except (ValueError, OSError) as error:
+                    wrong.append(str(error))
+        log = MetricsLog(self.metrics, lambda text: wrong.append(text.removeprefix("SKIPPED ")))
+        if not list(log.records()):
+            wrong.append(f"run: {str(self.metrics)!r} is missing or empty")
+        return wrong
+
+    def check_tokenizer(self, content: dict[str, Any], tokenizer: BPETokenizer) -> None:
+        """Raises: ValueError when a checkpoint was trained with another one."""
+        if content["extras"]["tokenizer_fingerprint"] != tokenizer.fingerprint:
+            raise ValueError(
+                f"run: the tokenizer in {str(self.path)!r} is not the one that the checkpoint of "
+                f"step {content['iteration']} was trained with; restore the folder's tokenizer/"
+            )
+
+
+def _read_texts(path: Path) -> list[str]:
+    try:
+        texts = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(texts, list) or not all(type(one) is str for one in texts):
+            raise ValueError
+    except (ValueError, RecursionError):
+        raise ValueError(f"run: {str(path)!r} is damaged; need a JSON list of texts") from None
+    return texts
+
+
+def _check_extras(extras: dict[str, Any]) -> None:
+    for name, kind in (("config", dict), ("tokenizer_fingerprint", str), ("elapsed_s", float),
+                       ("trained_tokens", int)):  # fmt: skip
+        if not isinstance(extras.get(name), kind):
+            raise ValueError(f"checkpoint: its {name} is {extras.get(name)!r}; is it of a run?")
+
+
+def saved_config(content: dict[str, Any]) -> RunConfig:
+    """The settings in a checkpoint, for a model that is no larger than its weights there.
+
+    Raises: ValueError for others: they would take memory before anything is read.
+    """
+    config = from_json(RunConfig, content["extras"]["config"])
+    weights = content["model"].values()
+    tensors = [weight for weight in weights if isinstance(weight, torch.Tensor)]
+    num_weights = sum(tensor.numel() for tensor in tensors if tensor.is_floating_point())
+    problems = all_problems(config)
+    if config.model.context_length > MOST_CONTEXT:
+        problems.append(f"--max_seq_length: got {config.model.context_length}")
+    if not problems and num_parameters(config.model) != num_weights:
+        problems = [f"{num_weights} weights, but settings for {num_parameters(config.model)}"]
+    if problems:
+        raise ValueError(f"checkpoint: its settings cannot be those of a run: {problems[0]}")
+    return config
+
+
+class TrainedModel(NamedTuple):
+    model: LanguageModel
+    tokenizer: BPETokenizer
+    config: RunConfig
+    iteration: int
+
+
+def load_trained(
+    folder: RunFolder,
+    which: str,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    say: Callable[[str], None] = print,
+) -> TrainedModel:
+    """The model of `RunFolder.read(which, say)`, ready to generate, with weights of that dtype.
+
+    Raises: FileNotFoundError, or ValueError when model and tokenizer do not belong together.
+    """
+    tokenizer = folder.load_tokenizer()
+    content = folder.read(which, say)
+    folder.check_tokenizer(content, tokenizer)
+    config = saved_config(content)
+    # every weight is overwritten: an explicit generator keeps the global one untouched
+    model = build_model(config.model, FAST, torch.Generator(), device)
+    restore(content, model)
+    cast_weights(model, dtype).eval()
+    return TrainedModel(model, tokenizer, config, content["iteration"])
