@@ -35,10 +35,15 @@ def sparse_store(folder: Path, num_tokens: int):
             file.truncate(num_bytes)
         files.append(FileEntry(name, num_bytes, "0" * 64))
     facts = {
-        "format_version": FORMAT_VERSION, "dtype": id_dtype(vocab_size).str,
-        "num_tokens": num_tokens, "chunk_size": CHUNK, "vocab_size": vocab_size,
-        "tokenizer_fingerprint": "none", "text_bytes": 4 * num_tokens, "source": {},
-    }  # fmt: skip
+        "format_version": FORMAT_VERSION,
+        "dtype": id_dtype(vocab_size).str,
+        "num_tokens": num_tokens,
+        "chunk_size": CHUNK,
+        "vocab_size": vocab_size,
+        "tokenizer_fingerprint": "none",
+        "text_bytes": 4 * num_tokens,
+        "source": {},
+    }
     write_manifest(folder, files, facts)
     return MemmapManager(folder)
 
@@ -46,8 +51,9 @@ def sparse_store(folder: Path, num_tokens: int):
 def waiting(num_tokens: int, is_prepared: bool):
     import torch
 
-    from cs_lm.config.run import ModelConfig
-    from cs_lm.data.batches import BatchSource, Prefetcher
+    from cs_lm.config.model import ModelConfig
+    from cs_lm.data.batches import BatchSource
+    from cs_lm.data.prefetch import Prefetcher
     from cs_lm.models.base import next_token_loss
     from cs_lm.models.transformer import TransformerLM
 

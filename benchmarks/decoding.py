@@ -21,7 +21,7 @@ LONG = 2000
 def our_model(dtype: str, context_length: int):
     import torch
 
-    from cs_lm.config.run import ModelConfig
+    from cs_lm.config.model import ModelConfig
     from cs_lm.models.base import cast_weights
     from cs_lm.models.transformer import TransformerLM
 
@@ -31,7 +31,8 @@ def our_model(dtype: str, context_length: int):
 
 
 def ours(dtype: str):
-    from cs_lm.inference.generate import DecodingConfig, generate
+    from cs_lm.inference.generate import generate
+    from cs_lm.inference.sampling import DecodingConfig
 
     model = our_model(dtype, 512)
     generate(model, [PROMPT], DecodingConfig(max_new_tokens=8, temperature=0))
@@ -45,10 +46,14 @@ def transformers(dtype: str):
 
     sizes = MODELS["57.7 M, B 8, T 256"][0]
     config = LlamaConfig(
-        vocab_size=sizes["vocab_size"], hidden_size=sizes["d_model"],
-        intermediate_size=sizes["d_ff"], num_hidden_layers=sizes["num_layers"],
-        num_attention_heads=sizes["num_heads"], max_position_embeddings=512, eos_token_id=None,
-    )  # fmt: skip
+        vocab_size=sizes["vocab_size"],
+        hidden_size=sizes["d_model"],
+        intermediate_size=sizes["d_ff"],
+        num_hidden_layers=sizes["num_layers"],
+        num_attention_heads=sizes["num_heads"],
+        max_position_embeddings=512,
+        eos_token_id=None,
+    )
     model = LlamaForCausalLM(config).eval().to(getattr(torch, dtype))
     ids = torch.tensor([PROMPT])
 
@@ -62,7 +67,8 @@ def transformers(dtype: str):
 
 def by_length(dtype: str):
     """Whether a token late in the text costs what an early one does."""
-    from cs_lm.inference.generate import DecodingConfig, token_steps
+    from cs_lm.inference.generate import token_steps
+    from cs_lm.inference.sampling import DecodingConfig
 
     model = our_model(dtype, len(PROMPT) + LONG)
 

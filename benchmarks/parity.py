@@ -12,7 +12,9 @@ import json
 import tempfile
 from pathlib import Path
 
-from cs_lm.config.run import GPT_SIZES, GPT2Config, named_run
+from cs_lm.config.model import GPT2Config
+from cs_lm.config.presets import GPT_SIZES
+from cs_lm.config.run import named_run
 
 SIZES = [name for name in GPT_SIZES if name.startswith("gpt2-")]
 T = 64
@@ -25,11 +27,15 @@ def their_model(config: GPT2Config):
     torch.manual_seed(0)
     theirs = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
-            n_embd=config.d_model, n_head=config.num_heads, n_layer=config.num_layers,
-            n_inner=config.d_ff, n_positions=config.context_length, vocab_size=config.vocab_size,
+            n_embd=config.d_model,
+            n_head=config.num_heads,
+            n_layer=config.num_layers,
+            n_inner=config.d_ff,
+            n_positions=config.context_length,
+            vocab_size=config.vocab_size,
             tie_word_embeddings=config.tied_head,
         )
-    ).eval()  # fmt: skip
+    ).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():  # biases and gains, which begin at 0 and 1
             if parameter.dim() == 1:

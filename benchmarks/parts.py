@@ -74,7 +74,7 @@ def small_operation(name: str, who: str):
 def _parameters(name: str) -> list:
     import torch
 
-    from cs_lm.config.run import ModelConfig
+    from cs_lm.config.model import ModelConfig
     from cs_lm.models.transformer import TransformerLM
 
     parameters = list(TransformerLM(ModelConfig(**MODELS[name][0])).parameters())
@@ -86,8 +86,8 @@ def _parameters(name: str) -> list:
 def adamw(name: str, is_ours: bool, compiled: bool = False):
     import torch
 
-    from cs_lm.device import keep_freed_memory
     from cs_lm.optim.adamw import AdamW
+    from cs_lm.training.malloc import keep_freed_memory
 
     if is_ours:
         keep_freed_memory()  # as a run does
@@ -102,7 +102,7 @@ def adamw(name: str, is_ours: bool, compiled: bool = False):
 def clipping(name: str, is_ours: bool):
     import torch
 
-    from cs_lm.optim.adamw import clip_gradients
+    from cs_lm.optim.clip import clip_gradients
 
     parameters = _parameters(name)
     clip = clip_gradients if is_ours else torch.nn.utils.clip_grad_norm_

@@ -19,10 +19,11 @@ REPEATS = 3
 
 
 def _trained_one_step():
-    from cs_lm.config.run import ModelConfig
-    from cs_lm.device import keep_freed_memory
+    from cs_lm.config.model import ModelConfig
     from cs_lm.models.transformer import TransformerLM
-    from cs_lm.optim.adamw import AdamW, parameter_groups
+    from cs_lm.optim.adamw import AdamW
+    from cs_lm.optim.param_groups import parameter_groups
+    from cs_lm.training.malloc import keep_freed_memory
     from cs_lm.training.step import train_step
 
     keep_freed_memory()
@@ -65,8 +66,9 @@ def standing_still(how: str):
 
 def stepping(saves: bool):
     """Steps, with a save that begins before the first of them and is waited for, or without."""
+    from cs_lm.training.async_checkpoint import BackgroundSaver
     from cs_lm.training.checkpoint import checkpoint_content
-    from cs_lm.training.checkpoint_manager import BackgroundSaver, CheckpointManager
+    from cs_lm.training.checkpoint_manager import CheckpointManager
 
     model, optimizer, step = _trained_one_step()
     folder = tempfile.TemporaryDirectory()

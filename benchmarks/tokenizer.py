@@ -130,10 +130,16 @@ def batch_tiktoken(path: str, folder: str):
 
 
 LONG_WORDS = {
-    "digits": "0123456789", "DNA": "ACGT", "hex": "abcdef", "ten letters": "etaoinshrd",
-    "base64": string.ascii_letters, "CJK": "".join(map(chr, range(0x4E00, 0x9FFF))),
-    "signs": "!#$%&()*+,-./:;<=>?@[]^_{|}~", "one letter": "a", "one sign": "=",
-}  # fmt: skip
+    "digits": "0123456789",
+    "DNA": "ACGT",
+    "hex": "abcdef",
+    "ten letters": "etaoinshrd",
+    "base64": string.ascii_letters,
+    "CJK": "".join(map(chr, range(0x4E00, 0x9FFF))),
+    "signs": "!#$%&()*+,-./:;<=>?@[]^_{|}~",
+    "one letter": "a",
+    "one sign": "=",
+}
 LONG_WORD_BYTES = 1_000_000
 
 
@@ -206,12 +212,14 @@ def main(argv=None) -> None:
         _save_vocabulary(chosen.text, chosen.vocab_size, folder)
         for question, contestants in {
             "encode, one process, 20 MB": {
-                "cs_lm": encode_ours, "tiktoken": encode_tiktoken, "tokenizers": encode_tokenizers,
+                "cs_lm": encode_ours,
+                "tiktoken": encode_tiktoken,
+                "tokenizers": encode_tokenizers,
             },
             "stream of lines, 20 MB": {"cs_lm": stream_ours, "cs_lm encode": encode_ours},
             "decode, 20 MB": {"cs_lm": decode_ours, "tiktoken": decode_tiktoken},
             "file to store, 2 workers": {"cs_lm": command_ours, "tiktoken batch": batch_tiktoken},
-        }.items():  # fmt: skip
+        }.items():
             bound = {name: on_text(f, folder=folder) for name, f in contestants.items()}
             in_turns(question, bound, chosen.rounds)
         one_word(folder, chosen.rounds)

@@ -14,14 +14,30 @@ from benchmarks.measure import Found, in_turns, peak_mb
 # the course's configuration, and the small one where the overhead of each operation rules
 MODELS = {
     "57.7 M, B 8, T 256": (
-        {"d_model": 512, "num_heads": 8, "d_ff": 1344, "num_layers": 8, "vocab_size": 32000,
-         "context_length": 256}, 8, 4,
+        {
+            "d_model": 512,
+            "num_heads": 8,
+            "d_ff": 1344,
+            "num_layers": 8,
+            "vocab_size": 32000,
+            "context_length": 256,
+        },
+        8,
+        4,
     ),
     "0.82 M, B 12, T 64": (
-        {"d_model": 128, "num_heads": 4, "d_ff": 320, "num_layers": 4, "vocab_size": 256,
-         "context_length": 64}, 12, 200,
+        {
+            "d_model": 128,
+            "num_heads": 4,
+            "d_ff": 320,
+            "num_layers": 4,
+            "vocab_size": 256,
+            "context_length": 64,
+        },
+        12,
+        200,
     ),
-}  # fmt: skip
+}
 SETTINGS = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
 
 
@@ -59,12 +75,13 @@ def ours(
     """
     import torch
 
-    from cs_lm.config.run import ModelConfig
-    from cs_lm.device import keep_freed_memory
+    from cs_lm.config.model import ModelConfig
     from cs_lm.models.base import next_token_loss
     from cs_lm.models.transformer import TransformerLM
     from cs_lm.ops.compile import Compiled
-    from cs_lm.optim.adamw import AdamW, parameter_groups
+    from cs_lm.optim.adamw import AdamW
+    from cs_lm.optim.param_groups import parameter_groups
+    from cs_lm.training.malloc import keep_freed_memory
     from cs_lm.training.step import autocast, train_step
 
     keep_freed_memory()  # as a run does
@@ -92,8 +109,8 @@ def twin(name: str, dtype: str, keeps_memory: bool = False, compiled: bool = Fal
     import torch
 
     from benchmarks.twin import Twin, twin_loss, twin_optimizer, twin_step
-    from cs_lm.config.run import ModelConfig
-    from cs_lm.device import keep_freed_memory
+    from cs_lm.config.model import ModelConfig
+    from cs_lm.training.malloc import keep_freed_memory
 
     if keeps_memory:  # our setting of the allocator, lent to torch
         keep_freed_memory()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cs_lm.config.run import ModelConfig
+from cs_lm.config.model import ModelConfig
 
 
 class TwinBlock(nn.Module):

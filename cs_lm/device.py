@@ -1,8 +1,6 @@
 """Which device a run uses, in which precision its products are, and what it runs on."""
 
-import ctypes
 import platform
-import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 
@@ -39,19 +37,6 @@ def describe(device: torch.device) -> str:
     if device.type == "cpu":
         return f"cpu ({torch.get_num_threads()} threads)"
     return str(device)
-
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """What a matrix product would make of an operand: autocast's dtype of float32, else its own."""
-    device = x.device.type
-    if x.dtype != torch.float32 or not torch.amp.is_autocast_available(device):
-        return x.dtype
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
-def as_autocast(*tensors: Tensor) -> list[Tensor]:
-    """The operands of a matrix product, as it would take them."""
-    return [x.to(product_dtype(x)) for x in tensors]
 
 
 def matrix_flops_per_s(device: torch.device, dtype: torch.dtype) -> float | None:
@@ -102,24 +87,6 @@ def measured_speed(device: torch.device, dtype: str) -> tuple[float | None, str]
         if of_float32 is not None and of_float32 > 1.2 * flops_per_s:  # more than two measurements
             text += f", in float32 {of_float32 / 1e9:,.0f}: --dtype float32 is quicker here"
     return flops_per_s, text
-
-
-# Numbers of glibc's malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-
-
-def keep_freed_memory() -> None:
-    """Lets the process keep what tensors give back, for the next ones; Linux with glibc only.
-
-    Otherwise large tensors of a CPU go back to the system and are cleared page by page when they
-    are made again: tens of thousands of page faults in each training step.
-    Cost: memory is not returned until the process ends.
-    """
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt is not None:
-            mallopt(_M_MMAP_MAX, 0)
-            mallopt(_M_TRIM_THRESHOLD, -1)  # never
 
 
 def versions() -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cs_lm.config.run import ModelConfig
+from cs_lm.config.model import ModelConfig
 from cs_lm.data.batches import load_windows, random_starts
 from cs_lm.data.token_store import ArrayTokens
 from cs_lm.models.layers import (
@@ -17,7 +17,8 @@ from cs_lm.models.layers import (
 )
 from cs_lm.models.transformer import TransformerBlock, TransformerLM
 from cs_lm.ops import reference as ops
-from cs_lm.optim.adamw import AdamW, clip_gradients
+from cs_lm.optim.adamw import AdamW
+from cs_lm.optim.clip import clip_gradients
 from cs_lm.optim.schedule import cosine_schedule
 from cs_lm.tokenizer import BPETokenizer, train_bpe
 from cs_lm.training.checkpoint import load_checkpoint, save_checkpoint
@@ -63,31 +64,48 @@ def run_multihead_self_attention(
 
 
 def run_multihead_self_attention_with_rope(
-    d_model, num_heads, max_seq_len, theta, q_proj_weight, k_proj_weight, v_proj_weight,
-    o_proj_weight, in_features, token_positions=None,
-):  # fmt: skip
+    d_model,
+    num_heads,
+    max_seq_len,
+    theta,
+    q_proj_weight,
+    k_proj_weight,
+    v_proj_weight,
+    o_proj_weight,
+    in_features,
+    token_positions=None,
+):
     if token_positions is None:
         token_positions = torch.arange(in_features.shape[-2])
-    rotation = RoPE(theta, d_model // num_heads, max_seq_len).rotation(token_positions)
+    rotation = RoPE(ops.rope_frequencies(theta, d_model // num_heads), max_seq_len).rotation(
+        token_positions
+    )
     weights = (q_proj_weight, k_proj_weight, v_proj_weight, o_proj_weight)
     return _attention(d_model, num_heads, *weights)(in_features, rotation)
 
 
 def run_rope(d_k, theta, max_seq_len, in_query_or_key, token_positions):
-    return RoPE(theta, d_k, max_seq_len)(in_query_or_key, token_positions)
+    return RoPE(ops.rope_frequencies(theta, d_k), max_seq_len)(in_query_or_key, token_positions)
 
 
 def run_transformer_block(d_model, num_heads, d_ff, max_seq_len, theta, weights, in_features):
     config = ModelConfig(d_model, num_heads, d_ff, 1, 1, max_seq_len, theta)
-    rope = RoPE(theta, d_model // num_heads, max_seq_len)
+    rope = RoPE(ops.rope_frequencies(theta, d_model // num_heads), max_seq_len)
     rotation = rope.rotation(torch.arange(in_features.shape[-2]))
     return _with_weights(TransformerBlock(config), weights)(in_features, rotation)
 
 
 def run_transformer_lm(
-    vocab_size, context_length, d_model, num_layers, num_heads, d_ff, rope_theta, weights,
+    vocab_size,
+    context_length,
+    d_model,
+    num_layers,
+    num_heads,
+    d_ff,
+    rope_theta,
+    weights,
     in_indices,
-):  # fmt: skip
+):
     config = ModelConfig(
         d_model, num_heads, d_ff, vocab_size, num_layers, context_length, rope_theta
     )
@@ -95,7 +113,7 @@ def run_transformer_lm(
 
 
 def run_rmsnorm(d_model, eps, weights, in_features):
-    return _with_weights(RMSNorm(d_model, eps), {"weight": weights})(in_features)
+    return _with_weights(RMSNorm(d_model, eps=eps), {"weight": weights})(in_features)
 
 
 def run_silu(in_features):

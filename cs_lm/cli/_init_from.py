@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from cs_lm.config.run import DataConfig, RunConfig, named_run
+from cs_lm.config.data import DataConfig
+from cs_lm.config.presets import nearest_model_name
+from cs_lm.config.run import RunConfig, named_run
 from cs_lm.errors import UserError
-from cs_lm.interop.hf_config import model_name_of
 from cs_lm.interop.import_weights import read_weights
 from cs_lm.interop.tokenizers import read_tokenizer
 from cs_lm.tokenizer import BPETokenizer
@@ -52,13 +53,15 @@ def read_start(path: str | Path, say: Callable[[str], None]) -> Start:
         )
     model = read_weights(path)
     tokenizer = read_tokenizer(path if path.is_dir() else path.parent)
-    base = _base(model_name_of(model.config), model.config, tokenizer)
+    base = _base(nearest_model_name(model.config), model.config, tokenizer)
     return Start(base, tokenizer, model.state_dict())
 
 
 def _base(model_name: str, model: Any, tokenizer: BPETokenizer) -> RunConfig:
     base = named_run(model_name)
     return replace(
-        base, model=model, data=DataConfig(special_tokens=tuple(tokenizer.special_tokens)),
+        base,
+        model=model,
+        data=DataConfig(special_tokens=tuple(tokenizer.special_tokens)),
         seq_length=min(base.seq_length, model.context_length),
-    )  # fmt: skip
+    )

@@ -4,7 +4,7 @@ import sys
 import time
 from typing import TextIO
 
-from cs_lm.training.metrics_log import format_duration
+from cs_lm.training.console import format_duration
 
 TERMINAL_INTERVAL_S = 0.2
 PLAIN_INTERVAL_S = 5.0

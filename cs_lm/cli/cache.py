@@ -16,7 +16,7 @@ from cs_lm.config.fields import setting
 from cs_lm.config.flags import parse_config
 from cs_lm.data.cache import DATA, CacheEntry, entries, remove
 from cs_lm.errors import UserError
-from cs_lm.training.metrics_log import format_bytes
+from cs_lm.training.console import format_bytes
 
 _DAY_S = 86_400
 

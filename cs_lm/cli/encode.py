@@ -6,9 +6,9 @@ from pathlib import Path
 
 from cs_lm.cli._errors import readable_errors, say_on_stderr
 from cs_lm.cli._progress import ProgressLine
+from cs_lm.config.data import MAX_CHUNK_SIZE
 from cs_lm.config.fields import setting
 from cs_lm.config.flags import parse_config
-from cs_lm.config.run import MAX_CHUNK_SIZE
 from cs_lm.config.shared import (
     corpora_setting,
     document_separator_setting,
@@ -76,9 +76,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                     f"--store: {str(folder)!r} exists; add --overwrite, or name another"
                 )
             store = encode_to_store(
-                text, tokenizer, folder, config.chunk_size, config.num_workers, progress,
-                is_alone=lock.is_real, replace=config.overwrite,
-            )  # fmt: skip
+                text,
+                tokenizer,
+                folder,
+                config.chunk_size,
+                config.num_workers,
+                progress,
+                is_alone=lock.is_real,
+                replace=config.overwrite,
+            )
     finally:
         progress.close()
     text_bytes = store.manifest["text_bytes"]

@@ -50,9 +50,11 @@ class EvaluateConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(EvaluateConfig, "python -m cs_lm evaluate", __doc__, argv)
     trained = load_trained(
-        RunFolder(config.out_dir), config.checkpoint, resolve_device(config.device),
+        RunFolder(config.out_dir),
+        config.checkpoint,
+        resolve_device(config.device),
         say=say_on_stderr,
-    )  # fmt: skip
+    )
     seq_length = config.seq_length or trained.config.seq_length
     if seq_length > trained.config.model.context_length:
         raise ValueError(

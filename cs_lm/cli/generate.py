@@ -19,7 +19,8 @@ from cs_lm.config.run import DTYPES
 from cs_lm.config.shared import checkpoint_problems, checkpoint_setting, device_setting
 from cs_lm.device import resolve_device
 from cs_lm.errors import UserError
-from cs_lm.inference.generate import DecodingConfig, NotANumberError, generate_text, stop_ids_of
+from cs_lm.inference.sampling import DecodingConfig, NotANumberError
+from cs_lm.inference.text import generate_text, stop_ids_of
 from cs_lm.training.run_dir import RunFolder, TrainedModel, load_trained
 from cs_lm.training.signals import Stopped, stopping_at_once
 
@@ -120,7 +121,10 @@ def _write(trained: TrainedModel, prompt: str, decoding: DecodingConfig) -> None
         return
     print(prompt, end="", flush=True)
     generate_text(
-        trained.model, trained.tokenizer, [prompt], decoding,
+        trained.model,
+        trained.tokenizer,
+        [prompt],
+        decoding,
         show=lambda _row, text: print(text, end="", flush=True),
-    )  # fmt: skip
+    )
     print()

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cs_lm.cli._errors import readable_errors
+from cs_lm.config.data import DataConfig
 from cs_lm.config.fields import setting
 from cs_lm.config.flags import parse_config
-from cs_lm.config.run import DataConfig, RunConfig
+from cs_lm.config.run import RunConfig
 from cs_lm.training.run_dir import RunFolder
 
 
@@ -37,8 +38,9 @@ class ImportConfig:
 @readable_errors
 def main(argv: Sequence[str] | None = None) -> int:
     asked = parse_config(ImportConfig, "python -m cs_lm import-weights", __doc__, argv)
-    from cs_lm.interop.hf_config import model_name_of, read_config
+    from cs_lm.config.presets import nearest_model_name
     from cs_lm.interop.import_weights import folder_of, read_weights
+    from cs_lm.interop.layouts import read_config
     from cs_lm.interop.sources import nanogpt_file
     from cs_lm.interop.tokenizers import read_tokenizer
     from cs_lm.models.stats import num_parameters
@@ -61,10 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"for {model.config.vocab_size}"
         )
     config = RunConfig(
-        model_name=model_name_of(model.config), model=model.config,
+        model_name=nearest_model_name(model.config),
+        model=model.config,
         data=DataConfig(special_tokens=tuple(tokenizer.special_tokens)),
-        seq_length=min(RunConfig.seq_length, model.config.context_length), out_dir=asked.out_dir,
-    )  # fmt: skip
+        seq_length=min(RunConfig.seq_length, model.config.context_length),
+        out_dir=asked.out_dir,
+    )
     with folder.only_here():
         folder.refuse_a_run()
         folder.begin(config, model, tokenizer)

@@ -23,7 +23,8 @@ from cs_lm.ops import reference as ops
 from cs_lm.ops.fused import FAST
 from cs_lm.ops.fused_block import transformer_block
 from cs_lm.ops.reference import CLEAR
-from cs_lm.optim.adamw import AdamW, clip_gradients
+from cs_lm.optim.adamw import AdamW
+from cs_lm.optim.clip import clip_gradients
 
 # The difference that rounding explains, relative to the largest entry.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
@@ -91,7 +92,8 @@ def _checks(normal, generator: torch.Generator, device: torch.device) -> Iterato
         lambda s: F.cross_entropy(s.float().flatten(0, 1), ids.flatten(), reduction="sum"),
         [scores],
     )
-    rotation = RoPE(10_000.0, K, T, device=device).rotation(torch.arange(T, device=device))
+    rope = RoPE(ops.rope_frequencies(10_000.0, K), T, device=device)
+    rotation = rope.rotation(torch.arange(T, device=device))
     swiglu_weights = [normal(FF, D) / 8, normal(D, FF) / 8, normal(FF, D) / 8]
     qkv = [normal(B, H, T, K) for _ in range(3)]
     for label, record in (("clear", CLEAR), ("fast", FAST)):

@@ -31,9 +31,10 @@ class ReportConfig:
     num_tokens: int = setting(20, "length of each list of tokens")
     view_chars: int = setting(600, "length of the coloured view", "characters")
     color: str = setting(
-        "auto", "auto: on a terminal; else tokens stand between bars",
+        "auto",
+        "auto: on a terminal; else tokens stand between bars",
         choices=("auto", "always", "never"),
-    )  # fmt: skip
+    )
     encoding_errors: str = encoding_errors_setting()
 
     def problems(self) -> list[str]:

@@ -14,15 +14,9 @@ from cs_lm.cli._init_from import read_start
 from cs_lm.cli._progress import ProgressLine
 from cs_lm.config.fields import flag_of, has_setting, replace, settings_of
 from cs_lm.config.flags import FlagParser, add_flags, config_from_flags, read_flags
-from cs_lm.config.run import (
-    DEFAULT_MODEL,
-    GPT_SIZES,
-    OF_ONE_CALL,
-    GPT2Config,
-    ModelConfig,
-    RunConfig,
-    named_run,
-)
+from cs_lm.config.model import ArchitectureConfig
+from cs_lm.config.presets import DEFAULT_MODEL, model_names
+from cs_lm.config.run import OF_ONE_CALL, RunConfig, named_run
 from cs_lm.data.corpus import check_corpora, check_no_pipe, label_of, with_pipes_kept
 from cs_lm.data.prepare import prepare
 from cs_lm.device import resolve_device
@@ -74,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _named_base(given: dict[str, Any]) -> RunConfig:
     model_name = given.get("model_name", DEFAULT_MODEL)
-    names = (DEFAULT_MODEL, *GPT_SIZES)
+    names = model_names()
     if model_name not in names:  # what goes with it cannot be said
         near = [name for name in names if name.startswith(model_name)]
         near = near or difflib.get_close_matches(model_name, names, n=1) or names
@@ -103,9 +97,7 @@ def _go_on(folder: RunFolder, namespace, given: dict[str, Any]) -> int:
     saved = saved_config(checkpoint)
     # no text has decided yet what the best of an imported model is
     fixed = _FIXED_SETTINGS if checkpoint["iteration"] > 0 else _FIXED_FROM_START
-    whose = (
-        "the run to resume has", "leave the flag out, or start a new run in another --out_dir"
-    )  # fmt: skip
+    whose = ("the run to resume has", "leave the flag out, or start a new run in another --out_dir")
     _refuse_what_cannot_change(saved, given, whose, fixed)
     config = config_from_flags(saved, namespace, _problems_of_this_machine)
     for name in sorted(set(given) - _OF_THIS_CALL):
@@ -134,7 +126,7 @@ def _refuse_what_cannot_change(
     for name, (owner, each) in settings_of(RunConfig).items():
         if name not in given or not has_setting(saved, name):
             continue
-        if owner in (ModelConfig, GPT2Config) or name in fixed:
+        if issubclass(owner, ArchitectureConfig) or name in fixed:
             before = _value(saved, name)
             if name != "drop_rate" and given[name] != before:
                 wrong.append(

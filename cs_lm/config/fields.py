@@ -7,6 +7,7 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import field
 from typing import Any
 
@@ -15,14 +16,20 @@ MOST = (
 )
 
 
+DISCRIMINATOR = "architecture"  # the key that says which of several configs was stored
+
+
 def setting(
     default: Any,
     help: str,
     unit: str | None = None,
     flag: str | None = None,
-    choices: tuple[str, ...] | None = None,
+    choices: tuple[str, ...] | Callable[[], tuple[str, ...]] | None = None,
 ) -> Any:
-    """A dataclass field that becomes a command-line flag; `flag` is a second spelling."""
+    """A dataclass field that becomes a command-line flag; `flag` is a second spelling.
+
+    choices  the values that are allowed, or a function that gives them when they are needed
+    """
     metadata = {"help": help, "unit": unit, "flag": flag, "choices": choices}
     return field(default=default, metadata=metadata)
 
@@ -44,9 +51,10 @@ def settings_of(config_class: type) -> dict[str, tuple[type, dataclasses.Field]]
 
 
 def configs_of(hint: Any) -> list[type]:
-    """The configs that may stand for a field of this type."""
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return [kind for kind in kinds if dataclasses.is_dataclass(kind)]
+    """The configs that may stand for a field of this type: itself, or those registered with it."""
+    if hasattr(hint, "registered"):
+        return list(hint.registered.values())
+    return [hint] if dataclasses.is_dataclass(hint) else []
 
 
 def has_setting(config: Any, name: str) -> bool:
@@ -69,7 +77,12 @@ def replace(config: Any, values: dict[str, Any]) -> Any:
 
 
 def to_json(config: Any) -> dict[str, Any]:
-    return dataclasses.asdict(config)
+    """Settings by name; where several configs may stand, `architecture` says which one does."""
+    stored = {DISCRIMINATOR: config.architecture} if hasattr(config, DISCRIMINATOR) else {}
+    for each in dataclasses.fields(config):
+        value = getattr(config, each.name)
+        stored[each.name] = to_json(value) if dataclasses.is_dataclass(value) else value
+    return stored
 
 
 def from_json(config_class: type, stored: dict[str, Any]) -> Any:
@@ -88,8 +101,9 @@ def from_json(config_class: type, stored: dict[str, Any]) -> Any:
     values = {}
     for name, value in stored.items():
         if configs := configs_of(hints[name]):
-            value = from_json(_matching(configs, value), value)
-        elif typing.get_origin(hints[name]) is tuple:  # earlier versions had one path, or none
+            values[name] = from_json(*_chosen(configs, value))
+            continue
+        if typing.get_origin(hints[name]) is tuple:  # earlier versions had one path, or none
             value = (value,) if isinstance(value, str) else tuple(value or ())
         if not _is_of_type(value, hints[name]):
             raise ValueError(f"config: got {value!r} for {name}, need {hints[name]}")
@@ -97,13 +111,26 @@ def from_json(config_class: type, stored: dict[str, Any]) -> Any:
     return config_class(**values)
 
 
-def _matching(configs: list[type], stored: Any) -> type:
-    """The config that knows all the stored settings, or the first one, which will say what not."""
+def _chosen(configs: list[type], stored: Any) -> tuple[type, Any]:
+    """The config that stored settings are of, and the settings.
+
+    Versions before the registry did not write which it is: then it is the first config that knows
+    all the settings.
+    Raises: ValueError for an architecture that is not registered.
+    """
+    if isinstance(stored, dict) and DISCRIMINATOR in stored:
+        found = {getattr(config, DISCRIMINATOR, None): config for config in configs}
+        name = stored[DISCRIMINATOR]
+        if not isinstance(name, str) or name not in found:
+            raise ValueError(
+                f"config: got the architecture {name!r}, need one of {', '.join(map(str, found))}"
+            )
+        return found[name], {key: value for key, value in stored.items() if key != DISCRIMINATOR}
     for config in configs:
         names = {each.name for each in dataclasses.fields(config)}
         if isinstance(stored, dict) and stored.keys() <= names:
-            return config
-    return configs[0]
+            return config, stored
+    return configs[0], stored
 
 
 def _is_of_type(value: Any, hint: Any) -> bool:
@@ -138,6 +165,11 @@ def flag_of(each: dataclasses.Field) -> str:
     return each.metadata["flag"] or f"--{each.name}"
 
 
+def choices_of(each: dataclasses.Field) -> tuple[str, ...] | None:
+    choices = each.metadata.get("choices")
+    return choices() if callable(choices) else choices
+
+
 _LEAST = {"keep_last": 2}  # one alone may be damaged
 
 
@@ -167,7 +199,7 @@ def all_problems(config: Any) -> list[str]:
 def _not_among_choices(config: Any) -> list[str]:
     found = []
     for each in dataclasses.fields(config):
-        choices, value = each.metadata.get("choices"), getattr(config, each.name)
+        choices, value = choices_of(each), getattr(config, each.name)
         if dataclasses.is_dataclass(value):
             found += _not_among_choices(value)
         elif choices and value not in choices:

@@ -11,7 +11,15 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cs_lm.config.fields import all_problems, flag_of, has_setting, plain_type, replace, settings_of
+from cs_lm.config.fields import (
+    all_problems,
+    choices_of,
+    flag_of,
+    has_setting,
+    plain_type,
+    replace,
+    settings_of,
+)
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -130,7 +138,7 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options["metavar"] = _metavar(kind, each.metadata["choices"])
+            options["metavar"] = _metavar(kind, choices_of(each))
             if typing.get_origin(kind) is tuple:
                 options.update(action="extend", nargs="*" if each.default else "+")
         groups[owner].add_argument(*spellings, help=_help(each), **options)
@@ -171,8 +179,11 @@ def config_from_flags(
     ]
     problems += all_problems(config)
     if more_problems is not None:
-        problems += [line for line in more_problems(config) if line.split(":")[0] not in
-                     {known.split(":")[0] for known in problems}]  # fmt: skip
+        problems += [
+            line
+            for line in more_problems(config)
+            if line.split(":")[0] not in {known.split(":")[0] for known in problems}
+        ]
     if problems:
         raise ValueError("\n".join(problems))
     return config

@@ -1,8 +1,7 @@
 """What a step draws, as a pure function of the seed and the step's or batch's number."""
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,7 +9,6 @@ from torch import Tensor
 
 from cs_lm.data.token_store import Tokens
 
-Item = TypeVar("Item")
 Starts = Callable[[int], np.ndarray]  # batch number -> first positions of its windows, (B,)
 
 
@@ -151,40 +149,3 @@ class BatchSource:
             event = torch.cuda.Event()
             event.record(self._stream)
         return Copied(rows, event)
-
-
-def _as_it_is(value: Any) -> Any:
-    return value
-
-
-class Prefetcher(Generic[Item]):
-    """The function of a number, whose next value a thread prepares while this one is used.
-
-    Any number may be asked for; only the one after the last asked is ready already.
-
-    receive  what whoever asks makes of a value, in their own thread
-    """
-
-    def __init__(self, function: Callable[[int], Any], receive: Callable[[Any], Item] = _as_it_is):
-        self._function, self._receive = function, receive
-        self._worker = ThreadPoolExecutor(1, "prefetch")
-        self._next: tuple[int, Future] | None = None
-
-    def __call__(self, index: int) -> Item:
-        """Raises: what the function raises for the index."""
-        prepared, self._next = self._next, None
-        if prepared is not None and prepared[0] == index:
-            item = prepared[1].result()
-        else:
-            item = self._function(index)
-        self._next = index + 1, self._worker.submit(self._function, index + 1)
-        return self._receive(item)
-
-
-def steps_ahead(source: BatchSource, grad_accum: int) -> Prefetcher[list[tuple[Tensor, Tensor]]]:
-    """Step number -> its micro-batches; those of the next step are prepared meanwhile."""
-
-    def copied(step: int) -> list[Copied]:
-        return [source.copied(step * grad_accum + index) for index in range(grad_accum)]
-
-    return Prefetcher(copied, lambda batches: [batch.received() for batch in batches])

@@ -83,9 +83,10 @@ def find_or_make(
         if found is not None:
             return found, lock
         making = wait_for(
-            _making_path(path), shared=False,
+            _making_path(path),
+            shared=False,
             on_wait=lambda: say(f"waiting: another process is making {path}"),
-        )  # fmt: skip
+        )
         try:
             if find() is None:
                 make(making.is_real)
@@ -200,8 +201,10 @@ def entries() -> Iterator[CacheEntry]:
         if is_complete and match[2] in _MARKS and not (path / _MARKS[match[2]]).is_file():
             continue
         files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
-        used_s = max((file.stat().st_mtime for file in [*files, _lock_path(path)] if file.exists()),
-                     default=path.stat().st_mtime)  # fmt: skip
+        used_s = max(
+            (file.stat().st_mtime for file in [*files, _lock_path(path)] if file.exists()),
+            default=path.stat().st_mtime,
+        )
         num_bytes = sum(file.stat().st_size for file in files)
         again = match[2] != TEXT or match[1] != PIPE_LABEL
         yield CacheEntry(path, KINDS[match[2]], num_bytes, used_s, is_complete, again)

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cs_lm.config.data import DataConfig
 from cs_lm.config.fields import replace
-from cs_lm.config.run import DataConfig, RunConfig
+from cs_lm.config.run import RunConfig
 from cs_lm.config.shared import STANDARD_INPUT
 from cs_lm.data.cache import PIPE_LABEL, STORE, keep_stream, keep_text, paths_of, sha256_remembered
 from cs_lm.errors import UserError
@@ -116,9 +117,10 @@ def find_corpus(config: RunConfig, remember: bool = True) -> Corpus | None:
     if is_embedded(config):
         text = _embedded_bytes()
         description = {
-            "bytes": len(text), "sha256": hashlib.sha256(text).hexdigest(),
+            "bytes": len(text),
+            "sha256": hashlib.sha256(text).hexdigest(),
             "encoding_errors": data.encoding_errors,
-        }  # fmt: skip
+        }
         return Corpus(EMBEDDED_LABEL, "the Python language manual", (), data, description)
     if not data.corpus_path:
         return None

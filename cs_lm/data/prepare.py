@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cs_lm.config.run import DataConfig, RunConfig
+from cs_lm.config.data import DataConfig
+from cs_lm.config.run import RunConfig
 from cs_lm.data.cache import (
     DATA,
     SETTINGS,
@@ -79,8 +80,10 @@ def prepare(
     for name, tokens in (("training", train), ("validation", valid)):
         check_length(name, len(tokens), config)
     measured_on = {
-        "text": valid_store.source, "range": [start, end], "tokenizer": tokenizer.fingerprint,
-    }  # fmt: skip
+        "text": valid_store.source,
+        "range": [start, end],
+        "tokenizer": tokenizer.fingerprint,
+    }
     return PreparedData(tokenizer, train, valid, measured_on, locks + kept)
 
 
@@ -147,8 +150,9 @@ class _Maker:
             trained = BPETokenizer(vocab, merges, specials)
             if config.data.vocab_path is not None:
                 trained.save(config.data.vocab_path, config.data.merges_path)
-                self._say(f"tokenizer: wrote {config.data.vocab_path} and "
-                          f"{config.data.merges_path}")  # fmt: skip
+                self._say(
+                    f"tokenizer: wrote {config.data.vocab_path} and {config.data.merges_path}"
+                )
                 return
             if path.exists():
                 self._say(f"tokenizer: {path} is damaged, and made again")
@@ -169,9 +173,14 @@ class _Maker:
                 )
             self._say(f"token store: encoding {corpus.shown} to {path}")
             made = encode_to_store(
-                corpus.open(), tokenizer, path, config.data.chunk_size, progress=self._progress,
-                is_alone=is_alone, expected=corpus.description,
-            )  # fmt: skip
+                corpus.open(),
+                tokenizer,
+                path,
+                config.data.chunk_size,
+                progress=self._progress,
+                is_alone=is_alone,
+                expected=corpus.description,
+            )
             bytes_per_token = made.manifest["text_bytes"] / len(made)
             self._say(f"token store: wrote {len(made):,} tokens, {bytes_per_token:.2f} bytes each")
 
@@ -219,13 +228,20 @@ def encode_to_store(
         return found
 
     return MemmapManager.save_as_memmap(
-        text.read(), encoder, folder, chunk_size, description,
+        text.read(),
+        encoder,
+        folder,
+        chunk_size,
+        description,
         lambda num_tokens: report(
-            "encoding, bytes read", text.bytes_read, text.total_bytes,
+            "encoding, bytes read",
+            text.bytes_read,
+            text.total_bytes,
             f"{text.position}{num_tokens:,} tokens",
         ),
-        text.key() if is_alone else None, replace,
-    )  # fmt: skip
+        text.key() if is_alone else None,
+        replace,
+    )
 
 
 # ---- stores ----
@@ -312,9 +328,10 @@ def _difference(
 
 def _tokenizer_settings(config: RunConfig, corpus: Corpus | None) -> dict[str, Any]:
     return {
-        "vocab_size": config.model.vocab_size, "special_tokens": list(config.data.special_tokens),
+        "vocab_size": config.model.vocab_size,
+        "special_tokens": list(config.data.special_tokens),
         "source": None if corpus is None else corpus.description,
-    }  # fmt: skip
+    }
 
 
 def _tokenizer_path(config: RunConfig, corpus: Corpus) -> Path:

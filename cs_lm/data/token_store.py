@@ -70,9 +70,14 @@ class MemmapManager:
 
     def _check_facts(self) -> None:
         facts = self.manifest
-        for name, kind in (("num_tokens", int), ("chunk_size", int), ("vocab_size", int),
-                           ("text_bytes", int), ("tokenizer_fingerprint", str),
-                           ("source", dict)):  # fmt: skip
+        for name, kind in (
+            ("num_tokens", int),
+            ("chunk_size", int),
+            ("vocab_size", int),
+            ("text_bytes", int),
+            ("tokenizer_fingerprint", str),
+            ("source", dict),
+        ):
             if type(facts[name]) is not kind or (kind is int and facts[name] < 1):
                 raise ValueError(f"its {name} is {facts[name]!r}")
         self.dtype = {"<u2": np.dtype("<u2"), "<u4": np.dtype("<u4")}[facts["dtype"]]
@@ -129,12 +134,15 @@ class MemmapManager:
             if not end.num_tokens:
                 raise ValueError("token store: got an empty text, need at least one token")
             facts = {
-                "format_version": FORMAT_VERSION, "dtype": dtype.str,
-                "num_tokens": end.num_tokens, "chunk_size": chunk_size,
+                "format_version": FORMAT_VERSION,
+                "dtype": dtype.str,
+                "num_tokens": end.num_tokens,
+                "chunk_size": chunk_size,
                 "vocab_size": tokenizer.vocab_size,
-                "tokenizer_fingerprint": tokenizer.fingerprint, "text_bytes": end.num_bytes,
+                "tokenizer_fingerprint": tokenizer.fingerprint,
+                "text_bytes": end.num_bytes,
                 "source": describe(),
-            }  # fmt: skip
+            }
             write_manifest(writing, journal.entries, facts)
             store = cls(writing)
             store.verify()

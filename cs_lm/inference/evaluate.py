@@ -41,9 +41,11 @@ class Evaluation:
     def record(self) -> dict[str, Any]:
         """For the log of a run."""
         return {
-            "loss_nats": self.loss_nats, "perplexity": self.perplexity,
-            "bits_per_byte": self.bits_per_byte, "num_scored_tokens": self.num_tokens,
-        }  # fmt: skip
+            "loss_nats": self.loss_nats,
+            "perplexity": self.perplexity,
+            "bits_per_byte": self.bits_per_byte,
+            "num_scored_tokens": self.num_tokens,
+        }
 
 
 def described(record: dict[str, Any], gzip: float) -> str:

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cs_lm.config.run import GPT2Config
+from cs_lm.config.model import GPT2Config
 from cs_lm.errors import UserError
-from cs_lm.interop.hf_config import written_config
+from cs_lm.interop.layouts import LAYOUTS, layout_for, written_config
 from cs_lm.interop.sources import ADDED_TOKENS, SPARE_HELP, write_json
-from cs_lm.interop.tensor_mapping import LAYOUTS, Entry, Layout
+from cs_lm.interop.tensor_mapping import Entry, Layout
 from cs_lm.interop.tokenizers import end_ids, pad_token, write_tokenizer
 from cs_lm.models.base import LanguageModel
 from cs_lm.storage.atomic import sync_folder, write_whole
@@ -44,7 +44,7 @@ def write_weights(
     is_there = UserError(f"--to: {str(folder)!r} is there already; name a new folder")
     if os.path.lexists(folder) and not is_empty:
         raise is_there
-    layout = "gpt2" if isinstance(model.config, GPT2Config) else "llama"
+    layout = layout_for(model.config)
     if file_format == "tensorflow":
         layout = "openai"
         _check_openai(model)
@@ -74,7 +74,7 @@ def write_weights(
 
 def _check_openai(model: LanguageModel) -> None:
     config = model.config
-    if not isinstance(config, GPT2Config) or not config.tied_head:
+    if config.architecture != LAYOUTS["openai"].architecture or not config.tied_head:
         raise ValueError(
             "--format: tensorflow holds only a GPT-2 whose head is the embedding; use safetensors"
         )
@@ -105,7 +105,7 @@ def _theirs(weights: dict[str, Tensor], entry: Entry) -> Tensor:
 def _write_files(
     model: LanguageModel, layout: str, folder: Path, file_format: str, shard_bytes: int | None
 ) -> None:
-    entries = LAYOUTS[layout](model.config)
+    entries = LAYOUTS[layout].tensors(model.config)
     stem, suffix = _STEMS[file_format]
     weights = _weights(model, entries)
     sizes = {
@@ -174,13 +174,15 @@ def _write_tensorflow(model: LanguageModel, prefix: Path) -> None:
         raise ValueError(
             f"--format: needs the package tensorflow; {SPARE_HELP.format('tensorflow')}"
         ) from None
-    layout = LAYOUTS["openai"](model.config)
+    layout = LAYOUTS["openai"].tensors(model.config)
     weights = _weights(model, layout)
     tensors = [_theirs(weights, entry).numpy() for entry in layout.values()]
     tf.raw_ops.SaveV2(
-        prefix=str(prefix), tensor_names=list(layout), shape_and_slices=[""] * len(layout),
+        prefix=str(prefix),
+        tensor_names=list(layout),
+        shape_and_slices=[""] * len(layout),
         tensors=tensors,
-    )  # fmt: skip
+    )
     write_whole(prefix.with_name("checkpoint"), b'model_checkpoint_path: "model.ckpt"\n')
 
 

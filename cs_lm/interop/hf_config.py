@@ -1,18 +1,17 @@
-"""`config.json` and `hparams.json` of other programs, and what they mean for our models."""
+"""The settings of other programs, and what they mean for our models: one pair of functions each."""
 
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from cs_lm.config.fields import MOST
-from cs_lm.config.run import GPT_SIZES, MOST_CONTEXT, GPT2Config, ModelConfig
+from cs_lm.config.model import GPT2Config, ModelConfig
 from cs_lm.interop.sources import read_json
 
-HF, OPENAI = "config.json", "hparams.json"
 _DROPOUT_RATES = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 
 
-class _Settings:
+class Settings:
     """A JSON object whose values are asked for by name and type.
 
     Raises: ValueError naming the file and the setting.
@@ -45,57 +44,13 @@ class _Settings:
                 )
 
 
-class Described(NamedTuple):
-    """What a folder says of its weights; with `is_tied`, the head is the embedding."""
-
-    layout: str
-    config: GPT2Config | ModelConfig
-    is_tied: bool
-
-
-def read_config(folder: Path) -> Described:
-    """The layout that the folder's files are in, and the config of our model for them.
-
-    Raises: FileNotFoundError, or ValueError naming what our models do not have.
-    """
-    if (folder / HF).is_file():
-        settings = _Settings(folder / HF)
-        kind = settings.get("model_type", str)
-        readers = {"gpt2": _gpt2, "llama": _llama}
-        if kind not in readers:
-            raise ValueError(
-                f"weights: model_type of {str(settings.path)!r} is {kind!r}; need one of "
-                f"{', '.join(readers)}"
-            )
-        is_tied = settings.get("tie_word_embeddings", bool, kind == "gpt2")
-        described = Described(kind, readers[kind](settings), is_tied)
-    elif (folder / OPENAI).is_file():
-        described = Described("openai", _openai(_Settings(folder / OPENAI)), True)
-    else:
-        raise FileNotFoundError(
-            f"weights: {str(folder)!r} has no {HF} (or {OPENAI}, as OpenAI wrote it) beside the "
-            "weights; name a folder that has"
-        )
-    check_config(described.config, folder)
-    return described
-
-
-def check_config(config: GPT2Config | ModelConfig, where: Path) -> None:
-    """Raises: ValueError for settings of no model that could be built."""
-    problems = config.problems()
-    if config.context_length > MOST_CONTEXT:
-        problems.append(
-            f"--max_seq_length: got {config.context_length}, need at most {MOST_CONTEXT}"
-        )
-    if problems:
-        raise ValueError(f"weights: the settings in {str(where)!r} do not fit: {problems[0]}")
-
-
-def _gpt2(settings: _Settings) -> GPT2Config:
+def read_gpt2(settings: Settings) -> GPT2Config:
     settings.refuse_unless(
-        activation_function=("gelu_new", "gelu_pytorch_tanh"), scale_attn_weights=(True,),
-        scale_attn_by_inverse_layer_idx=(False,), add_cross_attention=(False,),
-    )  # fmt: skip
+        activation_function=("gelu_new", "gelu_pytorch_tanh"),
+        scale_attn_weights=(True,),
+        scale_attn_by_inverse_layer_idx=(False,),
+        add_cross_attention=(False,),
+    )
     d_model = settings.get("n_embd", int)
     rates = {name: settings.get(name, float, 0.1) for name in _DROPOUT_RATES}
     if len(set(rates.values())) > 1:
@@ -105,38 +60,45 @@ def _gpt2(settings: _Settings) -> GPT2Config:
             "has one for all three; set them to the same number there (--dropout changes it later)"
         )
     return GPT2Config(
-        d_model=d_model, num_heads=settings.get("n_head", int),
+        d_model=d_model,
+        num_heads=settings.get("n_head", int),
         d_ff=settings.get("n_inner", int, 4 * d_model),
-        vocab_size=settings.get("vocab_size", int), num_layers=settings.get("n_layer", int),
+        vocab_size=settings.get("vocab_size", int),
+        num_layers=settings.get("n_layer", int),
         context_length=settings.get("n_positions", int, 1024),
         drop_rate=rates["resid_pdrop"],
         tied_head=settings.get("tie_word_embeddings", bool, True),
         norm_eps=settings.get("layer_norm_epsilon", float, 1e-5),
-    )  # fmt: skip
+    )
 
 
-def nanogpt_config(path: Path, model_args: dict[str, Any]) -> GPT2Config:
+def read_nanogpt(settings: Settings) -> GPT2Config:
     """What nanoGPT writes into its `ckpt.pt` of a model's shape."""
-    settings = _Settings(path, model_args)
     d_model = settings.get("n_embd", int)
     return GPT2Config(
-        d_model=d_model, num_heads=settings.get("n_head", int), d_ff=4 * d_model,
-        vocab_size=settings.get("vocab_size", int), num_layers=settings.get("n_layer", int),
+        d_model=d_model,
+        num_heads=settings.get("n_head", int),
+        d_ff=4 * d_model,
+        vocab_size=settings.get("vocab_size", int),
+        num_layers=settings.get("n_layer", int),
         context_length=settings.get("block_size", int),
         drop_rate=settings.get("dropout", float, 0.0),
-    )  # fmt: skip
+    )
 
 
-def _openai(settings: _Settings) -> GPT2Config:
+def read_openai(settings: Settings) -> GPT2Config:
     d_model = settings.get("n_embd", int)
     return GPT2Config(
-        d_model=d_model, num_heads=settings.get("n_head", int), d_ff=4 * d_model,
-        vocab_size=settings.get("n_vocab", int), num_layers=settings.get("n_layer", int),
+        d_model=d_model,
+        num_heads=settings.get("n_head", int),
+        d_ff=4 * d_model,
+        vocab_size=settings.get("n_vocab", int),
+        num_layers=settings.get("n_layer", int),
         context_length=settings.get("n_ctx", int),
-    )  # fmt: skip
+    )
 
 
-def _llama(settings: _Settings) -> ModelConfig:
+def read_llama(settings: Settings) -> ModelConfig:
     settings.refuse_unless(
         hidden_act=("silu",), attention_bias=(False,), mlp_bias=(False,), rope_scaling=(None,)
     )
@@ -150,60 +112,62 @@ def _llama(settings: _Settings) -> ModelConfig:
             f"weights: rope_parameters of {str(settings.path)!r} are {rope}; need rope_type "
             "'default': another model would come out"
         )
-    rope = _Settings(settings.path, {**settings.values, **rope})
+    rope = Settings(settings.path, {**settings.values, **rope})
     return ModelConfig(
-        d_model=d_model, num_heads=num_heads, d_ff=settings.get("intermediate_size", int),
+        d_model=d_model,
+        num_heads=num_heads,
+        d_ff=settings.get("intermediate_size", int),
         vocab_size=settings.get("vocab_size", int),
         num_layers=settings.get("num_hidden_layers", int),
         context_length=settings.get("max_position_embeddings", int, 2048),
         rope_theta=rope.get("rope_theta", float, 10000.0),
         norm_eps=settings.get("rms_norm_eps", float, 1e-6),
-    )  # fmt: skip
+    )
 
 
-def model_name_of(config: GPT2Config | ModelConfig) -> str:
-    """The `--model` that it is, or that it is nearest to in depth."""
-    if isinstance(config, ModelConfig):
-        return "transformer"
-    sizes = [name for name in GPT_SIZES if name.startswith("gpt2-")]
-    return min(sizes, key=lambda name: abs(GPT_SIZES[name].num_layers - config.num_layers))
+# ---- what is written ----
 
 
-def written_config(
-    layout: str, config: GPT2Config | ModelConfig, ends: list[int], pad: int | None
-) -> tuple[str, dict[str, Any]]:
-    """The name and the content of the file that `read_config` reads.
-
-    ends  ids that end a text; pad  the id that fills up the shorter rows of a batch
-    """
-    if layout == "openai":
-        return OPENAI, {
-            "n_vocab": config.vocab_size, "n_ctx": config.context_length,
-            "n_embd": config.d_model, "n_head": config.num_heads, "n_layer": config.num_layers,
-        }  # fmt: skip
-    shared: dict[str, Any] = {
-        "model_type": layout, "vocab_size": config.vocab_size, "torch_dtype": "float32",
-        **written_ids(ends, pad),
-    }  # fmt: skip
-    if isinstance(config, GPT2Config):
-        return HF, {
-            **shared, "architectures": ["GPT2LMHeadModel"], "n_embd": config.d_model,
-            "n_head": config.num_heads, "n_layer": config.num_layers, "n_inner": config.d_ff,
-            "n_positions": config.context_length, "activation_function": "gelu_new",
-            "layer_norm_epsilon": config.norm_eps, "tie_word_embeddings": config.tied_head,
-            "resid_pdrop": config.drop_rate, "embd_pdrop": config.drop_rate,
-            "attn_pdrop": config.drop_rate,
-        }  # fmt: skip
-    return HF, {
-        **shared, "architectures": ["LlamaForCausalLM"], "hidden_size": config.d_model,
-        "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_heads,
-        "intermediate_size": config.d_ff, "num_hidden_layers": config.num_layers,
-        "max_position_embeddings": config.context_length, "hidden_act": "silu",
-        "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta,
-        "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False,
-    }  # fmt: skip
+def write_gpt2(config: GPT2Config) -> dict[str, Any]:
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "n_embd": config.d_model,
+        "n_head": config.num_heads,
+        "n_layer": config.num_layers,
+        "n_inner": config.d_ff,
+        "n_positions": config.context_length,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": config.norm_eps,
+        "tie_word_embeddings": config.tied_head,
+        "resid_pdrop": config.drop_rate,
+        "embd_pdrop": config.drop_rate,
+        "attn_pdrop": config.drop_rate,
+    }
 
 
-def written_ids(ends: list[int], pad: int | None) -> dict[str, Any]:
-    end = None if not ends else ends[0] if len(ends) == 1 else ends
-    return {"bos_token_id": ends[0] if ends else None, "eos_token_id": end, "pad_token_id": pad}
+def write_openai(config: GPT2Config) -> dict[str, Any]:
+    return {
+        "n_vocab": config.vocab_size,
+        "n_ctx": config.context_length,
+        "n_embd": config.d_model,
+        "n_head": config.num_heads,
+        "n_layer": config.num_layers,
+    }
+
+
+def write_llama(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": config.d_model,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_heads,
+        "intermediate_size": config.d_ff,
+        "num_hidden_layers": config.num_layers,
+        "max_position_embeddings": config.context_length,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+    }

@@ -6,16 +6,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cs_lm.interop.hf_config import Described, check_config, nanogpt_config, read_config
+from cs_lm.config.model import ArchitectureConfig
+from cs_lm.interop.hf_config import Settings, read_nanogpt
+from cs_lm.interop.layouts import LAYOUTS, CheckpointSpec, check_config, read_config
 from cs_lm.interop.sources import NanoGPTSource, Source, nanogpt_file, open_source
-from cs_lm.interop.tensor_mapping import LAYOUTS, Layout, plain_name
+from cs_lm.interop.tensor_mapping import Layout, plain_name
 from cs_lm.models.base import LanguageModel
-from cs_lm.models.gpt2 import GPT2LM
-from cs_lm.models.layers import RoPE
 from cs_lm.models.registry import build_model
-from cs_lm.models.stats import Config, num_parameters
-from cs_lm.models.transformer import TransformerLM
-from cs_lm.ops.dropout_mask import new_state
+from cs_lm.models.stats import num_parameters
 
 SHOWN = 10  # names of each kind
 TABLE, HEAD = "token_embeddings.weight", "lm_head.weight"
@@ -33,24 +31,24 @@ def read_weights(path: str | Path) -> LanguageModel:
     folder_of(path)  # says where nothing is
     nanogpt = nanogpt_file(path)
     if nanogpt is None:
-        described, source = read_config(folder_of(path)), open_source(path)
+        spec, source = read_config(folder_of(path)), open_source(path)
     else:
         source = NanoGPTSource(nanogpt)
-        described = Described("gpt2", nanogpt_config(nanogpt, source.model_args), True)
-        check_config(described.config, nanogpt)
-    _check_size(described.config, source, path)
-    model = build_model(described.config, device="meta")
-    layout = LAYOUTS[described.layout](described.config)
-    if described.is_tied:
+        spec = CheckpointSpec("gpt2", read_nanogpt(Settings(nanogpt, source.model_args)), True)
+        check_config(spec.config, nanogpt)
+    _check_size(spec.config, source, path)
+    model = build_model(spec.config, device="meta")
+    layout = LAYOUTS[spec.layout].tensors(spec.config)
+    if spec.is_tied:
         layout.pop(HEAD, None)
     names: dict[str, str] = {}
     for name in source.shapes:
-        plain = plain_name(name, described.layout)
+        plain = plain_name(name, spec.layout)
         if plain in names:
             raise ValueError(f"weights: {str(path)!r} has both {names[plain]} and {name}")
         if plain is not None:
             names[plain] = name
-    may_be_there = {HEAD} if described.is_tied else set()
+    may_be_there = {HEAD} if spec.is_tied else set()
     if problems := _differences(layout, model, names, source, may_be_there):
         raise ValueError("\n".join([f"weights: {str(path)!r} does not fit its config", *problems]))
     for name in sorted(layout, key=lambda name: -math.prod(source.shapes[names[name]])):
@@ -58,9 +56,10 @@ def read_weights(path: str | Path) -> LanguageModel:
         with source.reading(names[name]) as theirs:
             for ours, weight in zip(entry.ours, entry.to_ours(theirs, source.gives_away)):
                 _place(model, ours, weight)
-        if entry.ours == (TABLE,) and described.is_tied:
+        if entry.ours == (TABLE,) and spec.is_tied:
             _tie(model, source, names.get(HEAD), path)
-    return _with_tables(model)
+    model.make_tables()
+    return model
 
 
 def folder_of(path: Path) -> Path:
@@ -75,7 +74,7 @@ def folder_of(path: Path) -> Path:
     return path if path.is_dir() else path.parent
 
 
-def _check_size(config: Config, source: Source, path: Path) -> None:
+def _check_size(config: ArchitectureConfig, source: Source, path: Path) -> None:
     """Raises: ValueError for settings of a model that is not in the files, however large."""
     found = sum(map(math.prod, source.shapes.values()))
     # a head that is the table may be missing, causal masks may be there
@@ -106,12 +105,13 @@ def _differences(
         f"{kind}: {len(found)}: {', '.join(sorted(found)[:SHOWN])}"
         + (", ..." if len(found) > SHOWN else "")
         for kind, found in (
-            ("missing", expected.keys() - names.keys()), ("unexpected", unexpected),
+            ("missing", expected.keys() - names.keys()),
+            ("unexpected", unexpected),
             ("of another shape", wrong_shapes),
             ("not of floating point", [n for n in source.not_floats if n in names.values()]),
         )
         if found
-    ]  # fmt: skip
+    ]
 
 
 def _place(model: nn.Module, name: str, weight: Tensor) -> None:
@@ -129,16 +129,5 @@ def _tie(model: LanguageModel, source: Source, head: str | None, path: Path) -> 
                     f"weights: {head} of {str(path)!r} is not the embedding, but its settings say "
                     "that they are tied (tie_word_embeddings); change the one or the other"
                 )
-    if isinstance(model, TransformerLM):
+    if model.lm_head is not None:  # an architecture whose head is always one of its own
         _place(model, HEAD, table.detach().clone())
-
-
-def _with_tables(model: LanguageModel) -> LanguageModel:
-    """What a model has besides parameters, in memory."""
-    if isinstance(model, GPT2LM):
-        model.dropout_state = new_state(0)
-    else:
-        rope, config = model.rope, model.config
-        head_size = config.d_model // config.num_heads
-        model.rope = RoPE(config.rope_theta, head_size, config.context_length, rope.ops)
-    return model

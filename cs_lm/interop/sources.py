@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cs_lm.storage.atomic import write_whole
-from cs_lm.training.checkpoint import check_archive, check_old_file, check_tensor
+from cs_lm.storage.safe_load import check_archive, check_old_file, check_tensor
 
 MAX_JSON_BYTES = 64 << 20
 ADDED_TOKENS = "added_tokens.json"

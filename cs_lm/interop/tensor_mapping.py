@@ -1,13 +1,13 @@
 """Which tensor of another program's layout holds which of our weights, and how they lie in it."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from cs_lm.config.run import GPT2Config, ModelConfig
+from cs_lm.config.model import GPT2Config, ModelConfig
 
 
 class Entry(NamedTuple):
@@ -76,10 +76,13 @@ def gpt2_layout(config: GPT2Config) -> Layout:
             is_matrix = kind == "weight"
             ours = f"layers.{i}"
             for theirs, names, transposed in (
-                ("ln_1", ("ln1",), False), ("attn.c_attn", [f"attn.{n}" for n in _QKV], is_matrix),
-                ("attn.c_proj", ("attn.output_proj",), is_matrix), ("ln_2", ("ln2",), False),
-                ("mlp.c_fc", ("ffn.w1",), is_matrix), ("mlp.c_proj", ("ffn.w2",), is_matrix),
-            ):  # fmt: skip
+                ("ln_1", ("ln1",), False),
+                ("attn.c_attn", [f"attn.{n}" for n in _QKV], is_matrix),
+                ("attn.c_proj", ("attn.output_proj",), is_matrix),
+                ("ln_2", ("ln2",), False),
+                ("mlp.c_fc", ("ffn.w1",), is_matrix),
+                ("mlp.c_proj", ("ffn.w2",), is_matrix),
+            ):
                 entry = Entry(tuple(f"{ours}.{name}.{kind}" for name in names), transposed)
                 layout[f"h.{i}.{theirs}.{kind}"] = entry
     return layout
@@ -112,11 +115,16 @@ def llama_layout(config: ModelConfig) -> Layout:
     }
     for i in range(config.num_layers):
         for theirs, ours in (
-            ("input_layernorm", "ln1"), ("self_attn.q_proj", "attn.q_proj"),
-            ("self_attn.k_proj", "attn.k_proj"), ("self_attn.v_proj", "attn.v_proj"),
-            ("self_attn.o_proj", "attn.output_proj"), ("post_attention_layernorm", "ln2"),
-            ("mlp.gate_proj", "ffn.w1"), ("mlp.down_proj", "ffn.w2"), ("mlp.up_proj", "ffn.w3"),
-        ):  # fmt: skip
+            ("input_layernorm", "ln1"),
+            ("self_attn.q_proj", "attn.q_proj"),
+            ("self_attn.k_proj", "attn.k_proj"),
+            ("self_attn.v_proj", "attn.v_proj"),
+            ("self_attn.o_proj", "attn.output_proj"),
+            ("post_attention_layernorm", "ln2"),
+            ("mlp.gate_proj", "ffn.w1"),
+            ("mlp.down_proj", "ffn.w2"),
+            ("mlp.up_proj", "ffn.w3"),
+        ):
             turns = theirs in ("self_attn.q_proj", "self_attn.k_proj")
             entry = Entry((f"layers.{i}.{ours}.weight",), num_heads=config.num_heads * turns)
             layout[f"model.layers.{i}.{theirs}.weight"] = entry
@@ -127,9 +135,6 @@ def llama_layout(config: ModelConfig) -> Layout:
 _NO_WEIGHTS = re.compile(
     r"h\.\d+\.attn\.(bias|masked_bias)|model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 )
-LAYOUTS: dict[str, Callable[..., Layout]] = {
-    "gpt2": gpt2_layout, "openai": openai_layout, "llama": llama_layout,
-}  # fmt: skip
 
 
 def plain_name(theirs: str, layout: str) -> str | None:

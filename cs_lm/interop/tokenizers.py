@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cs_lm.config.shared import DEFAULT_SPECIAL_TOKENS
-from cs_lm.interop.hf_config import HF, written_ids
+from cs_lm.interop.layouts import HF, written_ids
 from cs_lm.interop.sources import ADDED_TOKENS, read_json, write_json
 from cs_lm.tokenizer import BPETokenizer
 from cs_lm.tokenizer.formats import (
@@ -17,10 +17,20 @@ from cs_lm.tokenizer.formats import (
 
 TOKENIZER_JSON = "tokenizer.json"
 SPECIAL_MAP, CONFIG, GENERATION = (
-    "special_tokens_map.json", "tokenizer_config.json", "generation_config.json",
-)  # fmt: skip
-_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token",
-          "mask_token", "additional_special_tokens")  # fmt: skip
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+)
+_ROLES = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+    "additional_special_tokens",
+)
 _PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 PAD = "<|pad|>"
 
@@ -192,10 +202,13 @@ def write_tokenizer(tokenizer: BPETokenizer, vocab_size: int, context: int, fold
     write_json(
         folder / CONFIG,
         {
-            "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context,
-            "padding_side": "left", "clean_up_tokenization_spaces": False, **roles,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": context,
+            "padding_side": "left",
+            "clean_up_tokenization_spaces": False,
+            **roles,
             "model_input_names": ["input_ids", "attention_mask"],
         },
-    )  # fmt: skip
+    )
     ids = written_ids(end_ids(tokenizer), None if pad is None else pad[1])
     write_json(folder / GENERATION, {name: i for name, i in ids.items() if i is not None})

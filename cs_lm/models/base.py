@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cs_lm.config.run import GPT2Config, ModelConfig
+from cs_lm.config.model import ArchitectureConfig
 from cs_lm.models.kv_cache import KVCache, positions_after
 from cs_lm.models.layers import is_product
 from cs_lm.ops.activation_checkpoint import recomputed
@@ -27,7 +27,7 @@ class LanguageModel(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig | GPT2Config, ops: Ops, activation_checkpointing: bool = False
+        self, config: ArchitectureConfig, ops: Ops, activation_checkpointing: bool = False
     ):
         super().__init__()
         if problems := config.problems():
@@ -41,6 +41,9 @@ class LanguageModel(nn.Module):
     ) -> tuple[Tensor, list[dict[str, Any]]]:
         """What enters the first layer (..., T, D), and each layer's further arguments."""
         raise NotImplementedError
+
+    def make_tables(self, device: torch.device | str | None = None) -> None:
+        """Makes what the model holds besides its parameters, on the device."""
 
     def seed_dropout(self, seed: int) -> None:
         """All that is dropped from here on follows from the seed."""
@@ -130,7 +133,5 @@ def new_cache(model: LanguageModel, batch_size: int, capacity: int) -> KVCache:
     dtype = weight.dtype
     if weight.device.type == "cpu":
         dtype = torch.promote_types(dtype, torch.float32)
-    return KVCache(
-        config.num_layers, batch_size, config.num_heads, capacity, head_size,
-        dtype, weight.device,
-    )  # fmt: skip
+    shape = config.num_layers, batch_size, config.num_heads, capacity, head_size
+    return KVCache(shape, dtype, weight.device)

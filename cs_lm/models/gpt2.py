@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from cs_lm.config.run import GPT2Config
+from cs_lm.config.model import GPT2Config
 from cs_lm.models.base import LanguageModel
 from cs_lm.models.init import begin_as_torch, begin_gpt2
 from cs_lm.models.kv_cache import KVCache
@@ -22,10 +22,10 @@ def _not_dropped(x: Tensor) -> Tensor:
 class GPT2FeedForward(nn.Module):
     """W2 gelu(W1 x + b1) + b2, with weights w1 (F, D) and w2 (D, F)."""
 
-    def __init__(self, d_model: int, d_ff: int, ops: Ops, device=None):
+    def __init__(self, d_model: int, d_ff: int, ops: Ops):
         super().__init__()
-        self.w1 = Linear(d_model, d_ff, device=device, bias=True)
-        self.w2 = Linear(d_ff, d_model, device=device, bias=True)
+        self.w1 = Linear(d_model, d_ff, bias=True)
+        self.w2 = Linear(d_ff, d_model, bias=True)
         self.ops = ops
 
     def forward(self, x: Tensor) -> Tensor:  # (..., D) -> (..., D)
@@ -35,16 +35,15 @@ class GPT2FeedForward(nn.Module):
 class GPT2Block(nn.Module):
     """Pre-norm block: attention, then feed-forward, each added to the residual stream."""
 
-    def __init__(self, config: GPT2Config, ops: Ops, device=None):
+    def __init__(self, config: GPT2Config, ops: Ops):
         super().__init__()
         d_model = config.d_model
-        self.ln1 = LayerNorm(d_model, config.norm_eps, ops, device)
+        self.ln1 = LayerNorm(d_model, eps=config.norm_eps, ops=ops)
         self.attn = MultiHeadSelfAttention(
-            d_model, config.num_heads, ops, device=device, qkv_bias=config.qkv_bias,
-            output_bias=True,
-        )  # fmt: skip
-        self.ln2 = LayerNorm(d_model, config.norm_eps, ops, device)
-        self.ffn = GPT2FeedForward(d_model, config.d_ff, ops, device)
+            d_model, config.num_heads, ops=ops, qkv_bias=config.qkv_bias, output_bias=True
+        )
+        self.ln2 = LayerNorm(d_model, eps=config.norm_eps, ops=ops)
+        self.ffn = GPT2FeedForward(d_model, config.d_ff, ops)
 
     def forward(
         self,
@@ -76,6 +75,7 @@ class GPT2LM(LanguageModel):
         self,
         config: GPT2Config,
         ops: Ops = FAST,
+        *,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         activation_checkpointing: bool = False,
@@ -85,14 +85,20 @@ class GPT2LM(LanguageModel):
             self.token_embeddings = Embedding(config.vocab_size, config.d_model)
             self.position_embeddings = Embedding(config.context_length, config.d_model)
             self.layers = nn.ModuleList(GPT2Block(config, ops) for _ in range(config.num_layers))
-            self.ln_final = LayerNorm(config.d_model, config.norm_eps, ops)
+            self.ln_final = LayerNorm(config.d_model, eps=config.norm_eps, ops=ops)
             tied = config.tied_head
             self.lm_head = None if tied else Linear(config.d_model, config.vocab_size)
-        self.register_buffer("dropout_state", new_state(0, device))
+        self.make_tables(device)
         if torch.device(device or "cpu").type != "meta":
-            self._begin(generator, device or "cpu")
+            self.reset_parameters(generator, device or "cpu")
 
-    def _begin(self, generator: torch.Generator | None, device: torch.device | str) -> None:
+    def make_tables(self, device: torch.device | str | None = None) -> None:
+        self.register_buffer("dropout_state", new_state(0, device))
+
+    def reset_parameters(
+        self, generator: torch.Generator | None, device: torch.device | str
+    ) -> None:
+        """Draws every matrix anew, in the order of the state dict."""
         config = self.config
         for name, parameter in list(self.named_parameters()):
             path, _, kind = name.rpartition(".")

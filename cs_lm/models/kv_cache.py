@@ -22,22 +22,14 @@ def positions_after(cache: "KVCache | None", token_ids: Tensor, context_length: 
 class KVCache:
     """Preallocated keys and values of every layer.
 
-    Shapes: keys and values of one layer (B, H, capacity, K)
+    shape  (L, B, H, capacity, K): of the keys of all layers, and of their values
     """
 
     def __init__(
-        self,
-        num_layers: int,
-        batch_size: int,
-        num_heads: int,
-        capacity: int,
-        head_size: int,
-        dtype: torch.dtype,
-        device: torch.device | str,
+        self, shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device | str
     ):
-        shape = (num_layers, 2, batch_size, num_heads, capacity, head_size)
-        self._memory = torch.empty(shape, dtype=dtype, device=device)
-        self.capacity = capacity
+        self._keys, self._values = torch.empty((2, *shape), dtype=dtype, device=device)
+        self.capacity = shape[3]
         self.length = 0
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,7 +41,7 @@ class KVCache:
         end = self.length + keys.shape[-2]
         if end > self.capacity:
             raise ValueError(f"KVCache: got position {end}, need at most {self.capacity}")
-        stored_keys, stored_values = self._memory[layer, 0], self._memory[layer, 1]
+        stored_keys, stored_values = self._keys[layer], self._values[layer]
         stored_keys[:, :, self.length : end] = keys
         stored_values[:, :, self.length : end] = values
         return stored_keys[:, :, :end], stored_values[:, :, :end]

@@ -1,4 +1,9 @@
-"""Parameters, and a call to the operation that uses them."""
+"""Layers: parameters, and a call to the operation that uses them.
+
+Sizes come first; everything else is named: `Linear(12, 20, bias=True)`.
+"""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +17,36 @@ from cs_lm.ops.reference import CLEAR, Ops
 Rotation = tuple[Tensor, Tensor]  # cos and sin, each (..., T, K/2)
 
 
-class Linear(nn.Module):
-    """x W^T; `weight` is (d_out, d_in). With or without a `bias` (d_out), which begins at 0."""
+class Factory(NamedTuple):
+    """How new parameters are made.
 
-    def __init__(
-        self, d_in: int, d_out: int, generator=None, device=None, dtype=None, bias: bool = False
-    ):
+    generator  where initial weights are drawn from; None is torch's global generator
+    """
+
+    generator: torch.Generator | None = None
+    device: torch.device | str | None = None
+    dtype: torch.dtype | None = None
+
+    def full(self, size: int, value: float) -> nn.Parameter:
+        """(size), every entry the same."""
+        return nn.Parameter(torch.full((size,), value, device=self.device, dtype=self.dtype))
+
+    def normal(self, rows: int, columns: int, std: float) -> nn.Parameter:
+        """(rows, columns), drawn by `truncated_normal_`."""
+        weight = torch.empty(rows, columns, device=self.device, dtype=self.dtype)
+        return nn.Parameter(truncated_normal_(weight, std, self.generator))
+
+
+DEFAULT = Factory()
+
+
+class Linear(nn.Module):
+    """x W^T; `weight` is (d_out, d_in). With `bias` (d_out), which begins at 0, x W^T + bias."""
+
+    def __init__(self, d_in: int, d_out: int, *, bias: bool = False, factory: Factory = DEFAULT):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(d_out, d_in, device=device, dtype=dtype))
-        truncated_normal_(self.weight, linear_std(d_in, d_out), generator)
-        self.bias = nn.Parameter(torch.zeros(d_out, device=device, dtype=dtype)) if bias else None
+        self.weight = factory.normal(d_out, d_in, linear_std(d_in, d_out))
+        self.bias = factory.full(d_out, 0.0) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:  # (..., d_in) -> (..., d_out)
         return clear_ops.linear(x, self.weight, self.bias)
@@ -46,10 +71,9 @@ def is_product(module: nn.Module | None) -> bool:
 class Embedding(nn.Module):
     """A learnt vector for each token id; `weight` is (V, D)."""
 
-    def __init__(self, vocab_size: int, d_model: int, generator=None, device=None, dtype=None):
+    def __init__(self, vocab_size: int, d_model: int, *, factory: Factory = DEFAULT):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, d_model, device=device, dtype=dtype))
-        truncated_normal_(self.weight, EMBEDDING_STD, generator)
+        self.weight = factory.normal(vocab_size, d_model, EMBEDDING_STD)
 
     def forward(self, token_ids: Tensor) -> Tensor:  # (...) -> (..., D)
         return clear_ops.embedding(token_ids, self.weight)
@@ -58,9 +82,11 @@ class Embedding(nn.Module):
 class RMSNorm(nn.Module):
     """Root-mean-square normalisation with a learnt gain that begins at 1."""
 
-    def __init__(self, d_model: int, eps: float = 1e-5, ops: Ops = CLEAR, device=None, dtype=None):
+    def __init__(
+        self, d_model: int, *, eps: float = 1e-5, ops: Ops = CLEAR, factory: Factory = DEFAULT
+    ):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(d_model, device=device, dtype=dtype))
+        self.weight = factory.full(d_model, 1.0)
         self.eps = eps
         self.ops = ops
 
@@ -71,10 +97,12 @@ class RMSNorm(nn.Module):
 class LayerNorm(nn.Module):
     """Normalisation to mean 0 and variance 1, with a learnt gain (1 at first) and bias (0)."""
 
-    def __init__(self, d_model: int, eps: float = 1e-5, ops: Ops = CLEAR, device=None, dtype=None):
+    def __init__(
+        self, d_model: int, *, eps: float = 1e-5, ops: Ops = CLEAR, factory: Factory = DEFAULT
+    ):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(d_model, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.zeros(d_model, device=device, dtype=dtype))
+        self.weight = factory.full(d_model, 1.0)
+        self.bias = factory.full(d_model, 0.0)
         self.eps = eps
         self.ops = ops
 
@@ -85,27 +113,24 @@ class LayerNorm(nn.Module):
 class RoPE(nn.Module):
     """Rotary position embedding: tables of cos and sin, built once and shared by all layers.
 
-    Pair i of a head turns by position / theta^(2i/K) radians. The tables are no parameters and
-    not in the state dict: they follow from theta.
+    Pair i of a head turns by position * frequencies[i] radians. The tables are no parameters and
+    not in the state dict: they follow from the frequencies.
 
-    Raises: ValueError for an odd head size.
+    frequencies  (K/2) float64 [radians per position], as `ops.rope_frequencies` gives them
     """
 
     def __init__(
         self,
-        theta: float,
-        head_size: int,
+        frequencies: Tensor,
         context_length: int,
+        *,
         ops: Ops = CLEAR,
         device: torch.device | str | None = None,
     ):
         super().__init__()
-        if head_size % 2:
-            raise ValueError(f"RoPE: got head size {head_size}, need an even one")
         self.ops = ops
         # float64 on the CPU: the same table, to the last bit, on every device
-        frequency = theta ** -(torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
-        angle = torch.arange(context_length, dtype=torch.float64).unsqueeze(-1) * frequency
+        angle = torch.arange(context_length, dtype=torch.float64).unsqueeze(-1) * frequencies
         for name, table in (("cos", angle.cos()), ("sin", angle.sin())):  # (context, K/2)
             self.register_buffer(name, table.float().to(device), persistent=False)
 
@@ -124,13 +149,11 @@ class RoPE(nn.Module):
 class SwiGLU(nn.Module):
     """Gated feed-forward layer with weights w1 and w3 (F, D) and w2 (D, F)."""
 
-    def __init__(
-        self, d_model: int, d_ff: int, ops: Ops = CLEAR, generator=None, device=None, dtype=None
-    ):
+    def __init__(self, d_model: int, d_ff: int, *, ops: Ops = CLEAR, factory: Factory = DEFAULT):
         super().__init__()
-        self.w1 = Linear(d_model, d_ff, generator, device, dtype)
-        self.w2 = Linear(d_ff, d_model, generator, device, dtype)
-        self.w3 = Linear(d_model, d_ff, generator, device, dtype)
+        self.w1 = Linear(d_model, d_ff, factory=factory)
+        self.w2 = Linear(d_ff, d_model, factory=factory)
+        self.w3 = Linear(d_model, d_ff, factory=factory)
         self.ops = ops
 
     def forward(self, x: Tensor) -> Tensor:  # (..., D) -> (..., D)
@@ -147,9 +170,15 @@ class MultiHeadSelfAttention(nn.Module):
     """
 
     def __init__(
-        self, d_model: int, num_heads: int, ops: Ops = CLEAR,
-        generator=None, device=None, dtype=None, qkv_bias: bool = False, output_bias: bool = False,
-    ):  # fmt: skip
+        self,
+        d_model: int,
+        num_heads: int,
+        *,
+        ops: Ops = CLEAR,
+        qkv_bias: bool = False,
+        output_bias: bool = False,
+        factory: Factory = DEFAULT,
+    ):
         super().__init__()
         if d_model % num_heads:
             raise ValueError(
@@ -158,10 +187,10 @@ class MultiHeadSelfAttention(nn.Module):
             )
         self.num_heads = num_heads
         self.ops = ops
-        self.q_proj = Linear(d_model, d_model, generator, device, dtype, qkv_bias)
-        self.k_proj = Linear(d_model, d_model, generator, device, dtype, qkv_bias)
-        self.v_proj = Linear(d_model, d_model, generator, device, dtype, qkv_bias)
-        self.output_proj = Linear(d_model, d_model, generator, device, dtype, output_bias)
+        self.q_proj = Linear(d_model, d_model, bias=qkv_bias, factory=factory)
+        self.k_proj = Linear(d_model, d_model, bias=qkv_bias, factory=factory)
+        self.v_proj = Linear(d_model, d_model, bias=qkv_bias, factory=factory)
+        self.output_proj = Linear(d_model, d_model, bias=output_bias, factory=factory)
 
     def _split_heads(self, x: Tensor) -> Tensor:  # (..., T, D) -> (..., H, T, K)
         return x.unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)

@@ -1,23 +1,84 @@
-"""The models that a run can train, by their configs."""
+"""The architectures: what a run can train, by the name that stands in its config.
+
+A new architecture is a config class (config/model.py), a model class, and one entry here. What
+other programs call its tensors is an entry of interop/tensor_mapping.py.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 
-from cs_lm.config.run import GPT2Config, ModelConfig
+from cs_lm.config.model import ArchitectureConfig
 from cs_lm.models.base import LanguageModel
 from cs_lm.models.gpt2 import GPT2LM
 from cs_lm.models.transformer import TransformerLM
+from cs_lm.models.weight_counts import WeightCounts, count_gpt2, count_transformer
 from cs_lm.ops.fused import FAST
 from cs_lm.ops.reference import Ops
 
-_CLASSES = {ModelConfig: TransformerLM, GPT2Config: GPT2LM}
+
+class SavedActivations(NamedTuple):
+    """Floats that a forward pass keeps for the backward one, counted with saved_tensors_hooks.
+
+    For each layer and position, multiples of D, of F and of H * T; for each position, of V.
+    """
+
+    of_d_model: float
+    of_d_ff: float
+    of_heads_and_keys: float
+    of_vocab: float
+
+
+class Architecture(NamedTuple):
+    """model              its class, which is called with the arguments of `build_model`
+    count_weights      of a config
+    saved_activations  by the name of the ops and of the dtype of a run
+    """
+
+    model: type[LanguageModel]
+    count_weights: Callable[..., WeightCounts]
+    saved_activations: Mapping[tuple[str, str], SavedActivations]
+
+
+ARCHITECTURES = {
+    "transformer": Architecture(
+        TransformerLM,
+        count_transformer,
+        {
+            ("fast", "float32"): SavedActivations(6, 2, 0, 0),
+            ("fast", "bfloat16"): SavedActivations(4, 1, 0, 0),
+            ("clear", "float32"): SavedActivations(10, 5, 2, 2),
+            ("clear", "bfloat16"): SavedActivations(9, 3, 1.5, 1.5),
+        },
+    ),
+    "gpt2": Architecture(
+        GPT2LM,
+        count_gpt2,
+        {
+            ("fast", "float32"): SavedActivations(8, 2, 0, 0),
+            ("fast", "bfloat16"): SavedActivations(5, 1, 0, 0),
+            ("clear", "float32"): SavedActivations(10, 7, 2, 2),
+            ("clear", "bfloat16"): SavedActivations(8, 3.5, 1.5, 1.5),
+        },
+    ),
+}
 
 
 def build_model(
-    config: ModelConfig | GPT2Config,
+    config: ArchitectureConfig,
     ops: Ops = FAST,
+    *,
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
     activation_checkpointing: bool = False,
 ) -> LanguageModel:
-    """See `TransformerLM` and `GPT2LM`."""
-    return _CLASSES[type(config)](config, ops, generator, device, activation_checkpointing)
+    """A model with new weights; see `TransformerLM` and `GPT2LM`."""
+    model_class = ARCHITECTURES[config.architecture].model
+    return model_class(
+        config,
+        ops,
+        generator=generator,
+        device=device,
+        activation_checkpointing=activation_checkpointing,
+    )

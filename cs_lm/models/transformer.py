@@ -3,11 +3,13 @@
 import torch
 from torch import Tensor, nn
 
-from cs_lm.config.run import ModelConfig
+from cs_lm.config.model import ModelConfig
 from cs_lm.models.base import LanguageModel
 from cs_lm.models.kv_cache import KVCache
 from cs_lm.models.layers import (
+    DEFAULT,
     Embedding,
+    Factory,
     Linear,
     MultiHeadSelfAttention,
     RMSNorm,
@@ -17,6 +19,7 @@ from cs_lm.models.layers import (
     is_product,
     is_untouched,
 )
+from cs_lm.ops import reference as ops_reference
 from cs_lm.ops.fused import FAST
 from cs_lm.ops.fused_block import transformer_block
 from cs_lm.ops.reference import Ops
@@ -30,13 +33,14 @@ class TransformerBlock(nn.Module):
     is called. `as_one` False: always.
     """
 
-    def __init__(self, config: ModelConfig, ops: Ops = FAST, generator=None, device=None):
+    def __init__(self, config: ModelConfig, ops: Ops = FAST, *, factory: Factory = DEFAULT):
         super().__init__()
         self.as_one = ops is FAST  # in training: `fast_block.py`
-        self.ln1 = RMSNorm(config.d_model, config.norm_eps, ops, device)
-        self.attn = MultiHeadSelfAttention(config.d_model, config.num_heads, ops, generator, device)
-        self.ln2 = RMSNorm(config.d_model, config.norm_eps, ops, device)
-        self.ffn = SwiGLU(config.d_model, config.d_ff, ops, generator, device)
+        d_model = config.d_model
+        self.ln1 = RMSNorm(d_model, eps=config.norm_eps, ops=ops, factory=factory)
+        self.attn = MultiHeadSelfAttention(d_model, config.num_heads, ops=ops, factory=factory)
+        self.ln2 = RMSNorm(d_model, eps=config.norm_eps, ops=ops, factory=factory)
+        self.ffn = SwiGLU(d_model, config.d_ff, ops=ops, factory=factory)
 
     def forward(
         self,
@@ -78,6 +82,11 @@ _PROJECTIONS = (
 )
 
 
+def rope_frequencies(config: ModelConfig) -> Tensor:
+    """The rotary frequencies of the model: (K/2) float64 [radians per position]."""
+    return ops_reference.rope_frequencies(config.rope_theta, config.d_model // config.num_heads)
+
+
 class TransformerLM(LanguageModel):
     """The model of `ModelConfig`: RMS norms, rotary positions, SwiGLU, no biases.
 
@@ -89,19 +98,25 @@ class TransformerLM(LanguageModel):
         self,
         config: ModelConfig,
         ops: Ops = FAST,
+        *,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         activation_checkpointing: bool = False,
     ):
         super().__init__(config, ops, activation_checkpointing)
-        self.token_embeddings = Embedding(config.vocab_size, config.d_model, generator, device)
+        factory = Factory(generator, device)
+        vocab_size, d_model = config.vocab_size, config.d_model
+        self.token_embeddings = Embedding(vocab_size, d_model, factory=factory)
         self.layers = nn.ModuleList(
-            TransformerBlock(config, ops, generator, device) for _ in range(config.num_layers)
+            TransformerBlock(config, ops, factory=factory) for _ in range(config.num_layers)
         )
-        self.ln_final = RMSNorm(config.d_model, config.norm_eps, ops, device)
-        self.lm_head = Linear(config.d_model, config.vocab_size, generator, device)
-        head_size = config.d_model // config.num_heads
-        self.rope = RoPE(config.rope_theta, head_size, config.context_length, ops, device)
+        self.ln_final = RMSNorm(d_model, eps=config.norm_eps, ops=ops, factory=factory)
+        self.lm_head = Linear(d_model, vocab_size, factory=factory)
+        self.make_tables(device)
+
+    def make_tables(self, device: torch.device | str | None = None) -> None:
+        frequencies = rope_frequencies(self.config)
+        self.rope = RoPE(frequencies, self.config.context_length, ops=self.ops, device=device)
 
     def embedded(self, token_ids: Tensor, token_positions: Tensor) -> tuple[Tensor, list[dict]]:
         rotation = self.rope.rotation(token_positions)

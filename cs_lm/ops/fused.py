@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cs_lm.device import as_autocast, product_dtype
 from cs_lm.ops import manual_backward as gradients
+from cs_lm.ops.autocast import as_autocast, product_dtype
 from cs_lm.ops.manual_backward import (
     cached_parts,
     complex_rotation,

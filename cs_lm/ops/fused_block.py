@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cs_lm.device import product_dtype
+from cs_lm.ops.autocast import product_dtype
 from cs_lm.ops.manual_backward import (
     as_pairs,
     complex_rotation,
@@ -47,9 +47,22 @@ class _Block(torch.autograd.Function):
         gate, value, hidden = swiglu(h, w1, w3)
         output = _add_product(middle, hidden, w2)
         ctx.save_for_backward(
-            rows, rotation, scale1, q, k, v, attended, log_normaliser, middle, scale2, gate, value,
-            ln1, ln2, *weights,
-        )  # fmt: skip
+            rows,
+            rotation,
+            scale1,
+            q,
+            k,
+            v,
+            attended,
+            log_normaliser,
+            middle,
+            scale2,
+            gate,
+            value,
+            ln1,
+            ln2,
+            *weights,
+        )
         ctx.shape, ctx.split = x.shape, split
         return output.view(x.shape)
 
@@ -57,9 +70,22 @@ class _Block(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_output):
         (
-            rows, rotation, scale1, q, k, v, attended, log_normaliser, middle, scale2, gate, value,
-            ln1, ln2, *weights,
-        ) = ctx.saved_tensors  # fmt: skip
+            rows,
+            rotation,
+            scale1,
+            q,
+            k,
+            v,
+            attended,
+            log_normaliser,
+            middle,
+            scale2,
+            gate,
+            value,
+            ln1,
+            ln2,
+            *weights,
+        ) = ctx.saved_tensors
         wq, wk, wv, wo, w1, w2, w3 = weights
         grad_output = grad_output.reshape(rows.shape)
         normal = middle * scale2

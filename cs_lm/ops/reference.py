@@ -198,6 +198,19 @@ def dropout(x: Tensor, kept: Tensor, probability: float) -> Tensor:
     return x * kept / (1 - probability)
 
 
+def rope_frequencies(theta: float, head_size: int) -> Tensor:
+    """How far each pair of a head turns from one position to the next.
+
+        theta^(-2i/K)   for pair i of K/2                           [radians per position]
+
+    Shapes: returns (K/2) float64, on the CPU
+    Raises: ValueError for an odd head size.
+    """
+    if head_size % 2:
+        raise ValueError(f"RoPE: got head size {head_size}, need an even one")
+    return theta ** -(torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
+
+
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Each pair of neighbouring entries (0,1), (2,3), ... turned by its position's angle.
 

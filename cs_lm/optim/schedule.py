@@ -1,8 +1,8 @@
-"""How many steps there are, and the learning rate as a pure function of the step."""
+"""The learning rate as a pure function of the step."""
 
 import math
 
-from cs_lm.config.run import OptimConfig, RunConfig
+from cs_lm.config.optim import OptimConfig
 
 
 def cosine_schedule(it: int, lr_max: float, lr_min: float, warmup: int, cycle: int) -> float:
@@ -35,9 +35,3 @@ def learning_rate(step: int, num_steps: int, optim: OptimConfig) -> float:
     if cycle > 0:
         warmup = max(1, warmup)
     return cosine_schedule(step + 1, optim.lr, optim.lr_min, warmup, cycle)
-
-
-def num_training_steps(config: RunConfig, num_tokens: int) -> int:
-    """Updates that make `num_epochs` passes over the tokens, at least 1, at most `max_steps`."""
-    steps = max(1, round(config.num_epochs * num_tokens / config.tokens_per_step))
-    return steps if config.max_steps is None else min(steps, config.max_steps)

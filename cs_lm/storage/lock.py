@@ -120,8 +120,10 @@ def _is_still_there(number: int, path: Path) -> bool:
 def _warn_once(folder: Path, why: str) -> None:
     _LOG.warning(
         "%s: this file system has no locks (%s); going on without: do not let two processes write "
-        "there at the same time", folder, why,
-    )  # fmt: skip
+        "there at the same time",
+        folder,
+        why,
+    )
 
 
 if sys.platform == "win32":

@@ -173,8 +173,10 @@ def unpacked(raw: RawReader, shown: str) -> io.BufferedReader:
     magic, packed = begin_of(io.BufferedReader(raw, _BUFFER_BYTES), _MAGIC_BYTES)
     for begin, kind in _NOT_TEXT.items():
         if magic.startswith(begin):
-            raise ValueError(f"corpus: {shown} is {kind}; need text, or text in one of the formats "
-                             f"{', '.join(SUFFIXES)}")  # fmt: skip
+            raise ValueError(
+                f"corpus: {shown} is {kind}; need text, or text in one of the formats "
+                f"{', '.join(SUFFIXES)}"
+            )
     if magic.startswith(b"\x1f\x8b"):
         return io.BufferedReader(gzip.GzipFile(fileobj=packed), _BUFFER_BYTES)
     if magic.startswith(b"BZh"):
@@ -318,8 +320,10 @@ def texts_of_parquet(
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             if text_field not in names:
-                raise ValueError(f"it has no column {text_field!r}, but {', '.join(names)}; name "
-                                 "the column with --text_field")  # fmt: skip
+                raise ValueError(
+                    f"it has no column {text_field!r}, but {', '.join(names)}; name "
+                    "the column with --text_field"
+                )
             num_rows, num_read = file.metadata.num_rows, 0
             for batch in file.iter_batches(_ROWS_AT_ONCE, columns=[text_field]):
                 for text in batch.column(0).to_pylist():

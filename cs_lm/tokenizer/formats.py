@@ -15,8 +15,11 @@ from cs_lm.tokenizer.tokenizer import BPETokenizer
 
 # How the tokenizers library says "GPT-2's split pattern, bytes by their names".
 _BYTE_LEVEL = {
-    "type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True,
-}  # fmt: skip
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": True,
+    "use_regex": True,
+}
 
 
 def write_tokenizer_json(
@@ -39,14 +42,22 @@ def write_tokenizer_json(
         name_of_id[token_id] = contents[text]
     if pad_token is not None:
         name_of_id[pad_token[1]] = pad_token[0]
-        special, contents = {**special, pad_token[0]: pad_token[1]}, {
-            **contents, pad_token[0]: pad_token[0]
-        }  # fmt: skip
+        special, contents = (
+            {**special, pad_token[0]: pad_token[1]},
+            {**contents, pad_token[0]: pad_token[0]},
+        )
     added = [
-        {"id": token_id, "content": contents[text], "single_word": False, "lstrip": False,
-         "rstrip": False, "normalized": contents[text] != text, "special": True}
+        {
+            "id": token_id,
+            "content": contents[text],
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": contents[text] != text,
+            "special": True,
+        }
         for text, token_id in sorted(special.items(), key=itemgetter(1))
-    ]  # fmt: skip
+    ]
     longest_first = sorted(contents.items(), key=lambda pair: -len(pair[0]))
     renamed = {text: name for text, name in longest_first if name != text}
     unused = {
@@ -59,17 +70,27 @@ def write_tokenizer_json(
     ]
     decoder = [_BYTE_LEVEL, *(_replaced(name, text) for text, name in renamed.items())]
     content = {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
         "normalizer": _sequence("normalizers", [_replaced(*pair) for pair in renamed.items()]),
-        "pre_tokenizer": _BYTE_LEVEL, "post_processor": None,
+        "pre_tokenizer": _BYTE_LEVEL,
+        "post_processor": None,
         "decoder": _sequence("decoders", decoder),
         "model": {
-            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-            "ignore_merges": False, "vocab": {name: i for i, name in name_of_id.items()},
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {name: i for i, name in name_of_id.items()},
             "merges": merges,
         },
-    }  # fmt: skip
+    }
     write_whole(path, json.dumps(content, ensure_ascii=False).encode("utf-8"))
 
 
@@ -228,8 +249,13 @@ def _refuse_other_kinds(content: dict[str, Any], path: str | Path) -> dict[str, 
     after = content.get("post_processor") or {}
     if after.get("type") not in (None, "ByteLevel") and not _adds_nothing(after):
         wrong.append(f"post_processor {after.get('type')}, need none: it adds tokens to a text")
-    for name in ("ignore_merges", "byte_fallback", "continuing_subword_prefix",
-                 "end_of_word_suffix", "dropout"):  # fmt: skip
+    for name in (
+        "ignore_merges",
+        "byte_fallback",
+        "continuing_subword_prefix",
+        "end_of_word_suffix",
+        "dropout",
+    ):
         if model.get(name):
             wrong.append(f"{name}, need none")
     for token in added.values():

@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from cs_lm.config.fields import is_unicode
 from cs_lm.tokenizer.pretokenizer import without_surrogates
 
 _NEXT_VALUE = re.compile(r"[, \t\r\n]*")
@@ -24,14 +23,16 @@ def texts_of_records(parts: Iterator[str], shown: str, text_field: str) -> Itera
 def text_of_record(record: Any, shown: str, text_field: str) -> str:
     text = record.get(text_field) if isinstance(record, dict) else record
     if isinstance(text, str):
-        return text if is_unicode(text) else without_surrogates(text)
+        return text if text.isascii() else without_surrogates(text)
     if isinstance(record, dict):
         names = [name for name, value in record.items() if isinstance(value, str)]
         has = f"it has text in {', '.join(names[:8]) or 'no field'}"
     else:
         has = f"it is a {type(record).__name__}"
-    raise ValueError(f"corpus: {shown} has no text in its field {text_field!r}; {has}; name the "
-                     "field with --text_field")  # fmt: skip
+    raise ValueError(
+        f"corpus: {shown} has no text in its field {text_field!r}; {has}; name the "
+        "field with --text_field"
+    )
 
 
 def _json_values(parts: Iterator[str], shown: str) -> Iterator[Any]:

@@ -114,6 +114,9 @@ def _grown(word: bytes, failed, windows, encode_whole: EncodeWhole):
         new_lengths.append(its_lengths)
         new_counts.append(len(part))
     return (
-        starts[first], ends[last], np.concatenate(new_ids), np.concatenate(new_lengths),
+        starts[first],
+        ends[last],
+        np.concatenate(new_ids),
+        np.concatenate(new_lengths),
         np.array(new_counts),
-    )  # fmt: skip
+    )

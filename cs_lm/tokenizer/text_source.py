@@ -123,9 +123,12 @@ class TextSource:
         each = "".join(f"{one} {kind}\n" for one, kind in zip(self._digests, self._kinds))
         together = hashlib.sha256(each.encode("ascii")).hexdigest()
         return {
-            **found, "sha256": together, "files": len(self.paths), "text_field": self._text_field,
+            **found,
+            "sha256": together,
+            "files": len(self.paths),
+            "text_field": self._text_field,
             "document_separator": self._separator,
-        }  # fmt: skip
+        }
 
     def _pieces(self, path: str | Path) -> Iterator[Piece]:
         shown = "standard input" if path == STANDARD_INPUT else repr(str(path))

@@ -48,10 +48,12 @@ def train_bpe(
         special_tokens,
         source.num_workers(num_workers),
         lambda num_different: progress(
-            "counting words, bytes read", source.bytes_read, source.total_bytes,
+            "counting words, bytes read",
+            source.bytes_read,
+            source.total_bytes,
             f"{source.position}{num_different:,} different words",
         ),
-    )  # fmt: skip
+    )
     merges = fast_bpe.train_merges(
         counts, vocab_size - least, lambda done, wanted: progress("merging", done, wanted, "")
     )

@@ -11,8 +11,10 @@ from cs_lm.training.checkpoint_manager import CheckpointManager
 def measure_of(config: RunConfig, data: PreparedData) -> dict[str, Any]:
     """Text, range and tokenizer; the window, and how much of it is scored."""
     return {
-        **data.measured_on, "seq_length": config.seq_length, "eval_tokens": config.eval_tokens,
-    }  # fmt: skip
+        **data.measured_on,
+        "seq_length": config.seq_length,
+        "eval_tokens": config.eval_tokens,
+    }
 
 
 def is_comparable(

@@ -2,8 +2,6 @@
 
 import copy
 import os
-import pickletools
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,16 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from cs_lm.storage.atomic import writing_whole
+from cs_lm.storage.safe_load import check_archive, check_tensor
 
 PathOrFile = str | os.PathLike | BinaryIO
 FORMAT_VERSION = 1
-# What a checkpoint calls to be read, besides torch's own types.
-_CALLED = {
-    "collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter",
-    "_codecs encode",
-}  # fmt: skip
-# What is not a tensor's numbers: names, shapes and settings.
-_MAX_STRUCTURE_BYTES = 64 << 20
 
 
 def checkpoint_content(
@@ -130,46 +122,16 @@ def restore(
 # ---- what is refused ----
 
 
-def check_archive(path: str | os.PathLike) -> None:
-    """Before anything is unpacked: the archive's members are not compressed, and fit into it.
-
-    Raises: ValueError, or what zipfile raises for a file that is no archive.
-    """
-    with zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
-        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-            raise ValueError("compressed")
-        if sum(member.file_size for member in members) > os.path.getsize(path):
-            raise ValueError("members longer than the file")
-        structure = [member for member in members if member.filename.endswith("data.pkl")]
-        if sum(member.file_size for member in structure) > _MAX_STRUCTURE_BYTES:
-            raise ValueError("too much besides tensors")
-        for member in structure:
-            _check_names(archive.read(member))
-
-
-def check_old_file(path: str | os.PathLike) -> None:
-    """The same for a file as torch wrote it before version 1.6: pickles, then numbers."""
-    with open(path, "rb") as file:
-        for _ in ("magic number", "protocol", "machine", "content"):
-            _check_names(file)
-
-
-def _check_names(pickled: bytes | BinaryIO) -> None:
-    """What the pickle may call: not `bytearray`, of any size, which `weights_only` lets pass."""
-    for operation, argument, _ in pickletools.genops(pickled):
-        if operation.name == "STACK_GLOBAL":
-            raise ValueError("a pickle of another protocol")
-        is_ours = argument in _CALLED or str(argument).startswith("torch ")
-        if operation.name == "GLOBAL" and not is_ours:
-            raise ValueError(f"it calls {argument}")
-
-
 def _check_content(content: Any) -> None:
     if content["format_version"] != FORMAT_VERSION:
         raise ValueError(f"format {content['format_version']}")
-    for key, kind in (("model", dict), ("optimizer", dict), ("rng", dict), ("extras", dict),
-                      ("iteration", int)):  # fmt: skip
+    for key, kind in (
+        ("model", dict),
+        ("optimizer", dict),
+        ("rng", dict),
+        ("extras", dict),
+        ("iteration", int),
+    ):
         if not isinstance(content[key], kind):
             raise ValueError(f"{key} is no {kind.__name__}")
     if content["iteration"] < 0:
@@ -179,14 +141,6 @@ def _check_content(content: Any) -> None:
         raise ValueError("no random state")
     for tensor in _tensors(content):
         check_tensor(tensor)
-
-
-def check_tensor(tensor: Tensor) -> None:
-    """Raises: ValueError for one that takes more memory than the file has bytes for it."""
-    if tensor.is_meta:
-        raise ValueError("a tensor without numbers")
-    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise ValueError("a tensor with more elements than numbers")
 
 
 def _tensors(content: Any) -> Iterator[Tensor]:

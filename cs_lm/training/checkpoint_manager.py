@@ -4,8 +4,6 @@ import math
 import os
 import re
 import shutil
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,12 +13,10 @@ import torch
 
 from cs_lm.storage.atomic import WRITING, SettlingFile, put_folder
 from cs_lm.storage.manifest import MANIFEST, HashingFile, check_file, read_manifest, write_manifest
-from cs_lm.training.checkpoint import copied, read_checkpoint
+from cs_lm.training.checkpoint import read_checkpoint
 
 STATE = "state.pt"
 FORMAT_VERSION = 1
-# Before each attempt to save what would otherwise be lost.
-SAVE_AGAIN_S = (0, 1, 5)
 KINDS = ("step", "best")
 _NAME = re.compile(r"(step|best)-(\d{8,15})")
 _ASIDE = ".aside"
@@ -229,88 +225,3 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
         with open(target, "rb+") as file:
             os.fsync(file.fileno())
-
-
-class BackgroundSaver:
-    """Saves while training goes on, which waits for no more than the copy of its state in memory.
-
-    One save at a time: the next one waits for it. A save that fails is told to `say`, and leaves
-    `saved_step` as it was.
-    """
-
-    def __init__(
-        self,
-        manager: CheckpointManager,
-        say: Say,
-        saved_step: int = -1,
-        before: Callable[[], None] = lambda: None,
-    ):
-        """before  called before each save: what must be on the disk earlier"""
-        self._manager, self._say, self._before = manager, say, before
-        self._thread: threading.Thread | None = None
-        self.saved_step = self.asked_step = saved_step
-        self.has_failed = False
-
-    def save(self, content: dict[str, Any]) -> None:
-        self.wait()
-        self.asked_step = content["iteration"]
-        self._start(self._save, copied(content))
-
-    def save_best(self, step: int, valid_loss: float, measured_on: dict[str, Any]) -> bool:
-        """After the save of that step; whether it succeeded."""
-        self.wait()
-        if self.saved_step == step:
-            self._start(self._save_best, step, valid_loss, measured_on)
-        else:
-            self._say(f"WARNING: step {step} is not kept as the best: it could not be saved")
-        return self.saved_step == step
-
-    def save_surely(self, save: Callable[[], None]) -> bool:
-        """Calls `save` and waits for it, several times if need be; says so where all fail."""
-        for pause_s in SAVE_AGAIN_S:
-            time.sleep(pause_s)
-            save()
-            self.wait()
-            if self.saved_step == self.asked_step and not self.has_failed:
-                return True
-        again = "starts it again" if self.saved_step < 0 else "with --resume goes on from there"
-        self._say(
-            f"error: the last step could not be saved; {self.kept}; make room on the disk, then "
-            f"the same command {again}"
-        )
-        return False
-
-    @property
-    def kept(self) -> str:
-        """What a message can say of the work that is safe."""
-        if self.saved_step < 0:
-            return "there is no checkpoint yet"
-        return f"the checkpoint of step {self.saved_step} is kept"
-
-    def wait(self) -> None:
-        """Until nothing is being written."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-
-    def _start(self, function: Callable[..., None], *arguments: Any) -> None:
-        self._thread = threading.Thread(target=function, args=arguments, name="save", daemon=True)
-        self._thread.start()
-
-    def _save(self, content: dict[str, Any]) -> None:
-        step = content["iteration"]
-        try:
-            self._before()
-            self._manager.save(content)
-            self.saved_step, self.has_failed = step, False
-        except Exception as error:  # whatever it is, it must not end the run
-            self.has_failed, self.asked_step = True, self.saved_step
-            self._say(
-                f"WARNING: step {step} could not be saved ({error}); {self.kept}; it is tried again"
-            )
-
-    def _save_best(self, step: int, valid_loss: float, measured_on: dict[str, Any]) -> None:
-        try:
-            self._manager.save_best(step, valid_loss, measured_on)
-        except Exception as error:
-            self._say(f"WARNING: step {step} could not be kept as the best ({error})")

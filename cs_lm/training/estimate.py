@@ -3,37 +3,26 @@
 import math
 from pathlib import Path
 
-from cs_lm.config.run import GPT2Config, ModelConfig, RunConfig
+from cs_lm.config.run import RunConfig
 from cs_lm.data.corpus import find_corpus
 from cs_lm.data.prepare import check_length, num_training_tokens, reusable_store
-from cs_lm.models.stats import flops_per_token, num_block_product_weights, num_parameters
-from cs_lm.optim.schedule import learning_rate, num_training_steps
+from cs_lm.models.registry import ARCHITECTURES, SavedActivations
+from cs_lm.models.stats import count_weights, flops_per_token, num_parameters
+from cs_lm.optim.schedule import learning_rate
 from cs_lm.tokenizer import BPETokenizer
-from cs_lm.training.metrics_log import format_bytes
+from cs_lm.training.console import format_bytes
 
 FLOAT_BYTES = 4
 
 
-# Floats that a forward pass keeps for the backward one, counted with saved_tensors_hooks:
-# multiples of D, F and H * T for each layer and position, and of V for each position.
-KEPT_FLOATS = {
-    (ModelConfig, "fast", "float32"): (6, 2, 0, 0),
-    (ModelConfig, "fast", "bfloat16"): (4, 1, 0, 0),
-    (ModelConfig, "clear", "float32"): (10, 5, 2, 2),
-    (ModelConfig, "clear", "bfloat16"): (9, 3, 1.5, 1.5),
-    (GPT2Config, "fast", "float32"): (8, 2, 0, 0),
-    (GPT2Config, "fast", "bfloat16"): (5, 1, 0, 0),
-    (GPT2Config, "clear", "float32"): (10, 7, 2, 2),
-    (GPT2Config, "clear", "bfloat16"): (8, 3.5, 1.5, 1.5),
-}
-
-
-def kept_floats(config: RunConfig) -> tuple[float, ...]:
-    of_d, of_f, of_ht, of_v = KEPT_FLOATS[type(config.model), config.ops, config.dtype]
-    if getattr(config.model, "drop_rate", 0):  # masks, and attention as in CLEAR
-        of_ht = KEPT_FLOATS[type(config.model), "clear", config.dtype][2] + 0.25
-        of_d += 0.5
-    return of_d, of_f, of_ht, of_v
+def saved_activations(config: RunConfig) -> SavedActivations:
+    """Those of the run, with dropout where it has any: its masks, and attention as in CLEAR."""
+    saved = ARCHITECTURES[config.model.architecture].saved_activations
+    found = saved[config.ops, config.dtype]
+    if getattr(config.model, "drop_rate", 0):
+        weights = saved["clear", config.dtype].of_heads_and_keys + 0.25
+        found = found._replace(of_heads_and_keys=weights, of_d_model=found.of_d_model + 0.5)
+    return found
 
 
 def store_tokens(config: RunConfig, tokenizer: BPETokenizer | None = None) -> tuple[int, bool]:
@@ -60,18 +49,18 @@ def memory_bytes(config: RunConfig) -> int:
     """
     model = config.model
     state = 4 * num_parameters(model)
-    of_d, of_f, of_ht, of_v = kept_floats(config)
-    per_layer = of_d * model.d_model + of_f * model.d_ff
-    per_layer += of_ht * model.num_heads * config.seq_length
+    saved = saved_activations(config)
+    per_layer = saved.of_d_model * model.d_model + saved.of_d_ff * model.d_ff
+    per_layer += saved.of_heads_and_keys * model.num_heads * config.seq_length
     layers, blocks_at_once = model.num_layers * per_layer, model.num_layers
     if config.activation_checkpointing:
         layers = model.num_layers * model.d_model + per_layer  # inputs, and one block at a time
         blocks_at_once = 1
-    per_position = layers + 3 * model.d_model + of_v * model.vocab_size
+    per_position = layers + 3 * model.d_model + saved.of_vocab * model.vocab_size
     positions = config.batch_size * config.seq_length
     copies = 0.0  # of the weights, in bfloat16
     if config.dtype == "bfloat16":
-        copies = blocks_at_once * num_block_product_weights(model) / 2
+        copies = blocks_at_once * count_weights(model).in_block / 2
     return int(FLOAT_BYTES * (state + copies + positions * per_position))
 
 
@@ -83,7 +72,7 @@ def report(config: RunConfig, out_dir: Path, tokenizer: BPETokenizer | None = No
     check_length("training", tokens, config)
     if not config.data.valid_path:
         check_length("validation", all_tokens - tokens, config)
-    steps = num_training_steps(config, tokens)
+    steps = config.num_steps(tokens)
     trained = steps * config.tokens_per_step
     parameters = num_parameters(model)
     flops = flops_per_token(model, config.seq_length)

@@ -7,7 +7,8 @@ from typing import Any
 from cs_lm.config.run import RunConfig
 from cs_lm.data.prepare import PreparedData
 from cs_lm.inference.evaluate import described, gzip_bits_per_byte
-from cs_lm.inference.generate import DecodingConfig, NotANumberError, generate_text
+from cs_lm.inference.sampling import DecodingConfig, NotANumberError
+from cs_lm.inference.text import generate_text
 from cs_lm.models.base import LanguageModel
 from cs_lm.models.stats import num_parameters
 from cs_lm.tokenizer import BPETokenizer

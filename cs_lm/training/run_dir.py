@@ -14,8 +14,8 @@ from cs_lm.config.run import MOST_CONTEXT, RunConfig
 from cs_lm.models.base import LanguageModel, cast_weights
 from cs_lm.models.registry import build_model
 from cs_lm.models.stats import num_parameters
-from cs_lm.ops.fused import FAST
-from cs_lm.optim.adamw import AdamW, parameter_groups
+from cs_lm.optim.adamw import AdamW
+from cs_lm.optim.param_groups import parameter_groups
 from cs_lm.storage.atomic import write_whole
 from cs_lm.storage.lock import locked
 from cs_lm.tokenizer import BPETokenizer
@@ -117,9 +117,14 @@ class RunFolder:
         log.write("import", step=0, num_parameters=num_parameters(config.model))
         optimizer = AdamW(parameter_groups(model, config.optim.weight_decay))
         content = checkpoint_content(
-            model, optimizer, 0, config=to_json(config), trained_tokens=0, elapsed_s=0.0,
+            model,
+            optimizer,
+            0,
+            config=to_json(config),
+            trained_tokens=0,
+            elapsed_s=0.0,
             tokenizer_fingerprint=tokenizer.fingerprint,
-        )  # fmt: skip
+        )
         self.checkpoints.save(content)
 
     def read(self, which: str, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -197,8 +202,12 @@ def _read_texts(path: Path) -> list[str]:
 
 
 def _check_extras(extras: dict[str, Any]) -> None:
-    for name, kind in (("config", dict), ("tokenizer_fingerprint", str), ("elapsed_s", float),
-                       ("trained_tokens", int)):  # fmt: skip
+    for name, kind in (
+        ("config", dict),
+        ("tokenizer_fingerprint", str),
+        ("elapsed_s", float),
+        ("trained_tokens", int),
+    ):
         if not isinstance(extras.get(name), kind):
             raise ValueError(f"checkpoint: its {name} is {extras.get(name)!r}; is it of a run?")
 
@@ -245,7 +254,7 @@ def load_trained(
     folder.check_tokenizer(content, tokenizer)
     config = saved_config(content)
     # every weight is overwritten: an explicit generator keeps the global one untouched
-    model = build_model(config.model, FAST, torch.Generator(), device)
+    model = build_model(config.model, generator=torch.Generator(), device=device)
     restore(content, model)
     cast_weights(model, dtype).eval()
     return TrainedModel(model, tokenizer, config, content["iteration"])

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from cs_lm.models.base import LanguageModel, next_token_loss
 from cs_lm.ops.reference import IGNORE_INDEX
-from cs_lm.optim.adamw import AdamW, clip_gradients
+from cs_lm.optim.adamw import AdamW
+from cs_lm.optim.clip import clip_gradients
 
 Batch = tuple[Tensor, Tensor]
 LossFunction = Callable[[LanguageModel, Tensor, Tensor], tuple[Tensor, Tensor]]

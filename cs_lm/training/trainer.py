@@ -11,35 +11,33 @@ from torch import Tensor
 
 from cs_lm.config.fields import from_json, to_json
 from cs_lm.config.run import OF_ONE_CALL, RunConfig
-from cs_lm.data.batches import BatchSource, seed_of_step, steps_ahead
+from cs_lm.data.batches import BatchSource, seed_of_step
+from cs_lm.data.prefetch import steps_ahead
 from cs_lm.data.prepare import PreparedData
 from cs_lm.data.token_store import Tokens
-from cs_lm.device import describe, keep_freed_memory, measured_speed, resolve_device, versions
+from cs_lm.device import describe, measured_speed, resolve_device, versions
 from cs_lm.inference.evaluate import Evaluation, evaluate, token_byte_lengths
 from cs_lm.models.base import LanguageModel, next_token_loss
 from cs_lm.models.registry import build_model
 from cs_lm.models.stats import num_parameters
 from cs_lm.ops.compile import Compiled
 from cs_lm.ops.fused import OPS
-from cs_lm.optim.adamw import AdamW, parameter_groups
-from cs_lm.optim.schedule import learning_rate, num_training_steps
+from cs_lm.optim.adamw import AdamW
+from cs_lm.optim.param_groups import parameter_groups
+from cs_lm.optim.schedule import learning_rate
+from cs_lm.training.async_checkpoint import BackgroundSaver
 from cs_lm.training.best_measure import begin_best_anew, is_comparable, measure_of
 from cs_lm.training.checkpoint import checkpoint_content, restore
-from cs_lm.training.checkpoint_manager import BackgroundSaver
-from cs_lm.training.metrics_log import (
-    Display,
-    MetricsLog,
-    SpikeMark,
-    Stopwatch,
-    TensorBoardLog,
-    format_duration,
-)
+from cs_lm.training.console import Display, Stopwatch, format_duration
+from cs_lm.training.malloc import keep_freed_memory
+from cs_lm.training.metrics_log import MetricsLog, SpikeMark
 from cs_lm.training.nonfinite import BadNumbers, StepFlags, advice, are_finite, write_bad_step
 from cs_lm.training.plots import plotted
 from cs_lm.training.reporting import closing_lines, opening_line, sample_text
 from cs_lm.training.run_dir import RunFolder
 from cs_lm.training.signals import Stopped, StopSignals
 from cs_lm.training.step import LossFunction, autocast, train_step
+from cs_lm.training.tensorboard import TensorBoardLog
 from cs_lm.training.throughput import SpeedMeter
 
 NOT_SAVED = 4  # exit status
@@ -73,11 +71,15 @@ class Trainer:
         groups = parameter_groups(self.model, optim.weight_decay)
         self.optimizer = AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
         self.batch = BatchSource(
-            data.train, config.batch_size, config.seq_length, config.seed, config.data.sampling,
+            data.train,
+            config.batch_size,
+            config.seq_length,
+            config.seed,
+            config.data.sampling,
             self.device,
-        )  # fmt: skip
+        )
         self.batches_of_step = steps_ahead(self.batch, config.grad_accum)
-        self.num_steps = num_training_steps(config, len(data.train))
+        self.num_steps = config.num_steps(len(data.train))
         self.precision = autocast(self.device, config.dtype)
         self.loss_function: LossFunction = next_token_loss
         if config.compile:
@@ -175,13 +177,18 @@ class Trainer:
         peak_flops_per_s, speed = measured_speed(self.device, config.dtype)
         self.meter = SpeedMeter(config, self.step, self.num_steps, peak_flops_per_s)
         self.log.write(
-            "resume" if resumed else "config", step=self.step, num_steps=self.num_steps,
-            train_tokens=len(self.data.train), valid_tokens=len(self.data.valid),
+            "resume" if resumed else "config",
+            step=self.step,
+            num_steps=self.num_steps,
+            train_tokens=len(self.data.train),
+            valid_tokens=len(self.data.valid),
             num_parameters=num_parameters(config.model),
-            tokenizer_fingerprint=self.data.tokenizer.fingerprint, config=to_json(config),
-            versions=versions(), device=describe(self.device),
+            tokenizer_fingerprint=self.data.tokenizer.fingerprint,
+            config=to_json(config),
+            versions=versions(),
+            device=describe(self.device),
             peak_flops_per_s=peak_flops_per_s,
-        )  # fmt: skip
+        )
         where = f"{describe(self.device)}, {config.dtype} (matrix products: {speed})"
         steps = self.step, self.num_steps
         opening = opening_line(config, "resuming" if resumed else "training", where, steps)
@@ -256,9 +263,14 @@ class Trainer:
         torch.manual_seed(seed)
         self.model.seed_dropout(seed)
         self.loss, self.norm = train_step(
-            self.model, self.optimizer, self.batches_of_step(self.step), config.optim.max_norm,
-            self._loss_unless_stopped, self.precision, self.sound,
-        )  # fmt: skip
+            self.model,
+            self.optimizer,
+            self.batches_of_step(self.step),
+            config.optim.max_norm,
+            self._loss_unless_stopped,
+            self.precision,
+            self.sound,
+        )
         self.flags.add(self.step, self.loss.isfinite() & self.norm.isfinite())
         self.step += 1
         self._updates_before_step = self.optimizer.num_updates()
@@ -301,10 +313,16 @@ class Trainer:
         self.display.report(self.step, loss, self.lr, norm, speed)
         spike = {"spike": True} if math.isfinite(loss) and self.is_spike(loss) else {}
         self._record(
-            "train", loss_nats=loss, lr=self.lr, grad_norm=norm, tokens_per_s=speed.tokens_per_s,
-            model_flops_per_s=speed.model_flops_per_s, utilisation=speed.utilisation,
-            elapsed_s=self.trained_before_s + elapsed_s, **spike,
-        )  # fmt: skip
+            "train",
+            loss_nats=loss,
+            lr=self.lr,
+            grad_norm=norm,
+            tokens_per_s=speed.tokens_per_s,
+            model_flops_per_s=speed.model_flops_per_s,
+            utilisation=speed.utilisation,
+            elapsed_s=self.trained_before_s + elapsed_s,
+            **spike,
+        )
 
     def _look_for_bad_steps(self, wait: bool) -> None:
         """Raises: BadNumbers after a step that was not finite, where the run shall stop for it."""
@@ -313,9 +331,16 @@ class Trainer:
             numbers = range(step * self.config.grad_accum, (step + 1) * self.config.grad_accum)
             with suppress(OSError):  # what a full disk does not take is no reason to lose the run
                 write_bad_step(
-                    path, step + 1, self.lr, self.batch, numbers, self.model, self.loss_function,
-                    self.precision, seed_of_step(self.config.seed, step),
-                )  # fmt: skip
+                    path,
+                    step + 1,
+                    self.lr,
+                    self.batch,
+                    numbers,
+                    self.model,
+                    self.loss_function,
+                    self.precision,
+                    seed_of_step(self.config.seed, step),
+                )
             self.say(f"step {step + 1} | loss or gradient is not finite: left out; see {path}")
             self.log.write("bad_step", step=step + 1, file=path.name)
             if self.config.on_nan == "stop" or self.flags.are_too_many:
@@ -350,12 +375,14 @@ class Trainer:
                 "--out_dir"
             )
         content = checkpoint_content(
-            self.model, self.optimizer, self.step,
+            self.model,
+            self.optimizer,
+            self.step,
             config=to_json(replace(self.config, **OF_ONE_CALL)),
             tokenizer_fingerprint=self.data.tokenizer.fingerprint,
             elapsed_s=self.trained_before_s + self.watch.elapsed_s,
             trained_tokens=self.trained_tokens,
-        )  # fmt: skip
+        )
         self.saver.save(content)
 
     def _validate(self) -> None:
@@ -375,9 +402,15 @@ class Trainer:
     def _evaluate(self, tokens: Tokens) -> Evaluation:
         config = self.config
         return evaluate(
-            self.model, tokens, config.seq_length, config.batch_size, self.byte_lengths,
-            config.eval_tokens, self.precision, self.signals.check,
-        )  # fmt: skip
+            self.model,
+            tokens,
+            config.seq_length,
+            config.batch_size,
+            self.byte_lengths,
+            config.eval_tokens,
+            self.precision,
+            self.signals.check,
+        )
 
     def _keep_if_best(self) -> bool:
         loss, best = self.valid["loss_nats"], self.folder.checkpoints.best()

@@ -10,7 +10,7 @@ import pytest
 from cs_lm.cli.commands import COMMANDS
 from cs_lm.cli.commands import main as command
 from cs_lm.cli.train import main as train
-from cs_lm.config.fields import flag_of, plain_type, settings_of
+from cs_lm.config.fields import choices_of, flag_of, plain_type, settings_of
 from cs_lm.config.flags import FlagParser, add_flags, read_flags
 from cs_lm.config.run import RunConfig
 
@@ -44,19 +44,53 @@ COURSE_FLAGS = {
     "--max_norm": ("max_norm", 1.0),
 }
 OUR_FLAGS = {
-    "--corpus_path", "--valid_path", "--valid_fraction", "--encoding_errors", "--sampling",
-    "--grad_accum", "--dtype", "--compile", "--no-compile",
-    "--activation_checkpointing", "--no-activation_checkpointing",
-    "--eval_interval", "--eval_tokens",
-    "--sample_interval", "--prompt", "--seed", "--max_steps", "--out_dir", "--resume",
-    "--resume_step", "--keep_last", "--on_nan", "--init_from", "--text_field",
+    "--corpus_path",
+    "--valid_path",
+    "--valid_fraction",
+    "--encoding_errors",
+    "--sampling",
+    "--grad_accum",
+    "--dtype",
+    "--compile",
+    "--no-compile",
+    "--activation_checkpointing",
+    "--no-activation_checkpointing",
+    "--eval_interval",
+    "--eval_tokens",
+    "--sample_interval",
+    "--prompt",
+    "--seed",
+    "--max_steps",
+    "--out_dir",
+    "--resume",
+    "--resume_step",
+    "--keep_last",
+    "--on_nan",
+    "--init_from",
+    "--text_field",
     "--document_separator",
-    "--no-resume", "--dry_run", "--no-dry_run", "--tensorboard", "--no-tensorboard", "--ops",
-    "--context_length", "--rope_theta", "--model", "--model_name", "--dropout",
-    "--drop_rate", "--qkv_bias",
-    "--no-qkv_bias", "--tied_head", "--no-tied_head", "--eval_train", "--no-eval_train",
-    "--eval_first", "--no-eval_first", "--init",
-}  # fmt: skip
+    "--no-resume",
+    "--dry_run",
+    "--no-dry_run",
+    "--tensorboard",
+    "--no-tensorboard",
+    "--ops",
+    "--context_length",
+    "--rope_theta",
+    "--model",
+    "--model_name",
+    "--dropout",
+    "--drop_rate",
+    "--qkv_bias",
+    "--no-qkv_bias",
+    "--tied_head",
+    "--no-tied_head",
+    "--eval_train",
+    "--no-eval_train",
+    "--eval_first",
+    "--no-eval_first",
+    "--init",
+}
 HELP = {"-h", "--help"}
 
 
@@ -136,7 +170,7 @@ def all_flags() -> str:
     for name in CONFIGS:
         for _, each in settings_of(config_of(name)).values():
             facts = each.metadata
-            parts = [name, flag_of(each), repr(each.default), facts["unit"], facts["choices"]]
+            parts = [name, flag_of(each), repr(each.default), facts["unit"], choices_of(each)]
             lines.append(" | ".join([*map(str, parts), facts["help"]]))
     return "\n".join(lines) + "\n"
 

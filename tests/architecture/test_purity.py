@@ -14,20 +14,51 @@ SOURCES = [*sorted((ROOT / "cs_lm").rglob("*.py")), ROOT / "run_clm.py"]
 COMPARES_WITH_TORCH = {"cs_lm/cli/selfcheck.py"}
 
 FORBIDDEN_MODULES = (
-    "torch.nn.functional", "torch.nn.init", "torch.nn.utils", "torch.nn.modules",
-    "torch.utils.data", "torch.optim.lr_scheduler", "torch.ops",
-)  # fmt: skip
+    "torch.nn.functional",
+    "torch.nn.init",
+    "torch.nn.utils",
+    "torch.nn.modules",
+    "torch.utils.data",
+    "torch.optim.lr_scheduler",
+    "torch.ops",
+)
 ALLOWED_CONTAINERS = {
     "torch.nn": {"Module", "Parameter", "ModuleList"},
     "torch.optim": {"Optimizer"},
 }
 FORBIDDEN_OPERATIONS = {
-    "softmax", "log_softmax", "layer_norm", "rms_norm", "native_layer_norm", "batch_norm",
-    "group_norm", "embedding", "dropout", "gelu", "silu", "relu", "relu_", "elu", "leaky_relu",
-    "scaled_dot_product_attention", "cross_entropy", "cross_entropy_loss", "nll_loss", "linear",
-    "multi_head_attention_forward", "clip_grad_norm_", "feature_dropout", "alpha_dropout",
-    "_softmax", "_log_softmax", "softplus", "celu", "selu", "prelu", "bilinear",
-}  # fmt: skip
+    "softmax",
+    "log_softmax",
+    "layer_norm",
+    "rms_norm",
+    "native_layer_norm",
+    "batch_norm",
+    "group_norm",
+    "embedding",
+    "dropout",
+    "gelu",
+    "silu",
+    "relu",
+    "relu_",
+    "elu",
+    "leaky_relu",
+    "scaled_dot_product_attention",
+    "cross_entropy",
+    "cross_entropy_loss",
+    "nll_loss",
+    "linear",
+    "multi_head_attention_forward",
+    "clip_grad_norm_",
+    "feature_dropout",
+    "alpha_dropout",
+    "_softmax",
+    "_log_softmax",
+    "softplus",
+    "celu",
+    "selu",
+    "prelu",
+    "bilinear",
+}
 # Our own operations have the field's names too: they are reached through these.
 OUR_RECORDS = {"ops", "clear_ops", "CLEAR", "FAST", "record", "gradients"}
 

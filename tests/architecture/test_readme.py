@@ -16,11 +16,21 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LINKS = re.findall(r"\[`([\w.]+)`\]\(([\w./]+)#L(\d+)\)", README)
 PARTS = (
-    "BPE tokenizer", "encode_iterable", "Linear", "Embedding", "RMSNorm", "RoPE", "SwiGLU",
-    "stable log-softmax", "cross-entropy calculator",
+    "BPE tokenizer",
+    "encode_iterable",
+    "Linear",
+    "Embedding",
+    "RMSNorm",
+    "RoPE",
+    "SwiGLU",
+    "stable log-softmax",
+    "cross-entropy calculator",
     "AdamW, a subclass of `torch.optim.Optimizer`",
-    "gradient clipper", "LR scheduler", "memmap manager", "checkpoint manager",
-)  # fmt: skip
+    "gradient clipper",
+    "LR scheduler",
+    "memmap manager",
+    "checkpoint manager",
+)
 
 
 def readme_commands() -> list[list[str]]:

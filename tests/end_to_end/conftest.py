@@ -38,9 +38,13 @@ def run_script(folder: Path, *argv: str, **options) -> subprocess.CompletedProce
     """`python run_clm.py` as a user starts it, in a folder of its own."""
     return subprocess.run(
         [sys.executable, ROOT / "run_clm.py", *laid_over(argv)],
-        cwd=folder, capture_output=True, text=True, encoding="utf-8",
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, **options,
-    )  # fmt: skip
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        **options,
+    )
 
 
 def last_checkpoint(run: Path) -> dict[str, Any]:

@@ -20,8 +20,10 @@ def in_a_folder(tmp_path, monkeypatch):
 TRAIN_CASES = [
     ("--corpus_path no.txt", "--corpus_path: got 'no.txt', which is not a file, folder or"),
     ("--corpus_path empty.txt", "--corpus_path: 'empty.txt' is empty; need a UTF-8 text file"),
-    ("--corpus_path latin.txt", "not UTF-8 at byte offset 3 (0xe9); convert it to UTF-8, or pass "
-                                "--encoding_errors replace"),
+    (
+        "--corpus_path latin.txt",
+        "not UTF-8 at byte offset 3 (0xe9); convert it to UTF-8, or pass --encoding_errors replace",
+    ),
     ("--corpus_path short.txt", "training text: got 1 tokens, need at least 17"),
     ("--valid_path short.txt", "validation text: got 2 tokens, need at least 17"),
     ("--valid_path no.txt", "--valid_path: got 'no.txt', which is not a file"),
@@ -36,7 +38,7 @@ TRAIN_CASES = [
     ("--resume --out_dir none", "holds no checkpoint; check --out_dir, or start the run without"),
     ("--prompt=", "--prompt: got an empty text, need at least one character"),
     ("--vocab_path v.json --merges_path empty.txt", "--vocab_path: got 'v.json', which is not a"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("argv, message", TRAIN_CASES, ids=[argv for argv, _ in TRAIN_CASES])
@@ -58,8 +60,11 @@ def test_every_wrong_argument_at_once(capsys):
         assert train([*argv, *more]) == 2
         lines = capsys.readouterr().err.splitlines()
         assert sorted(line.split(":")[1].strip() for line in lines) == [
-            "--corpus_path", "--device", "--lr", "--num_heads",
-        ]  # fmt: skip
+            "--corpus_path",
+            "--device",
+            "--lr",
+            "--num_heads",
+        ]
 
 
 def test_encoding_errors_is_the_way_out(capsys):

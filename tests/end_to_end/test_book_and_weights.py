@@ -9,8 +9,9 @@ from cs_lm.cli import book
 from cs_lm.cli.commands import main as command
 from cs_lm.cli.train import main as train
 from cs_lm.config.flags import FlagParser, add_flags, config_from_flags
-from cs_lm.config.run import GPT2Config, RunConfig, named_run
-from cs_lm.optim.schedule import learning_rate, num_training_steps
+from cs_lm.config.model import GPT2Config
+from cs_lm.config.run import RunConfig, named_run
+from cs_lm.optim.schedule import learning_rate
 from cs_lm.training.metrics_log import read_metrics
 from cs_lm.training.run_dir import RunFolder, load_trained
 
@@ -31,7 +32,7 @@ def test_settings_are_the_books(work):
     assert config.model == GPT2Config(
         768, 12, 3072, 50257, 12, 256, 0.1, qkv_bias=False, tied_head=False, init="torch"
     )
-    steps = num_training_steps(config, 4631)
+    steps = config.num_steps(4631)
     assert steps == 90
     assert {learning_rate(step, steps, config.optim) for step in range(steps)} == {4e-4}
     assert config.optim.weight_decay == 0.1 and config.optim.max_norm == float("inf")
@@ -50,8 +51,14 @@ def test_the_experiment_by_command(work, monkeypatch, capsys):
     valid = [r for r in read_metrics(work / "run" / "metrics.jsonl") if r["kind"] == "valid"]
     assert [r["step"] for r in valid] == [1, 5, 10, 15, 18]
     *_, first, middle, last = shown.splitlines()
-    assert first.split() == ["1", "9.781", "9.933", "1", f"{valid[0]['train_loss_nats']:.3f}",
-                             f"{valid[0]['loss_nats']:.3f}"]  # fmt: skip
+    assert first.split() == [
+        "1",
+        "9.781",
+        "9.933",
+        "1",
+        f"{valid[0]['train_loss_nats']:.3f}",
+        f"{valid[0]['loss_nats']:.3f}",
+    ]
     assert middle.split()[3] == "15" and last.split()[:4] == ["86", "0.391", "6.452", "18"]
     assert command(["book", "--max_steps", "18", "--out_dir", "run"]) == 0  # only shows it
     assert "18 already" in capsys.readouterr().out
@@ -138,7 +145,7 @@ def test_a_tokenizer_that_is_too_large_leaves_nothing(work, capsys):
         ("--dropout 0.1", "--dropout: has no effect with --model transformer; leave it out"),
         ("--model gpt2-small --dropout 1", "--dropout: got 1.0, need 0 to 0.99"),
     ],
-)  # fmt: skip
+)
 def test_flags_that_do_not_go_with_the_model(argv, message, work, capsys):
     assert train([*argv.split(), "--dry_run"]) == 2
     assert capsys.readouterr().err.startswith(f"error: {message}")

@@ -75,11 +75,23 @@ def test_generate_from_an_argument_and_a_file(capsys, tmp_path):
 
 def generate_in_a_process(standard_input: str, *argv: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "cs_lm", "generate", "--out_dir", RUN, "--max_new_tokens", "9",
-         *argv],
-        input=standard_input, capture_output=True, text=True, encoding="utf-8",
+        [
+            sys.executable,
+            "-m",
+            "cs_lm",
+            "generate",
+            "--out_dir",
+            RUN,
+            "--max_new_tokens",
+            "9",
+            *argv,
+        ],
+        input=standard_input,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    )
 
 
 def test_generate_from_standard_input():

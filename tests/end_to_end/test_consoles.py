@@ -23,8 +23,17 @@ def test_every_command_survives(encoding, tmp_path, finished_run):
     """Samples, prompts, reports and plots with characters that the console does not have."""
     write_corpus(tmp_path)
     prompt = "née 🙂 北"
-    argv = [*TINY, "--corpus_path", "animals.txt", "--max_steps", "4", "--sample_interval", "2",
-            "--prompt", prompt]  # fmt: skip
+    argv = [
+        *TINY,
+        "--corpus_path",
+        "animals.txt",
+        "--max_steps",
+        "4",
+        "--sample_interval",
+        "2",
+        "--prompt",
+        prompt,
+    ]
     settings = {"cwd": tmp_path, "capture_output": True, "env": environment(encoding)}
     program = [sys.executable, ROOT / "run_clm.py"]
     found = subprocess.run([*program, *laid_over(argv)], **settings)
@@ -35,8 +44,10 @@ def test_every_command_survives(encoding, tmp_path, finished_run):
     if encoding == "cp1252":
         return  # one encoding for the other commands
     run = ["--out_dir", "runs/animals"]
-    files = [f"--{name}_path=runs/animals/tokenizer/{name}.{end}"
-             for name, end in (("vocab", "json"), ("merges", "txt"))]  # fmt: skip
+    files = [
+        f"--{name}_path=runs/animals/tokenizer/{name}.{end}"
+        for name, end in (("vocab", "json"), ("merges", "txt"))
+    ]
     for command in (
         ["generate", *run, "--prompt", prompt, "--max_new_tokens", "20"],
         ["generate", *run, "--prompt", prompt, "--max_new_tokens", "5", "--num_samples", "2"],
@@ -50,15 +61,29 @@ def test_every_command_survives(encoding, tmp_path, finished_run):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no arguments of bytes")
 def test_bytes_that_are_no_text_are_refused_in_one_line(finished_run):
-    command = [*map(os.fsencode, COMMAND), b"generate", b"--out_dir", b"runs/animals",
-               b"--prompt", b"caf\xe9"]  # fmt: skip
+    command = [
+        *map(os.fsencode, COMMAND),
+        b"generate",
+        b"--out_dir",
+        b"runs/animals",
+        b"--prompt",
+        b"caf\xe9",
+    ]
     found = subprocess.run(
         command, cwd=finished_run, capture_output=True, text=True, env=environment("utf-8")
     )
     assert found.returncode == 2
     assert found.stderr == "error: --prompt: got 'caf\\udce9', need text that UTF-8 can hold\n"
-    argv = [os.fsencode(sys.executable), os.fsencode(ROOT / "run_clm.py"), b"--corpus_path",
-            b"animals.txt", b"--out_dir", b"new", b"--prompt", b"caf\xe9"]  # fmt: skip
+    argv = [
+        os.fsencode(sys.executable),
+        os.fsencode(ROOT / "run_clm.py"),
+        b"--corpus_path",
+        b"animals.txt",
+        b"--out_dir",
+        b"new",
+        b"--prompt",
+        b"caf\xe9",
+    ]
     found = subprocess.run(argv, cwd=finished_run, capture_output=True, env=environment("utf-8"))
     assert found.returncode == 2 and found.stderr.count(b"\n") == 1
 
@@ -69,9 +94,13 @@ def test_a_session_outlives_what_is_typed(finished_run):
     ours, theirs = pty.openpty()
     command = [*COMMAND, "generate", "--out_dir", "runs/animals", "--max_new_tokens", "3"]
     process = subprocess.Popen(
-        command, cwd=finished_run, stdin=theirs, stdout=theirs, stderr=theirs,
+        command,
+        cwd=finished_run,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
         env={**environment("utf-8"), "TERM": "dumb"},
-    )  # fmt: skip
+    )
     os.close(theirs)
     shown = b""
 
@@ -94,21 +123,48 @@ def test_a_session_outlives_what_is_typed(finished_run):
 
 
 def test_words_that_begin_with_a_dash(finished_run, tmp_path):
-    argv = ["generate", "--out_dir", "runs/animals", "--prompt", "- The cat", "--max_new_tokens",
-            "4", "--stop", "-x", "--", "--seed", "3"]  # fmt: skip
+    argv = [
+        "generate",
+        "--out_dir",
+        "runs/animals",
+        "--prompt",
+        "- The cat",
+        "--max_new_tokens",
+        "4",
+        "--stop",
+        "-x",
+        "--",
+        "--seed",
+        "3",
+    ]
     found = subprocess.run(
-        [*COMMAND, *argv], cwd=finished_run, capture_output=True, text=True,
+        [*COMMAND, *argv],
+        cwd=finished_run,
+        capture_output=True,
+        text=True,
         env=environment("utf-8"),
-    )  # fmt: skip
+    )
     assert found.returncode == 0 and found.stdout.startswith("- The cat"), found.stderr
 
 
 def test_a_flag_given_twice_is_refused_and_lists_collect(finished_run):
-    argv = [sys.executable, ROOT / "run_clm.py", "--lr", "1", "--lr=2", "--compile",
-            "--no-compile", "--corpus_path", "animals.txt", "--corpus_path", "none.txt",
-            "--dry_run"]  # fmt: skip
-    found = subprocess.run(argv, cwd=finished_run, capture_output=True, text=True,
-                           env=environment("utf-8"))  # fmt: skip
+    argv = [
+        sys.executable,
+        ROOT / "run_clm.py",
+        "--lr",
+        "1",
+        "--lr=2",
+        "--compile",
+        "--no-compile",
+        "--corpus_path",
+        "animals.txt",
+        "--corpus_path",
+        "none.txt",
+        "--dry_run",
+    ]
+    found = subprocess.run(
+        argv, cwd=finished_run, capture_output=True, text=True, env=environment("utf-8")
+    )
     assert found.returncode == 2 and found.stderr.splitlines() == [
         "error: --lr: is given 2 times (--lr, --lr); give it once",
         "error: --compile: is given 2 times (--compile, --no-compile); give it once",

@@ -34,17 +34,24 @@ def test_interrupt(command, number, finished_run, tmp_path):
     argv = {
         "train-tokenizer": ["--vocab_path", "vocab.json", "--merges_path", "merges.txt"],
         "encode": [
-            "--store", "store", "--vocab_path", str(run / "tokenizer" / "vocab.json"),
-            "--merges_path", str(run / "tokenizer" / "merges.txt"),
+            "--store",
+            "store",
+            "--vocab_path",
+            str(run / "tokenizer" / "vocab.json"),
+            "--merges_path",
+            str(run / "tokenizer" / "merges.txt"),
         ],
-    }[command]  # fmt: skip
+    }[command]
     process = subprocess.Popen(
         [sys.executable, "-m", "cs_lm", command, *argv, "--corpus_path", "-", "--num_workers", "2"],
-        cwd=tmp_path, stdin=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        cwd=tmp_path,
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         # a shell's background job starts with the signal ignored, and Python leaves it so
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    )
     for _ in range(20):  # far more than a pipe holds: it is read from, by now
         process.stdin.write(b"The cat sat on the mat, it was so.\n" * 8000)
     process.stdin.flush()
@@ -75,11 +82,14 @@ def test_the_script_passes_signals_on(number, tmp_path):
     flags = [*TINY, "--corpus_path", "animals.txt", "--corpus_size", "animals"]
     flags += ["--max_steps", "100000", "--num_epochs", "1e6", "--out_dir", "run"]
     process = subprocess.Popen(
-        ["bash", tmp_path / "run_clm.sh", *flags], stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, start_new_session=True, encoding="utf-8",
+        ["bash", tmp_path / "run_clm.sh", *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        encoding="utf-8",
         env={**os.environ, "CS_LM_VENV": str(venv), "PYTHONPATH": str(ROOT)},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    )
     for line in process.stdout:
         if line.startswith("step 5/"):
             break

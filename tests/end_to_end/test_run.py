@@ -44,12 +44,18 @@ def test_a_run_leaves_these_files(finished_run):
     run = finished_run / "runs" / "animals"
     left = {p.relative_to(run).as_posix() for p in run.rglob("*") if p.is_file()}
     assert left - {"loss.png"} == {
-        "metrics.jsonl", "lock",
-        *(f"checkpoints/{name}/{file}" for name in ("step-00000020", "step-00000040",
-          "best-00000040") for file in ("state.pt", "manifest.json")),
-        "tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/end_tokens.json",
+        "metrics.jsonl",
+        "lock",
+        *(
+            f"checkpoints/{name}/{file}"
+            for name in ("step-00000020", "step-00000040", "best-00000040")
+            for file in ("state.pt", "manifest.json")
+        ),
+        "tokenizer/vocab.json",
+        "tokenizer/merges.txt",
+        "tokenizer/end_tokens.json",
         "tokenizer/special_tokens.json",
-    }  # fmt: skip
+    }
 
 
 def test_metrics(finished_run):
@@ -115,9 +121,12 @@ def test_interrupted_and_resumed_is_the_uninterrupted_run(tmp_path, sampling):
     assert whole.returncode == 0, whole.stderr
     process = subprocess.Popen(
         [sys.executable, ROOT / "run_clm.py", *laid_over(argv), "--out_dir", "cut"],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    )
     for line in process.stdout:
         if line.startswith("step 30/200"):
             process.send_signal(signal.SIGINT)
@@ -168,8 +177,16 @@ def test_tensorboard_events(tmp_path):
 def test_dry_run_of_the_embedded_default_writes_nothing(tmp_path):
     result = run_script(tmp_path, "--dry_run", "--max_steps", "50")
     assert result.returncode == 0, result.stderr
-    for row in ("parameters", "FLOPs a token", "steps", "trained tokens", "memory", "disk",
-                "lr at step 0", "lr at step 49"):  # fmt: skip
+    for row in (
+        "parameters",
+        "FLOPs a token",
+        "steps",
+        "trained tokens",
+        "memory",
+        "disk",
+        "lr at step 0",
+        "lr at step 49",
+    ):
         assert re.search(rf"^{row} ", result.stdout, re.MULTILINE), row
     assert list(tmp_path.iterdir()) == []
 
@@ -260,11 +277,20 @@ def test_training_outlives_its_terminal(tmp_path):
     """A closed pipe ends the display, not the run."""
     write_corpus(tmp_path)
     process = subprocess.Popen(
-        [sys.executable, ROOT / "run_clm.py", *TINY, "--corpus_path", "animals.txt",
-         "--max_steps", "60"],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [
+            sys.executable,
+            ROOT / "run_clm.py",
+            *TINY,
+            "--corpus_path",
+            "animals.txt",
+            "--max_steps",
+            "60",
+        ],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    )
     for line in process.stdout:
         if line.startswith(b"training"):
             break

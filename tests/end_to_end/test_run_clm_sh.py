@@ -29,9 +29,12 @@ def words_of(tmp_path, *argv) -> list[str]:
     stamp = (ROOT / "pyproject.toml").read_bytes() + (ROOT / "constraints.txt").read_bytes()
     (tmp_path / "venv" / "installed-ui").write_bytes(stamp)
     shown = subprocess.run(
-        ["bash", tmp_path / "run_clm.sh", *argv], capture_output=True, text=True, check=True,
+        ["bash", tmp_path / "run_clm.sh", *argv],
+        capture_output=True,
+        text=True,
+        check=True,
         env={**os.environ, "CS_LM_VENV": str(tmp_path / "venv"), "PYTHON": sys.executable},
-    ).stdout  # fmt: skip
+    ).stdout
     return shown.splitlines()[1:]
 
 

@@ -4,16 +4,18 @@ import pytest
 import torch
 from torch import nn
 
-from cs_lm.config.run import ModelConfig
-from cs_lm.inference.generate import DecodingConfig, generate
+from cs_lm.config.model import ModelConfig
+from cs_lm.inference.generate import generate
+from cs_lm.inference.sampling import DecodingConfig
 from cs_lm.models.base import next_token_loss
 from cs_lm.models.layers import Linear, RMSNorm, SwiGLU
 from cs_lm.models.transformer import TransformerBlock, TransformerLM
 from cs_lm.ops.fused import FAST
 from cs_lm.ops.reference import CLEAR, cross_entropy
 
-CONFIG = ModelConfig(d_model=12, num_heads=2, d_ff=20, vocab_size=17, num_layers=1,
-                     context_length=8)  # fmt: skip
+CONFIG = ModelConfig(
+    d_model=12, num_heads=2, d_ff=20, vocab_size=17, num_layers=1, context_length=8
+)
 
 
 class Doubled(Linear):
@@ -90,15 +92,25 @@ def clear_ops(block):
 
 
 CHANGES = [
-    bias, bias_in_feed_forward, wrapped_in_feed_forward, second_eps, first_eps,
-    subclass, other_feed_forward, wrapped, forward_hook,
-    forward_pre_hook, own_forward, other_norm, clear_ops,
-]  # fmt: skip
+    bias,
+    bias_in_feed_forward,
+    wrapped_in_feed_forward,
+    second_eps,
+    first_eps,
+    subclass,
+    other_feed_forward,
+    wrapped,
+    forward_hook,
+    forward_pre_hook,
+    own_forward,
+    other_norm,
+    clear_ops,
+]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_training_computes_what_evaluation_does(change, generator):
-    model = TransformerLM(CONFIG, FAST, generator)
+    model = TransformerLM(CONFIG, FAST, generator=generator)
     ids = torch.tensor([[1, 2, 3, 4, 5]])
     before = model(ids).detach()
     change(model.layers[0])
@@ -111,7 +123,7 @@ def test_training_computes_what_evaluation_does(change, generator):
 
 @pytest.mark.parametrize("change", ["bias", "hook", "wrapped"])
 def test_a_changed_head_counts_in_the_loss_and_in_decoding(change, generator):
-    model = TransformerLM(CONFIG, FAST, generator)
+    model = TransformerLM(CONFIG, FAST, generator=generator)
     ids, targets = torch.tensor([[1, 2, 3]]), torch.tensor([[4, 5, 6]])
     before = next_token_loss(model, ids, targets)[0].item()
     if change == "bias":
@@ -132,7 +144,7 @@ def loss_of(logits, targets):
 
 
 def test_backward_hooks_are_called(generator):
-    model = TransformerLM(CONFIG, FAST, generator)
+    model = TransformerLM(CONFIG, FAST, generator=generator)
     called = []
     for module in (model.layers[0].ffn, model.layers[0].attn.k_proj):
         module.register_full_backward_hook(lambda *_: called.append(1))
@@ -147,7 +159,7 @@ def test_a_block_as_it_was_made_runs_as_one(generator, monkeypatch):
     monkeypatch.setattr(
         TransformerBlock, "_as_one", lambda self, *given: calls.append(1) or as_one(self, *given)
     )
-    model = TransformerLM(CONFIG, FAST, generator)
+    model = TransformerLM(CONFIG, FAST, generator=generator)
     second_eps(model.layers[0])  # two epsilons are no obstacle
     model(torch.tensor([[1, 2]]))
     assert calls == [1] and type(model.layers[0].ln1) is RMSNorm

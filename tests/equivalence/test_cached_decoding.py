@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cs_lm.config.run import GPT2Config, ModelConfig
-from cs_lm.inference.generate import DecodingConfig, generate
+from cs_lm.config.model import GPT2Config, ModelConfig
+from cs_lm.inference.generate import generate
+from cs_lm.inference.sampling import DecodingConfig
 from cs_lm.models.base import cast_weights, new_cache
 from cs_lm.models.kv_cache import KVCache
 from cs_lm.models.registry import build_model
@@ -24,7 +25,7 @@ CONTEXT, V = 11, 17
 def model(request):
     ops, kind = request.param
     config = kind(12, 3, 20, V, 2, CONTEXT)
-    model = build_model(config, ops, torch.Generator().manual_seed(4)).double()
+    model = build_model(config, ops, generator=torch.Generator().manual_seed(4)).double()
     for parameter in model.parameters():  # larger than at the start, that the scores differ
         if kind is GPT2Config and parameter.dim() > 1:
             parameter.data *= 10
@@ -98,7 +99,9 @@ class LargestNew(TorchDispatchMode):
 def test_a_step_copies_nothing_of_the_cache(batch_size, dtype, ops):
     length = 60
     config = ModelConfig(12, 3, 20, V, 2, 80)
-    model = cast_weights(TransformerLM(config, ops, torch.Generator().manual_seed(4)), dtype)
+    model = cast_weights(
+        TransformerLM(config, ops, generator=torch.Generator().manual_seed(4)), dtype
+    )
     cache = new_cache(model, batch_size, 80)
     model(torch.ones(batch_size, length, dtype=torch.int64), cache=cache)
     with LargestNew() as largest:
@@ -111,7 +114,7 @@ def test_a_step_copies_nothing_of_the_cache(batch_size, dtype, ops):
 def test_bfloat16_weights_give_nearly_the_same_scores(generator):
     ids = torch.randint(0, V, (2, CONTEXT), generator=generator)
     config = ModelConfig(12, 3, 20, V, 2, CONTEXT)
-    model = TransformerLM(config, FAST, torch.Generator().manual_seed(4))
+    model = TransformerLM(config, FAST, generator=torch.Generator().manual_seed(4))
     expected = model(ids)
     cast_weights(model, torch.bfloat16)
     assert model.rope.cos.dtype == torch.float32, "positions stay exact"

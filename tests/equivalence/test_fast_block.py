@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from cs_lm.config.run import ModelConfig
+from cs_lm.config.model import ModelConfig
 from cs_lm.models.base import next_token_loss
+from cs_lm.models.layers import Factory
 from cs_lm.models.transformer import TransformerBlock, TransformerLM
 from cs_lm.ops import tiled_attention
 from cs_lm.ops.fused import FAST
@@ -29,7 +30,9 @@ def results(block, x, rotation, precision):
 
 
 def block_and_rotation(ops, num_tokens, dtype):
-    block = TransformerBlock(CONFIG, ops, torch.Generator().manual_seed(3)).to(dtype)
+    block = TransformerBlock(CONFIG, ops, factory=Factory(torch.Generator().manual_seed(3))).to(
+        dtype
+    )
     angle = torch.randn(num_tokens, D // H // 2, generator=torch.Generator().manual_seed(4))
     return block, (angle.cos().to(dtype), angle.sin().to(dtype))
 
@@ -85,7 +88,7 @@ def test_what_it_cannot_do_goes_the_plain_way(what, generator):
     }
     scores = []
     for ops in (FAST, CLEAR):
-        model = TransformerLM(CONFIG, ops, torch.Generator().manual_seed(0))
+        model = TransformerLM(CONFIG, ops, generator=torch.Generator().manual_seed(0))
         scores.append(model(ids, **{what: options[what]}).detach())
         assert (model(ids).detach() - scores[-1]).abs().max() > 1e-3
     close(*scores, DEEP)

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from cs_lm.config.run import ModelConfig, OptimConfig
+from cs_lm.config.model import ModelConfig
+from cs_lm.config.optim import OptimConfig
 from cs_lm.models.transformer import TransformerLM
 from cs_lm.ops.fused import OPS
-from cs_lm.optim.adamw import AdamW, parameter_groups
+from cs_lm.optim.adamw import AdamW
+from cs_lm.optim.param_groups import parameter_groups
 from cs_lm.optim.schedule import learning_rate
 from cs_lm.training.step import train_step
 from tests.tolerances import PINNED
@@ -26,7 +28,7 @@ def tokens() -> torch.Tensor:
 
 def losses(ops: str) -> list[float]:
     generator = torch.Generator().manual_seed(0)
-    model = TransformerLM(ModelConfig(12, 3, 20, V, 2, T), OPS[ops], generator)
+    model = TransformerLM(ModelConfig(12, 3, 20, V, 2, T), OPS[ops], generator=generator)
     optim = OptimConfig(1e-2, 1e-3, 0.1, 0.9, 0.1, (0.9, 0.95), 1e-8, 1.0)
     optimizer = AdamW(parameter_groups(model, optim.weight_decay), betas=optim.betas, eps=optim.eps)
     text = tokens()

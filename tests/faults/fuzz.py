@@ -31,10 +31,21 @@ def _fuzz(name: str, folder: Path, seconds: int) -> int:
     (folder / name).mkdir(parents=True, exist_ok=True)
     limits = ["-rss_limit_mb=3000", "-timeout=20", "-max_len=20000", "-seed=1"]
     result = subprocess.run(
-        [sys.executable, "-m", "tests.faults.fuzz_target", name, str(folder / name), *limits,
-         f"-max_total_time={seconds}", f"-artifact_prefix={folder}/{name}-"],
-        capture_output=True, text=True, encoding="utf-8", errors="replace",
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "tests.faults.fuzz_target",
+            name,
+            str(folder / name),
+            *limits,
+            f"-max_total_time={seconds}",
+            f"-artifact_prefix={folder}/{name}-",
+        ],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+    )
     shown = result.stdout + result.stderr
     runs = re.search(r"Done (\d+) runs", shown)
     covered = re.findall(r"cov: (\d+)", shown)

@@ -75,8 +75,11 @@ class Watched:
         if not seen:
             return {}
         chosen = [seen[len(seen) // 10], seen[len(seen) // 2], seen[-1]]
-        return {"rss_mb": [mb for mb, _ in chosen], "open_files": [n for _, n in chosen],
-                "longest_life_s": len(seen) / 10}  # fmt: skip
+        return {
+            "rss_mb": [mb for mb, _ in chosen],
+            "open_files": [n for _, n in chosen],
+            "longest_life_s": len(seen) / 10,
+        }
 
 
 def wait_or_kill(child: int, seconds: float) -> int | None:
@@ -164,11 +167,13 @@ def main() -> None:
     config = replace(
         CONFIG,
         {
-            "max_steps": asked.max_steps, "log_interval": asked.log_interval,
-            "save_interval": asked.save_interval, "eval_interval": 3 * asked.save_interval,
+            "max_steps": asked.max_steps,
+            "log_interval": asked.log_interval,
+            "save_interval": asked.save_interval,
+            "eval_interval": 3 * asked.save_interval,
             "sample_interval": 6 * asked.save_interval,
         },
-    )  # fmt: skip
+    )
     with tempfile.TemporaryDirectory() as work:
         began = time.monotonic()
         found = kill_many(Path(work), asked.kills, asked.least_s, asked.most_s, asked.seed, config)

@@ -11,7 +11,7 @@ import torch
 
 from cs_lm.cli.commands import main as command
 from cs_lm.config.fields import replace, to_json
-from cs_lm.config.run import GPT2Config
+from cs_lm.config.model import GPT2Config
 from cs_lm.data.batches import BatchSource
 from cs_lm.data.token_store import ArrayTokens
 from cs_lm.models.base import next_token_loss
@@ -117,9 +117,16 @@ def test_what_is_written_out_and_the_replay(work):
 
 def test_the_replay_drops_what_the_step_dropped(work):
     """Each micro-batch again with its own dropout: the same losses, whatever came in between."""
-    config = GPT2Config(d_model=12, num_heads=2, d_ff=20, vocab_size=40, num_layers=2,
-                        context_length=8, drop_rate=0.4)  # fmt: skip
-    model = build_model(config, OPS["fast"], torch.Generator().manual_seed(0))
+    config = GPT2Config(
+        d_model=12,
+        num_heads=2,
+        d_ff=20,
+        vocab_size=40,
+        num_layers=2,
+        context_length=8,
+        drop_rate=0.4,
+    )
+    model = build_model(config, OPS["fast"], generator=torch.Generator().manual_seed(0))
     source = BatchSource(ArrayTokens(np.arange(400) % 40), 2, 8, 0, "random", torch.device("cpu"))
     model.seed_dropout(77)
     losses = [gradients_of(model, [source(number)]).item() for number in (4, 5, 6)]
@@ -137,9 +144,14 @@ def test_scores_that_are_no_numbers_name_the_checkpoint(work, capsys):
     with torch.no_grad():
         trainer.model.ln_final.weight[3] = math.nan
     content = checkpoint_content(
-        trainer.model, trainer.optimizer, 4, config=to_json(trainer.config), elapsed_s=0.0,
-        tokenizer_fingerprint=data.tokenizer.fingerprint, trained_tokens=0,
-    )  # fmt: skip
+        trainer.model,
+        trainer.optimizer,
+        4,
+        config=to_json(trainer.config),
+        elapsed_s=0.0,
+        tokenizer_fingerprint=data.tokenizer.fingerprint,
+        trained_tokens=0,
+    )
     RunFolder(work / "run").checkpoints.save(content)
     argv = ["generate", "--out_dir", "run", "--prompt", "The cat", "--checkpoint", "last"]
     for more in ([], ["--temperature", "0"], ["--top_k", "3"], ["--top_p", "0.5"]):

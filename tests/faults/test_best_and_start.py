@@ -71,8 +71,20 @@ def test_a_best_of_an_earlier_version_is_kept_for_the_same_settings(trained, cap
 
 
 def test_a_run_begins_with_the_weights_of_another(trained, work, capsys):
-    flags = ["--corpus_path", "other.txt", "--out_dir", "tuned", "--max_steps", "2",
-             "--seq_length", "16", "--batch_size", "4", "--device", "cpu"]  # fmt: skip
+    flags = [
+        "--corpus_path",
+        "other.txt",
+        "--out_dir",
+        "tuned",
+        "--max_steps",
+        "2",
+        "--seq_length",
+        "16",
+        "--batch_size",
+        "4",
+        "--device",
+        "cpu",
+    ]
     assert run_clm(["--init_from", "runs/animals", *flags, "--d_model", "32"]) == 2
     assert "--d_model: got 32, but --init_from has 16" in capsys.readouterr().err
     assert run_clm(["--init_from", "runs/animals", *flags, "--dry_run"]) == 0
@@ -98,8 +110,20 @@ def test_a_run_begins_with_the_weights_of_another(trained, work, capsys):
 def test_a_run_begins_with_exported_weights(trained, capsys):
     pytest.importorskip("safetensors", reason="safetensors is not installed")
     assert command(["export-weights", "--out_dir", "runs/animals", "--to", "weights"]) == 0
-    flags = ["--corpus_path", "other.txt", "--out_dir", "tuned", "--max_steps", "1",
-             "--seq_length", "16", "--batch_size", "2", "--device", "cpu"]  # fmt: skip
+    flags = [
+        "--corpus_path",
+        "other.txt",
+        "--out_dir",
+        "tuned",
+        "--max_steps",
+        "1",
+        "--seq_length",
+        "16",
+        "--batch_size",
+        "2",
+        "--device",
+        "cpu",
+    ]
     assert run_clm(["--init_from", "weights", *flags]) == 0
     assert (RunFolder("tuned").checkpoints.path(1) / STATE).is_file()
 

@@ -129,9 +129,20 @@ def test_the_command_is_killed_and_given_again(work, number):
     (work / "text.txt").write_text(text_of(1_500_000), encoding="utf-8")
     TOKENIZER.save(work / "vocab.json", work / "merges.txt")
     argv = [
-        sys.executable, "-m", "cs_lm", "encode", "--corpus_path", "text.txt",
-        "--special_tokens", "<|end|>", "--chunk_size", "50000", "--num_workers", "2", "--store",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "cs_lm",
+        "encode",
+        "--corpus_path",
+        "text.txt",
+        "--special_tokens",
+        "<|end|>",
+        "--chunk_size",
+        "50000",
+        "--num_workers",
+        "2",
+        "--store",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([*argv, "whole"], check=True, env=environment, capture_output=True)
     process = subprocess.Popen(

@@ -121,7 +121,7 @@ def test_a_run_outlives_a_disk_that_fails_for_a_while(work, number, capsys):
 
 
 def test_a_disk_that_stays_full_is_said_and_the_run_can_go_on(work, capsys, monkeypatch):
-    monkeypatch.setattr("cs_lm.training.checkpoint_manager.SAVE_AGAIN_S", (0, 0))
+    monkeypatch.setattr("cs_lm.training.async_checkpoint.SAVE_AGAIN_S", (0, 0))
     config = replace(CONFIG, {"max_steps": 12})
     data = prepared(work, config)
     assert trainer_of(work / "quiet", data, config).fit() == 0

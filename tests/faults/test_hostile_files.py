@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cs_lm.config.fields import all_problems, from_json, to_json
-from cs_lm.config.run import ModelConfig, RunConfig
+from cs_lm.config.model import ModelConfig
+from cs_lm.config.run import RunConfig
 from cs_lm.data.token_store import MemmapManager
 from cs_lm.models.stats import num_parameters
 from cs_lm.optim.adamw import AdamW

@@ -16,8 +16,11 @@ KILLS = 200
 def test_killed_200_times():
     result = subprocess.run(
         [sys.executable, "-m", "tests.faults.kill_runs", "--kills", str(KILLS)],
-        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     found = json.loads(result.stdout)
     print(result.stdout)

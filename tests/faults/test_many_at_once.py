@@ -19,19 +19,35 @@ from tests.faults.tiny_run import CONFIG, prepared, train
 
 # Two vocabularies, and another text under the same name.
 RUNS = [
-    ("a", "x/train.txt", "300"), ("b", "x/train.txt", "300"), ("c", "x/train.txt", "280"),
+    ("a", "x/train.txt", "300"),
+    ("b", "x/train.txt", "300"),
+    ("c", "x/train.txt", "280"),
     ("d", "y/train.txt", "300"),
-]  # fmt: skip
+]
 
 
 def start(folder, out_dir, corpus, vocab_size):
-    argv = [*TINY, "--corpus_path", corpus, "--vocab_size", vocab_size, "--max_steps", "4",
-            "--out_dir", out_dir, "--chunk_size", "300"]  # fmt: skip
+    argv = [
+        *TINY,
+        "--corpus_path",
+        corpus,
+        "--vocab_size",
+        vocab_size,
+        "--max_steps",
+        "4",
+        "--out_dir",
+        out_dir,
+        "--chunk_size",
+        "300",
+    ]
     return subprocess.Popen(
-        [sys.executable, ROOT / "run_clm.py", *laid_over(argv)], cwd=folder,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
+        [sys.executable, ROOT / "run_clm.py", *laid_over(argv)],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
 
 
 def weights(folder, out_dir):
@@ -60,8 +76,9 @@ def test_four_first_starts_at_once(tmp_path):
         assert all(torch.equal(expected[name], actual[name]) for name in expected), out_dir
     made = sorted(path.name for path in (tmp_path / "together" / "data").iterdir())
     assert [name.split("-")[0] for name in made if not name.startswith(".")] == [
-        *["train_chunks"] * 3, *["train_tokenizer"] * 3
-    ]  # fmt: skip
+        *["train_chunks"] * 3,
+        *["train_tokenizer"] * 3,
+    ]
     assert not [name for name in made if name.endswith(".writing")]
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from cs_lm.config.fields import replace
-from cs_lm.config.run import GPT2Config, RunConfig
+from cs_lm.config.model import GPT2Config
+from cs_lm.config.run import RunConfig
 from cs_lm.models.base import next_token_loss
 from cs_lm.training.run_dir import RunFolder
 from tests.faults.tiny_run import CONFIG, assert_same_run, prepared, trainer_of

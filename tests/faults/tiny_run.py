@@ -7,8 +7,11 @@ from typing import Any
 import torch
 
 from cs_lm.cli.train import BAD_NUMBERS
+from cs_lm.config.data import DataConfig
 from cs_lm.config.fields import replace as replaced
-from cs_lm.config.run import DataConfig, ModelConfig, OptimConfig, RunConfig
+from cs_lm.config.model import ModelConfig
+from cs_lm.config.optim import OptimConfig
+from cs_lm.config.run import RunConfig
 from cs_lm.data.prepare import PreparedData, prepare
 from cs_lm.training.metrics_log import MetricsLog
 from cs_lm.training.nonfinite import BadNumbers
@@ -20,9 +23,17 @@ CONFIG = RunConfig(
     ModelConfig(16, 2, 40, 300, 1, 32),
     DataConfig("animals.txt"),
     OptimConfig(lr=1e-2),
-    seq_length=16, batch_size=2, max_steps=60, num_epochs=1e6, device="cpu", log_interval=1,
-    save_interval=3, eval_interval=9, eval_tokens=64, sample_interval=18,
-)  # fmt: skip
+    seq_length=16,
+    batch_size=2,
+    max_steps=60,
+    num_epochs=1e6,
+    device="cpu",
+    log_interval=1,
+    save_interval=3,
+    eval_interval=9,
+    eval_tokens=64,
+    sample_interval=18,
+)
 
 
 def prepared(folder: Path, config: RunConfig = CONFIG) -> PreparedData:

@@ -5,17 +5,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cs_lm.config.run import ModelConfig
+from cs_lm.config.model import ModelConfig
 from cs_lm.data.batches import epoch_starts, permuted, random_starts
 from cs_lm.data.token_store import ArrayTokens
-from cs_lm.inference.generate import keep_top_k, keep_top_p
+from cs_lm.inference.sampling import keep_top_k, keep_top_p
 from cs_lm.models.transformer import TransformerLM
 from cs_lm.ops.fused import FAST
 from cs_lm.ops.reference import CLEAR
 
 V, CONTEXT = 17, 11
 MODELS = [
-    TransformerLM(ModelConfig(12, 3, 20, V, 2, CONTEXT), ops, torch.Generator().manual_seed(0))
+    TransformerLM(
+        ModelConfig(12, 3, 20, V, 2, CONTEXT), ops, generator=torch.Generator().manual_seed(0)
+    )
     .double()
     .requires_grad_(False)
     for ops in (CLEAR, FAST)

@@ -17,10 +17,44 @@ SPECIALS = ["<|endoftext|>", "<|endoftext|><|endoftext|>", "<|", "é"]
 # Pieces that meet at awkward borders: white space of several kinds, contractions, halves of
 # special tokens, letters and digits of other scripts, signs, combining marks.
 PIECES = [
-    " ", "  ", "\n", "\t", "\r\n", "\u00a0", "\u3000", "'", "'s", "'ll", "'l", "''", "a", "b",
-    "the", "The", "1", "²", "Ⅷ", "北京", "é", "e\u0301", "🙂", "-", "...", "<", "<|", "|>",
-    "<|endof", "text|>", "<|endoftext|>", "\u0000", "_", "don't", " 't", "\u200d", "ﬁ",
-]  # fmt: skip
+    " ",
+    "  ",
+    "\n",
+    "\t",
+    "\r\n",
+    "\u00a0",
+    "\u3000",
+    "'",
+    "'s",
+    "'ll",
+    "'l",
+    "''",
+    "a",
+    "b",
+    "the",
+    "The",
+    "1",
+    "²",
+    "Ⅷ",
+    "北京",
+    "é",
+    "e\u0301",
+    "🙂",
+    "-",
+    "...",
+    "<",
+    "<|",
+    "|>",
+    "<|endof",
+    "text|>",
+    "<|endoftext|>",
+    "\u0000",
+    "_",
+    "don't",
+    " 't",
+    "\u200d",
+    "ﬁ",
+]
 texts = st.one_of(st.text(), st.lists(st.sampled_from(PIECES)).map("".join))
 small_words = st.dictionaries(st.text("abc", min_size=1).map(str.encode), st.integers(1, 200))
 

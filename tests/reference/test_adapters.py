@@ -36,9 +36,12 @@ def by_hand_rope(x, positions):
 def block_weights(prefix=""):
     shapes = {
         **{f"attn.{n}_proj.weight": (D, D) for n in ("q", "k", "v", "output")},
-        "ln1.weight": (D,), "ln2.weight": (D,),
-        "ffn.w1.weight": (FF, D), "ffn.w2.weight": (D, FF), "ffn.w3.weight": (FF, D),
-    }  # fmt: skip
+        "ln1.weight": (D,),
+        "ln2.weight": (D,),
+        "ffn.w1.weight": (FF, D),
+        "ffn.w2.weight": (D, FF),
+        "ffn.w3.weight": (FF, D),
+    }
     return {prefix + name: torch.randn(shape) / 3 for name, shape in shapes.items()}
 
 
@@ -113,8 +116,11 @@ def test_attention_with_positions():
 
 @pytest.mark.parametrize("length", [CONTEXT, T, 1])
 def test_whole_model(length):
-    weights = {"token_embeddings.weight": torch.randn(V, D), "ln_final.weight": torch.randn(D),
-               "lm_head.weight": torch.randn(V, D)}  # fmt: skip
+    weights = {
+        "token_embeddings.weight": torch.randn(V, D),
+        "ln_final.weight": torch.randn(D),
+        "lm_head.weight": torch.randn(V, D),
+    }
     for i in range(L):
         weights |= block_weights(f"layers.{i}.")
     ids = torch.randint(0, V, (B, length))

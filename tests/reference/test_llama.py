@@ -3,16 +3,21 @@
 import pytest
 import torch
 
-from cs_lm.config.run import ModelConfig
+from cs_lm.config.model import ModelConfig
 from cs_lm.models.transformer import TransformerLM
 from cs_lm.ops.fused import FAST
 from cs_lm.ops.reference import CLEAR
 from tests.tolerances import OTHER_LIBRARY
 
 CONFIG = ModelConfig(
-    d_model=24, num_heads=3, d_ff=40, vocab_size=61, num_layers=2, context_length=32,
+    d_model=24,
+    num_heads=3,
+    d_ff=40,
+    vocab_size=61,
+    num_layers=2,
+    context_length=32,
     rope_theta=5000.0,
-)  # fmt: skip
+)
 
 
 def pairs_to_halves(weight: torch.Tensor) -> torch.Tensor:
@@ -23,10 +28,16 @@ def pairs_to_halves(weight: torch.Tensor) -> torch.Tensor:
 
 def llama_weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     names = {
-        "output_proj": "o_proj", "attn.": "self_attn.", "ln1": "input_layernorm",
-        "ln2": "post_attention_layernorm", "ffn.w1": "mlp.gate_proj", "ffn.w2": "mlp.down_proj",
-        "ffn.w3": "mlp.up_proj", "ln_final": "norm", "token_embeddings": "embed_tokens",
-    }  # fmt: skip
+        "output_proj": "o_proj",
+        "attn.": "self_attn.",
+        "ln1": "input_layernorm",
+        "ln2": "post_attention_layernorm",
+        "ffn.w1": "mlp.gate_proj",
+        "ffn.w2": "mlp.down_proj",
+        "ffn.w3": "mlp.up_proj",
+        "ln_final": "norm",
+        "token_embeddings": "embed_tokens",
+    }
     converted = {}
     for key, value in state.items():
         if "q_proj" in key or "k_proj" in key:
@@ -40,17 +51,22 @@ def llama_weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("ops", [CLEAR, FAST], ids=["clear", "fast"])
 def test_scores_equal_llama(generator, ops):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    ours = TransformerLM(CONFIG, ops, generator)
+    ours = TransformerLM(CONFIG, ops, generator=generator)
     theirs = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
-            hidden_size=CONFIG.d_model, num_attention_heads=CONFIG.num_heads,
-            num_key_value_heads=CONFIG.num_heads, intermediate_size=CONFIG.d_ff,
-            vocab_size=CONFIG.vocab_size, num_hidden_layers=CONFIG.num_layers,
-            max_position_embeddings=CONFIG.context_length, rms_norm_eps=CONFIG.norm_eps,
+            hidden_size=CONFIG.d_model,
+            num_attention_heads=CONFIG.num_heads,
+            num_key_value_heads=CONFIG.num_heads,
+            intermediate_size=CONFIG.d_ff,
+            vocab_size=CONFIG.vocab_size,
+            num_hidden_layers=CONFIG.num_layers,
+            max_position_embeddings=CONFIG.context_length,
+            rms_norm_eps=CONFIG.norm_eps,
             rope_parameters={"rope_type": "default", "rope_theta": CONFIG.rope_theta},
-            attention_bias=False, tie_word_embeddings=False,
+            attention_bias=False,
+            tie_word_embeddings=False,
         )
-    ).eval()  # fmt: skip
+    ).eval()
     theirs.load_state_dict(llama_weights(ours.state_dict()))
     ids = torch.randint(0, CONFIG.vocab_size, (2, 29), generator=generator)
     with torch.no_grad():

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from cs_lm.config.run import GPT2Config, ModelConfig
+from cs_lm.config.model import GPT2Config, ModelConfig
 from cs_lm.interop.export_weights import write_weights
 from cs_lm.interop.import_weights import read_weights
 from cs_lm.interop.tokenizers import read_tokenizer
@@ -139,11 +139,18 @@ def write(path, content):
 def test_every_file_that_names_tokens_is_honoured(tmp_path):
     saved_pair(tmp_path, ["<|endoftext|>"])
     write(tmp_path / "added_tokens.json", {"<|a|>": 257})
-    write(tmp_path / "special_tokens_map.json",
-          {"eos_token": "<|endoftext|>", "pad_token": {"content": "<|b|>"},
-           "additional_special_tokens": ["<|a|>"]})  # fmt: skip
-    write(tmp_path / "tokenizer_config.json",
-          {"added_tokens_decoder": {"258": {"content": "<|b|>", "special": True}}})  # fmt: skip
+    write(
+        tmp_path / "special_tokens_map.json",
+        {
+            "eos_token": "<|endoftext|>",
+            "pad_token": {"content": "<|b|>"},
+            "additional_special_tokens": ["<|a|>"],
+        },
+    )
+    write(
+        tmp_path / "tokenizer_config.json",
+        {"added_tokens_decoder": {"258": {"content": "<|b|>", "special": True}}},
+    )
     write(tmp_path / "config.json", {"eos_token_id": [257, 256, 50256]})
     tokenizer = read_tokenizer(tmp_path)
     assert tokenizer.encode("x<|a|><|b|><|endoftext|>") == [120, 257, 258, 256]
@@ -221,8 +228,9 @@ def test_a_tokenizer_json_decides(learnt, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8])
 def test_causal_masks_of_any_type_are_no_weights(dtype, tmp_path):
     ours = random_model(MODELS["gpt2"])
-    write_weights(ours, BPETokenizer({i: bytes([i]) for i in range(256)}, []), tmp_path / "out",
-                  "pytorch")  # fmt: skip
+    write_weights(
+        ours, BPETokenizer({i: bytes([i]) for i in range(256)}, []), tmp_path / "out", "pytorch"
+    )
     path = tmp_path / "out" / "pytorch_model.bin"
     state = torch.load(path)
     for i in range(2):
@@ -258,8 +266,15 @@ def test_nanogpt_s_checkpoint(bias, tmp_path):
             x = x.T.contiguous()
         if bias or not name.endswith(".bias"):
             theirs[f"_orig_mod.{name}"] = x
-    arguments = {"n_layer": 2, "n_head": 3, "n_embd": 24, "block_size": 32, "bias": bias,
-                 "vocab_size": V, "dropout": 0.0}  # fmt: skip
+    arguments = {
+        "n_layer": 2,
+        "n_head": 3,
+        "n_embd": 24,
+        "block_size": 32,
+        "bias": bias,
+        "vocab_size": V,
+        "dropout": 0.0,
+    }
     # nanoGPT's feed-forward layers are always four times as wide
     wide = GPT2Config(24, 3, 96, V, 2, 32)
     wider = random_model(wide)
@@ -270,8 +285,14 @@ def test_nanogpt_s_checkpoint(bias, tmp_path):
             theirs.pop(f"_orig_mod.transformer.h.{i}.mlp.{one}.bias", None)
             if bias:
                 theirs[f"_orig_mod.transformer.h.{i}.mlp.{one}.bias"] = layer.bias.clone()
-    content = {"model": theirs, "optimizer": {"state": {}}, "model_args": arguments,
-               "iter_num": 5, "best_val_loss": torch.tensor(1.5), "config": {"x": "y"}}  # fmt: skip
+    content = {
+        "model": theirs,
+        "optimizer": {"state": {}},
+        "model_args": arguments,
+        "iter_num": 5,
+        "best_val_loss": torch.tensor(1.5),
+        "config": {"x": "y"},
+    }
     torch.save(content, tmp_path / "ckpt.pt")
     read = read_weights(tmp_path / "ckpt.pt")
     assert read.config == GPT2Config(24, 3, 96, V, 2, 32, drop_rate=0.0)

@@ -115,9 +115,11 @@ def test_tiktoken_loads_our_rank_file(ours, shakespeare, tmp_path):
     write_tiktoken(ours, tmp_path / "a.tiktoken")
     special = {text: ours.encode(text)[0] for text in ours.special_tokens}
     theirs = tiktoken.Encoding(
-        "ours", pat_str=SPLIT_PATTERN, special_tokens=special,
+        "ours",
+        pat_str=SPLIT_PATTERN,
+        special_tokens=special,
         mergeable_ranks=load_tiktoken_bpe(str(tmp_path / "a.tiktoken")),
-    )  # fmt: skip
+    )
     for text in (AWKWARD, f"x<|a b|>{END}", shakespeare[300_000:400_000]):
         assert theirs.encode(text, allowed_special="all") == ours.encode(text)
     read = read_tiktoken(tmp_path / "a.tiktoken", special)

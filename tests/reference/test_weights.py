@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from cs_lm.config.run import GPT2Config, ModelConfig, named_run
+from cs_lm.config.model import GPT2Config, ModelConfig
+from cs_lm.config.run import named_run
 from cs_lm.interop.export_weights import write_weights
 from cs_lm.interop.import_weights import read_weights
 from cs_lm.interop.tokenizers import read_tokenizer
@@ -68,10 +69,15 @@ def assert_same_weights(one, two):
 def their_gpt2(config=SMALL, seed=5, **changes):
     torch.manual_seed(seed)
     settings = {
-        "n_embd": config.d_model, "n_head": config.num_heads, "n_layer": config.num_layers,
-        "n_inner": config.d_ff, "n_positions": config.context_length,
-        "vocab_size": config.vocab_size, "tie_word_embeddings": config.tied_head, **changes,
-    }  # fmt: skip
+        "n_embd": config.d_model,
+        "n_head": config.num_heads,
+        "n_layer": config.num_layers,
+        "n_inner": config.d_ff,
+        "n_positions": config.context_length,
+        "vocab_size": config.vocab_size,
+        "tie_word_embeddings": config.tied_head,
+        **changes,
+    }
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -158,12 +164,18 @@ def test_llama_has_their_scores(tied, tmp_path):
     torch.manual_seed(2)
     theirs = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
-            hidden_size=24, num_attention_heads=3, num_key_value_heads=3, intermediate_size=40,
-            vocab_size=V, num_hidden_layers=2, max_position_embeddings=32, rms_norm_eps=1e-4,
+            hidden_size=24,
+            num_attention_heads=3,
+            num_key_value_heads=3,
+            intermediate_size=40,
+            vocab_size=V,
+            num_hidden_layers=2,
+            max_position_embeddings=32,
+            rms_norm_eps=1e-4,
             rope_parameters={"rope_type": "default", "rope_theta": 700.0},
             tie_word_embeddings=tied,
         )
-    ).eval()  # fmt: skip
+    ).eval()
     theirs.save_pretrained(tmp_path)
     ours = read_weights(tmp_path)
     assert ours.config.rope_theta == 700.0 and ours.config.norm_eps == 1e-4
@@ -306,13 +318,15 @@ def tampered(tmp_path, **changes):
     ("changes", "message"),
     [
         ({"wpe.weight": torch.zeros(32, 24)}, "has both transformer.wpe.weight and wpe.weight"),
-        ({"transformer.wpe.weight": torch.zeros(32, 24, dtype=torch.int64)},
-         "not of floating point: 1: transformer.wpe.weight"),
+        (
+            {"transformer.wpe.weight": torch.zeros(32, 24, dtype=torch.int64)},
+            "not of floating point: 1: transformer.wpe.weight",
+        ),
         ({"extra": {"hidden": torch.zeros(3)}}, "holds more than tensors"),
         ({"transformer.wte.weight": torch.zeros(1).expand(V, 24)}, "holds more than tensors"),
         ({"transformer.wpe.weight": None}, "missing: 1: wpe.weight"),
     ],
-)  # fmt: skip
+)
 def test_tensors_that_do_not_count_as_weights(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         read_weights(tampered(tmp_path, **changes))
@@ -370,7 +384,7 @@ def test_shards_that_hold_the_same_tensor_are_refused(tmp_path):
     ],
 )
 def test_settings_of_another_llama_are_refused(changes, message, tmp_path):
-    from cs_lm.interop.hf_config import read_config, written_config
+    from cs_lm.interop.layouts import read_config, written_config
 
     name, content = written_config("llama", LLAMA, [], None)
     (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")

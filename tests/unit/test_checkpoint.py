@@ -5,19 +5,20 @@ import threading
 import pytest
 import torch
 
-from cs_lm.config.run import ModelConfig
+from cs_lm.config.model import ModelConfig
 from cs_lm.models.base import next_token_loss
 from cs_lm.models.transformer import TransformerLM
 from cs_lm.optim.adamw import AdamW
 from cs_lm.storage.manifest import read_manifest, write_manifest
 from cs_lm.training import checkpoint as module
+from cs_lm.training.async_checkpoint import BackgroundSaver
 from cs_lm.training.checkpoint import (
     checkpoint_content,
     load_checkpoint,
     read_checkpoint,
     save_checkpoint,
 )
-from cs_lm.training.checkpoint_manager import BackgroundSaver, CheckpointManager
+from cs_lm.training.checkpoint_manager import CheckpointManager
 
 CONFIG = ModelConfig(12, 3, 20, 17, 2, 11)
 

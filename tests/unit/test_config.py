@@ -3,10 +3,13 @@ from dataclasses import replace
 
 import pytest
 
+from cs_lm.config.data import DataConfig
 from cs_lm.config.fields import all_problems, from_json, to_json
 from cs_lm.config.fields import replace as replace_settings
 from cs_lm.config.flags import FlagParser, add_flags, config_from_flags
-from cs_lm.config.run import DataConfig, ModelConfig, OptimConfig, RunConfig
+from cs_lm.config.model import ModelConfig
+from cs_lm.config.optim import OptimConfig
+from cs_lm.config.run import RunConfig
 
 
 def from_flags(*argv: str) -> RunConfig:
@@ -149,14 +152,16 @@ def parsed(*argv: str) -> dict:
 def test_values_that_begin_with_a_dash():
     assert parsed("--prompt", "-x")["prompt"] == "-x"
     assert parsed("--prompt", "--", "--special_tokens", "--", "a") == {
-        "prompt": "--", "special_tokens": ["--", "a"],
-    }  # fmt: skip
+        "prompt": "--",
+        "special_tokens": ["--", "a"],
+    }
     assert parsed("--prompt", "- a list", "--lr", "-1") == {"prompt": "- a list", "lr": "-1"}
     assert parsed("--prompt=--resume")["prompt"] == "--resume"
     assert parsed("--special_tokens", "-a", "b", "--seed", "1")["special_tokens"] == ["-a", "b"]
     assert parsed("--special_tokens=--x--", "--special_tokens", "y")["special_tokens"] == [
-        "--x--", "y",
-    ]  # fmt: skip
+        "--x--",
+        "y",
+    ]
 
 
 @pytest.mark.parametrize(

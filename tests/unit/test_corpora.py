@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from cs_lm.cli.commands import main as command
-from cs_lm.config.run import DataConfig, ModelConfig, RunConfig
+from cs_lm.config.data import DataConfig
+from cs_lm.config.model import ModelConfig
+from cs_lm.config.run import RunConfig
 from cs_lm.data import cache
 from cs_lm.data.cache import entries
 from cs_lm.data.corpus import check_no_pipe, label_of, with_pipes_kept
@@ -183,9 +185,10 @@ def test_order_and_separator_are_part_of_the_fingerprint(tmp_path):
         (tmp_path / name).write_text(f"text {name} " * 9, encoding="utf-8")
     stores = set()
     for data in (
-        {"corpus_path": ("1.txt", "2.txt")}, {"corpus_path": ("2.txt", "1.txt")},
+        {"corpus_path": ("1.txt", "2.txt")},
+        {"corpus_path": ("2.txt", "1.txt")},
         {"corpus_path": ("1.txt", "2.txt"), "document_separator": "\n"},
-    ):  # fmt: skip
+    ):
         prepared = prepare(config(corpus_size="x", **data), lambda _: None)
         whole = b"".join(
             prepared.tokenizer.decode_bytes(part.load_by_range(0, len(part)).tolist())
@@ -203,9 +206,10 @@ def test_ten_thousand_small_files(tmp_path):
         (tmp_path / "many" / f"{i:05d}.txt").write_bytes(b"document %d" % i)
     shown = []
     data = prepare(
-        config(corpus_path="many", chunk_size=50_000), lambda _: None,
+        config(corpus_path="many", chunk_size=50_000),
+        lambda _: None,
         progress=lambda *about: shown.append(about),
-    )  # fmt: skip
+    )
     ids = data.train.load_by_range(0, len(data.train))
     end = data.tokenizer.encode(END)
     assert (ids == end[0]).sum() > 8500
@@ -217,9 +221,13 @@ def test_ten_thousand_small_files(tmp_path):
 
 def test_labels():
     for paths, label in (
-        (("a/books.txt",), "books"), (("books.jsonl.gz",), "books"), (("a.b.txt",), "a.b"),
-        (("texts/*.txt", "x"), "texts"), (("-",), "standard-input"), ((), "python-manual"),
-    ):  # fmt: skip
+        (("a/books.txt",), "books"),
+        (("books.jsonl.gz",), "books"),
+        (("a.b.txt",), "a.b"),
+        (("texts/*.txt", "x"), "texts"),
+        (("-",), "standard-input"),
+        ((), "python-manual"),
+    ):
         assert label_of(config(corpus_path=paths)) == label
 
 

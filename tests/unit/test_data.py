@@ -12,12 +12,12 @@ import torch
 from cs_lm.data.batches import (
     BatchSource,
     Copied,
-    Prefetcher,
     epoch_starts,
     load_windows,
     permuted,
     random_starts,
 )
+from cs_lm.data.prefetch import Prefetcher
 from cs_lm.data.token_store import VERIFIED, ArrayTokens, MemmapManager, TokenRange, id_dtype
 from cs_lm.tokenizer import BPETokenizer
 
@@ -70,8 +70,9 @@ def test_manifest(tmp_path):
     assert manifest["text_bytes"] == 9 and manifest["chunk_size"] == 5
     assert manifest["tokenizer_fingerprint"] == BYTES.fingerprint == store.fingerprint
     assert [(name, size) for name, size, _ in manifest["files"]] == [
-        ("chunk_00000.bin", 10), ("chunk_00001.bin", 8),
-    ]  # fmt: skip
+        ("chunk_00000.bin", 10),
+        ("chunk_00001.bin", 8),
+    ]
     assert manifest["source"] == {"name": "x"}
 
 
@@ -189,8 +190,10 @@ print(len(store) * 2 // 1024, writing, memory_kb("VmRSS") - before)
 def test_memory_does_not_follow_the_size_of_the_store(tmp_path):
     shown = subprocess.run(
         [sys.executable, "-c", MEMORY_PROGRAM, str(tmp_path)],
-        capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     store_kb, writing_kb, reading_kb = map(int, shown.split())
     assert store_kb > 75_000
     assert writing_kb < store_kb / 3 and reading_kb < 5_000

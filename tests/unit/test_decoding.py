@@ -3,18 +3,16 @@ import math
 import pytest
 import torch
 
-from cs_lm.config.run import ModelConfig
-from cs_lm.inference.generate import (
+from cs_lm.config.model import ModelConfig
+from cs_lm.inference.generate import generate, token_steps
+from cs_lm.inference.sampling import (
     DecodingConfig,
-    TextStream,
     apply_temperature,
-    generate,
-    generate_text,
     keep_top_k,
     keep_top_p,
     penalise_repetition,
-    token_steps,
 )
+from cs_lm.inference.text import TextStream, generate_text
 from cs_lm.models.transformer import TransformerLM
 from cs_lm.tokenizer import BPETokenizer
 
@@ -117,10 +115,18 @@ def test_bad_prompts_and_settings(model):
         generate(model, [[260]], greedy())
     with pytest.raises(ValueError, match=r"--top_p: got 1.5, need above 0, at most 1"):
         generate(model, [[1]], greedy(top_p=1.5))
-    for name, value in [("top_k", 0), ("temperature", -1.0), ("max_new_tokens", 0), ("slide", 0),
-                        ("repetition_penalty", 0.0), ("stop", ("",)), ("seed", -1),
-                        ("repetition_window", 0), ("temperature", 1e-30),
-                        ("seed", 1 << 63)]:  # fmt: skip
+    for name, value in [
+        ("top_k", 0),
+        ("temperature", -1.0),
+        ("max_new_tokens", 0),
+        ("slide", 0),
+        ("repetition_penalty", 0.0),
+        ("stop", ("",)),
+        ("seed", -1),
+        ("repetition_window", 0),
+        ("temperature", 1e-30),
+        ("seed", 1 << 63),
+    ]:
         assert f"--{name}: got" in DecodingConfig(**{name: value}).problems()[0]
 
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from cs_lm.config.run import GPT2Config, ModelConfig, RunConfig
+from cs_lm.config.model import GPT2Config, ModelConfig
+from cs_lm.config.run import RunConfig
 from cs_lm.models.base import LanguageModel, next_token_loss
 from cs_lm.models.registry import build_model
 from cs_lm.models.stats import num_parameters

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from cs_lm.config.run import ModelConfig
+from cs_lm.config.model import ModelConfig
 from cs_lm.data.token_store import ArrayTokens
 from cs_lm.inference.evaluate import (
     evaluate,

@@ -6,22 +6,28 @@ import pytest
 import torch
 
 from cs_lm.config.fields import all_problems, from_json, to_json
-from cs_lm.config.run import GPT_SIZES, GPT2Config, RunConfig, named_run
+from cs_lm.config.model import GPT2Config
+from cs_lm.config.presets import GPT_SIZES
+from cs_lm.config.run import RunConfig, named_run
 from cs_lm.models.base import evaluating, next_token_loss
 from cs_lm.models.gpt2 import GPT2LM
 from cs_lm.models.stats import flops_per_token, num_parameters
 from cs_lm.ops.dropout_mask import at_place, kept, new_state, next_pass, reseed
 from cs_lm.ops.fused import FAST
 from cs_lm.ops.reference import CLEAR
-from cs_lm.optim.adamw import parameter_groups
+from cs_lm.optim.param_groups import parameter_groups
 from tests.tolerances import DEEP, close
 
 B, T = 2, 5
 CONFIG = GPT2Config(
     d_model=12, num_heads=3, d_ff=20, vocab_size=17, num_layers=2, context_length=11, drop_rate=0.3
 )
-SIZES = {"gpt2-small": 124439808, "gpt2-medium": 354823168, "gpt2-large": 774030080,
-         "gpt2-xl": 1557611200}  # fmt: skip
+SIZES = {
+    "gpt2-small": 124439808,
+    "gpt2-medium": 354823168,
+    "gpt2-large": 774030080,
+    "gpt2-xl": 1557611200,
+}
 
 
 def model_of(config=CONFIG, seed=0, **options):
@@ -76,10 +82,13 @@ def test_start(generator):
     model = GPT2LM(config, generator=generator)
     state = model.state_dict()
     for name, std in (
-        ("token_embeddings.weight", 0.02), ("position_embeddings.weight", 0.01),
-        ("lm_head.weight", 0.02), ("layers.3.attn.q_proj.weight", 0.02),
-        ("layers.3.attn.output_proj.weight", 0.02 / 4), ("layers.3.ffn.w2.weight", 0.02 / 4),
-    ):  # fmt: skip
+        ("token_embeddings.weight", 0.02),
+        ("position_embeddings.weight", 0.01),
+        ("lm_head.weight", 0.02),
+        ("layers.3.attn.q_proj.weight", 0.02),
+        ("layers.3.attn.output_proj.weight", 0.02 / 4),
+        ("layers.3.ffn.w2.weight", 0.02 / 4),
+    ):
         assert state[name].std().item() == pytest.approx(std, rel=0.05), name
     assert (state["layers.3.ln2.weight"] == 1).all() and (state["layers.3.ln2.bias"] == 0).all()
     assert all(p.requires_grad and p.is_leaf for p in model.parameters())

@@ -3,8 +3,9 @@ import json
 
 import pytest
 
-from cs_lm.training import metrics_log as metrics
-from cs_lm.training.metrics_log import Display, MetricsLog, Stopwatch, format_duration, read_metrics
+from cs_lm.training import console
+from cs_lm.training.console import Display, Stopwatch, format_duration
+from cs_lm.training.metrics_log import MetricsLog, read_metrics
 from cs_lm.training.plots import plot_losses
 from cs_lm.training.throughput import Speed
 
@@ -43,7 +44,7 @@ def test_drop_after(tmp_path):
 
 def test_stopwatch_leaves_pauses_out(monkeypatch):
     now = iter([0.0, 10.0, 14.0, 20.0])
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr(console.time, "perf_counter", lambda: next(now))
     watch = Stopwatch()
     with watch.pause():
         pass

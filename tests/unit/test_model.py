@@ -1,13 +1,22 @@
 import pytest
 import torch
 
-from cs_lm.config.run import ModelConfig
+from cs_lm.config.model import ModelConfig
 from cs_lm.models.base import next_token_loss
 from cs_lm.models.init import linear_std, truncated_normal_
 from cs_lm.models.kv_cache import KVCache
-from cs_lm.models.layers import Embedding, Linear, MultiHeadSelfAttention, RMSNorm, RoPE, SwiGLU
+from cs_lm.models.layers import (
+    Embedding,
+    Factory,
+    Linear,
+    MultiHeadSelfAttention,
+    RMSNorm,
+    RoPE,
+    SwiGLU,
+)
 from cs_lm.models.stats import flops_per_token, num_parameters
 from cs_lm.models.transformer import TransformerLM
+from cs_lm.ops.reference import rope_frequencies
 from tests.tolerances import DEEP, close
 
 CONFIG = ModelConfig(12, 3, 20, 17, 2, 11, 10000.0)
@@ -91,7 +100,7 @@ def test_layers_refuse_impossible_shapes():
     with pytest.raises(ValueError, match="need num_heads to divide d_model"):
         MultiHeadSelfAttention(12, 5)
     with pytest.raises(ValueError, match="got head size 3, need an even one"):
-        RoPE(10.0, 3, 4)
+        rope_frequencies(10.0, 3)
 
 
 def test_initialisation(generator):
@@ -99,13 +108,13 @@ def test_initialisation(generator):
     assert weight.abs().max() <= 1.5 and weight.abs().max() > 1.4
     assert abs(weight.mean()) < 0.005
     assert abs(weight.std() / 0.5 - 0.9866) < 0.005  # a normal cut at 3 std keeps 98.66 % of it
-    linear = Linear(300, 500, torch.Generator().manual_seed(0))
-    again = Linear(300, 500, torch.Generator().manual_seed(0))
+    linear = Linear(300, 500, factory=Factory(torch.Generator().manual_seed(0)))
+    again = Linear(300, 500, factory=Factory(torch.Generator().manual_seed(0)))
     assert torch.equal(linear.weight, again.weight)
     assert linear.weight.std().item() == pytest.approx(linear_std(300, 500) * 0.9866, rel=0.01)
-    assert Embedding(50, 40, torch.Generator()).weight.std().item() == pytest.approx(
-        0.9866, rel=0.1
-    )
+    assert Embedding(
+        50, 40, factory=Factory(torch.Generator())
+    ).weight.std().item() == pytest.approx(0.9866, rel=0.1)
     assert torch.equal(RMSNorm(7).weight, torch.ones(7))
 
 
@@ -141,7 +150,7 @@ def test_no_graph_breaks():
 
 
 def test_cache_capacity():
-    cache = KVCache(1, 1, 3, 4, 2, torch.float32, "cpu")
+    cache = KVCache((1, 1, 3, 4, 2), torch.float32, "cpu")
     keys = torch.zeros(1, 3, 4, 2)
     cache.extend(0, keys, keys)
     cache.advance(4)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cs_lm.config.run import GPT2Config, ModelConfig
+from cs_lm.config.model import GPT2Config, ModelConfig
 from cs_lm.models.base import next_token_loss
 from cs_lm.models.registry import build_model
 from cs_lm.ops import reference as ops
@@ -25,7 +25,8 @@ def ids(*shape):
 ROW_OPERATIONS = {
     "linear": lambda o, s: (ops.linear(weights(*s, D), weights(F, D)), (*s, F)),
     "linear with bias": lambda o, s: (
-        ops.linear(weights(*s, D), weights(F, D), weights(F)), (*s, F)
+        ops.linear(weights(*s, D), weights(F, D), weights(F)),
+        (*s, F),
     ),
     "embedding": lambda o, s: (ops.embedding(ids(*s), weights(V, D)), (*s, D)),
     "softmax": lambda o, s: (ops.softmax(weights(*s, D)), (*s, D)),
@@ -33,16 +34,19 @@ ROW_OPERATIONS = {
     "cross_entropy": lambda o, s: (ops.cross_entropy(weights(*s, V), ids(*s))[0], ()),
     "rms_norm": lambda o, s: (o.rms_norm(weights(*s, D), weights(D), 1e-5), (*s, D)),
     "layer_norm": lambda o, s: (
-        o.layer_norm(weights(*s, D), weights(D), weights(D), 1e-5), (*s, D)
+        o.layer_norm(weights(*s, D), weights(D), weights(D), 1e-5),
+        (*s, D),
     ),
     "gelu": lambda o, s: (o.gelu(weights(*s, D)), (*s, D)),
     "swiglu": lambda o, s: (
-        o.swiglu(weights(*s, D), weights(F, D), weights(D, F), weights(F, D)), (*s, D)
+        o.swiglu(weights(*s, D), weights(F, D), weights(D, F), weights(F, D)),
+        (*s, D),
     ),
     "linear_cross_entropy": lambda o, s: (
-        o.linear_cross_entropy(weights(*s, D), weights(V, D), ids(*s))[0], ()
+        o.linear_cross_entropy(weights(*s, D), weights(V, D), ids(*s))[0],
+        (),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("ops_name", OPS)
@@ -75,7 +79,7 @@ def test_attention_of_nothing(sizes, causal, ops_name):
 @pytest.mark.parametrize("kind", [ModelConfig, GPT2Config])
 def test_models_of_nothing(kind, shape, ops_name):
     config = kind(d_model=8, num_heads=2, d_ff=12, vocab_size=V, num_layers=2, context_length=8)
-    model = build_model(config, OPS[ops_name], torch.Generator().manual_seed(0))
+    model = build_model(config, OPS[ops_name], generator=torch.Generator().manual_seed(0))
     loss_sum, num_counted = next_token_loss(model, ids(*shape), ids(*shape))
     assert loss_sum == 0 and num_counted == 0
     loss_sum.backward()

@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from cs_lm.config.run import ModelConfig, OptimConfig
+from cs_lm.config.model import ModelConfig
+from cs_lm.config.optim import OptimConfig
 from cs_lm.models.transformer import TransformerLM
-from cs_lm.optim.adamw import AdamW, clip_gradients, parameter_groups
+from cs_lm.optim.adamw import AdamW
+from cs_lm.optim.clip import clip_gradients
+from cs_lm.optim.param_groups import parameter_groups
 from cs_lm.optim.schedule import learning_rate
 from tests.conftest import no_compiler
 from tests.tolerances import MANY_UPDATES, close
@@ -101,9 +104,16 @@ def test_closure():
 
 
 @pytest.mark.parametrize(
-    "setting", [{"lr": -1.0}, {"eps": -1.0}, {"weight_decay": -0.1}, {"betas": (0.9, 1.0)},
-                {"betas": (0.9,)}, {"lr": math.nan}],
-)  # fmt: skip
+    "setting",
+    [
+        {"lr": -1.0},
+        {"eps": -1.0},
+        {"weight_decay": -0.1},
+        {"betas": (0.9, 1.0)},
+        {"betas": (0.9,)},
+        {"lr": math.nan},
+    ],
+)
 def test_bad_settings(setting):
     with pytest.raises(ValueError, match=r"AdamW: got (lr|eps|weight_decay|betas) .*, need"):
         AdamW(parameters(), **setting)

@@ -3,8 +3,10 @@ import shutil
 
 import pytest
 
+from cs_lm.config.data import DataConfig
 from cs_lm.config.fields import replace as replaced
-from cs_lm.config.run import DataConfig, ModelConfig, RunConfig
+from cs_lm.config.model import ModelConfig
+from cs_lm.config.run import RunConfig
 from cs_lm.data.corpus import embedded_text, find_corpus, label_of
 from cs_lm.data.prepare import prepare
 from cs_lm.data.token_store import MemmapManager

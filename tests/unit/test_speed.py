@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from cs_lm import device
-from cs_lm.config.run import ModelConfig, RunConfig
+from cs_lm.config.model import ModelConfig
+from cs_lm.config.run import RunConfig
 from cs_lm.models.stats import flops_per_token
-from cs_lm.training.metrics_log import Display
+from cs_lm.training.console import Display
 from cs_lm.training.throughput import SpeedMeter
 
 CONFIG = RunConfig(ModelConfig(64, 4, 160, 300, 2, 32), seq_length=32, batch_size=4)

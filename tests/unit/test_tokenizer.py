@@ -43,8 +43,13 @@ def test_train_by_hand(tmp_path):
     # st and es occur 9 times: "st" is the greater pair; then e+st, o+w, l+ow, w+est, n+e.
     # ("|" stands 15 times, but alone in its word.)
     assert merges == [
-        (b"s", b"t"), (b"e", b"st"), (b"o", b"w"), (b"l", b"ow"), (b"w", b"est"), (b"n", b"e"),
-    ]  # fmt: skip
+        (b"s", b"t"),
+        (b"e", b"st"),
+        (b"o", b"w"),
+        (b"l", b"ow"),
+        (b"w", b"est"),
+        (b"n", b"e"),
+    ]
     assert vocab[256] == b"st" and len(vocab) == 262
 
 
@@ -121,10 +126,12 @@ def test_training_ignores_the_hash_seed_and_the_number_of_workers(tmp_path):
         subprocess.run(
             [sys.executable, script, workers],
             env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.getcwd()},
-            capture_output=True, text=True, check=True,
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
         for seed, workers in [("0", "1"), ("1", "1"), ("2", "2")]
-    }  # fmt: skip
+    }
     assert len(digests) == 1
 
 
@@ -278,12 +285,17 @@ def test_stream_works_where_no_more_than_a_megabyte_is_left(small, five_megabyte
     small.save(*files)
     run = subprocess.run(
         [sys.executable, "-c", UNDER_A_LIMIT, *files, str(five_megabytes)],
-        capture_output=True, text=True,
+        capture_output=True,
+        text=True,
         # Python's own allocator claims a whole megabyte for the first object that does not fit;
         # glibc's grows by more than it is asked for, and keeps what is freed between other things
-        env={**os.environ, "PYTHONMALLOC": "malloc", "MALLOC_MMAP_THRESHOLD_": "32768",
-             "MALLOC_TOP_PAD_": "4096"},
-    )  # fmt: skip
+        env={
+            **os.environ,
+            "PYTHONMALLOC": "malloc",
+            "MALLOC_MMAP_THRESHOLD_": "32768",
+            "MALLOC_TOP_PAD_": "4096",
+        },
+    )
     assert run.returncode == 0, run.stderr
     num_tokens, whole_text = run.stdout.splitlines()
     assert int(num_tokens) > 1_000_000

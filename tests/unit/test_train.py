@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from cs_lm import device
-from cs_lm.config.run import ModelConfig, RunConfig
+from cs_lm.config.model import ModelConfig
+from cs_lm.config.run import RunConfig
 from cs_lm.models.base import next_token_loss
 from cs_lm.models.transformer import TransformerLM
 from cs_lm.ops.compile import Compiled
 from cs_lm.ops.fused import OPS
 from cs_lm.ops.reference import IGNORE_INDEX
-from cs_lm.optim.adamw import AdamW, parameter_groups
-from cs_lm.optim.schedule import num_training_steps
+from cs_lm.optim.adamw import AdamW
+from cs_lm.optim.param_groups import parameter_groups
 from cs_lm.training.signals import Stopped, StopSignals
 from cs_lm.training.step import autocast, train_step
 from tests.conftest import no_compiler
@@ -56,7 +57,9 @@ def test_activation_checkpointing_changes_memory_alone(ops, dtype):
     results, kept = [], []
     for checkpointing in (False, True):
         generator = torch.Generator().manual_seed(0)
-        model = TransformerLM(CONFIG, OPS[ops], generator, None, checkpointing)
+        model = TransformerLM(
+            CONFIG, OPS[ops], generator=generator, activation_checkpointing=checkpointing
+        )
         kept.append(0)
 
         def keep(tensor):
@@ -154,10 +157,10 @@ def test_bfloat16_keeps_float32_weights_and_comes_close():
 
 def test_number_of_steps():
     config = RunConfig(batch_size=4, seq_length=8, grad_accum=2, num_epochs=2.5)
-    assert num_training_steps(config, 640) == 25
-    assert num_training_steps(config, 3) == 1
+    assert config.num_steps(640) == 25
+    assert config.num_steps(3) == 1
     limited = RunConfig(batch_size=4, seq_length=8, num_epochs=100.0, max_steps=7)
-    assert num_training_steps(limited, 640) == 7
+    assert limited.num_steps(640) == 7
 
 
 def test_no_counted_target_changes_nothing_to_nan():
@@ -223,7 +226,7 @@ def test_a_device_that_is_slow_in_bfloat16_is_told_of(monkeypatch, of_float32, h
 
 FAULTS_PROGRAM = """
 import resource, sys, torch
-from cs_lm.device import keep_freed_memory
+from cs_lm.training.malloc import keep_freed_memory
 if sys.argv[1] == "kept":
     keep_freed_memory()
 def fill():

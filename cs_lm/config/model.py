@@ -1,0 +1,96 @@
+"""The settings that the shape of a model follows from."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from cs_lm.config.fields import not_positive, setting
+
+
+class ArchitectureConfig:
+    """The settings of a kind of model. A subclass names its kind, and is found by that name.
+
+    `class NewConfig(ArchitectureConfig, architecture="new")`, as a frozen dataclass, is one part
+    of a new architecture; `models/registry.py` has the other.
+    """
+
+    architecture: ClassVar[str]  # stands in the JSON of a config
+    registered: ClassVar[dict[str, type]] = {}
+
+    def __init_subclass__(cls, architecture: str):
+        cls.architecture = architecture
+        cls.registered[architecture] = cls
+
+    def problems(self) -> list[str]:
+        """Everything wrong with the settings, one readable line each."""
+        raise NotImplementedError
+
+
+def _problems_of_shape(config: ArchitectureConfig) -> list[str]:
+    found = not_positive(config)
+    if not 0 < config.norm_eps < 1:
+        found.append(f"norm_eps: got {config.norm_eps}, need above 0 and below 1")
+    if config.d_model > 0 and config.num_heads > 0 and config.d_model % config.num_heads:
+        found.append(
+            f"--num_heads: got {config.num_heads}, need a divisor of --d_model "
+            f"({config.d_model}); change one of the two"
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class ModelConfig(ArchitectureConfig, architecture="transformer"):
+    """What the shape of a model follows from."""
+
+    d_model: int = setting(512, "width of the residual stream")
+    num_heads: int = setting(8, "attention heads; must divide d_model into even parts")
+    d_ff: int = setting(1344, "width inside the feed-forward layers")
+    vocab_size: int = setting(32000, "token ids; a new tokenizer is trained to this size")
+    num_layers: int = setting(6, "Transformer blocks")
+    context_length: int = setting(
+        512, "longest sequence the model can see", "tokens", flag="--max_seq_length"
+    )
+    rope_theta: float = setting(100000.0, "base of the rotary angles", flag="--theta")
+    norm_eps: float = field(default=1e-5)
+
+    def problems(self) -> list[str]:
+        found = _problems_of_shape(self)
+        is_shape = self.d_model > 0 and self.num_heads > 0
+        if is_shape and self.d_model % (2 * self.num_heads) == self.num_heads:  # odd parts
+            found.append(
+                f"--num_heads: got {self.num_heads}, which makes the head size "
+                f"{self.d_model // self.num_heads}; need an even one for rotary positions"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class GPT2Config(ArchitectureConfig, architecture="gpt2"):
+    """What only the models of the GPT-2 family have."""
+
+    d_model: int = setting(768, "width of the residual stream")
+    num_heads: int = setting(12, "attention heads; must divide d_model")
+    d_ff: int = setting(3072, "width inside the feed-forward layers")
+    vocab_size: int = setting(50257, "token ids; a new tokenizer is trained to this size")
+    num_layers: int = setting(12, "Transformer blocks")
+    context_length: int = setting(
+        1024, "longest sequence the model can see", "tokens", flag="--max_seq_length"
+    )
+    drop_rate: float = setting(
+        0.1, "part of numbers that dropout sets to 0 in training", flag="--dropout"
+    )
+    qkv_bias: bool = setting(True, "biases of queries, keys and values")
+    tied_head: bool = setting(
+        True, "scores are made with the embedding, not with a head of its own"
+    )
+    init: str = setting(
+        "gpt2",
+        "how weights begin: as GPT-2's, or as those of torch's own layers",
+        choices=("gpt2", "torch"),
+    )
+    norm_eps: float = field(default=1e-5)
+
+    def problems(self) -> list[str]:
+        found = [line for line in _problems_of_shape(self) if "--dropout" not in line]
+        if not 0 <= self.drop_rate <= 0.99:
+            found.append(f"--dropout: got {self.drop_rate}, need 0 to 0.99")
+        return found

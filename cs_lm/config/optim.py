@@ -1,0 +1,40 @@
+"""The settings of AdamW, its learning rate and the gradient clipper."""
+
+import math
+from dataclasses import dataclass
+
+from cs_lm.config.fields import setting
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, its learning rate over time, and the gradient clipper."""
+
+    lr: float = setting(1e-4, "highest learning rate, after warm-up")
+    lr_min: float = setting(1e-5, "learning rate after the cosine")
+    warmup_ratio: float = setting(0.1, "linear warm-up", "of steps")
+    warmfix_ratio: float = setting(0.9, "end of the cosine; constant after it", "of steps")
+    weight_decay: float = setting(0.01, "decoupled decay; not for norms and embeddings")
+    betas: tuple[float, float] = setting((0.9, 0.95), "decay of the two running averages")
+    eps: float = setting(1e-8, "added to the root of the second average")
+    max_norm: float = setting(1.0, "gradients are scaled down to this L2 norm; inf: never")
+
+    def problems(self) -> list[str]:
+        found = []
+        for name, most in (("lr", 1e3), ("eps", 1e3), ("max_norm", math.inf)):
+            if not 0 < getattr(self, name) <= most:
+                need = "more than 0" + (f", at most {most:g}" if most < math.inf else "")
+                found.append(f"--{name}: got {getattr(self, name)}, need {need}")
+        if not 0 <= self.lr_min <= self.lr:
+            found.append(f"--lr_min: got {self.lr_min}, need 0 to --lr ({self.lr})")
+        if not 0 <= self.warmup_ratio <= self.warmfix_ratio <= 1:
+            found.append(
+                f"--warmup_ratio, --warmfix_ratio: got {self.warmup_ratio} and "
+                f"{self.warmfix_ratio}, need 0 <= warmup_ratio <= warmfix_ratio <= 1"
+            )
+        if not 0 <= self.weight_decay <= 1e3:
+            found.append(f"--weight_decay: got {self.weight_decay}, need 0 to 1000")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            shown = " ".join(map(str, self.betas))
+            found.append(f"--betas: got {shown}, need two numbers from 0 to below 1")
+        return found

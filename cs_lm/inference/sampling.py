@@ -1,0 +1,141 @@
+"""From logits to one token: the filters and the draw, as pure functions."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cs_lm.config.fields import setting
+from cs_lm.errors import UserError
+from cs_lm.ops.reference import softmax
+
+
+@dataclass(frozen=True)
+class DecodingConfig:
+    """How the next token is chosen, and when to stop."""
+
+    max_new_tokens: int = setting(200, "at most this many", "tokens")
+    temperature: float = setting(0.8, "scores are divided by it; 0: always the most likely token")
+    top_k: int | None = setting(None, "choose among the k most likely tokens", "tokens")
+    top_p: float | None = setting(
+        None, "choose among the most likely tokens that together reach this probability"
+    )
+    repetition_penalty: float = setting(1.0, "above 1 makes tokens that stand already less likely")
+    repetition_window: int | None = setting(
+        None, "the penalty looks back this far; default: everything", "tokens"
+    )
+    stop: tuple[str, ...] = setting((), "text that ends the sample; it is not shown")
+    stop_token: tuple[str, ...] = setting(
+        (), "special tokens that end the sample; default: the end-of-text token alone"
+    )
+    num_samples: int = setting(1, "texts after each prompt, each with draws of its own")
+    slide: int = setting(
+        1, "positions dropped at once beyond the context; more is quicker", "tokens"
+    )
+    seed: int = setting(0, "the sample follows from it")
+
+    def problems(self) -> list[str]:
+        checks = [
+            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
+            (
+                "temperature",
+                self.temperature == 0 or 1e-6 <= self.temperature < math.inf,
+                "0, or at least 1e-6",
+            ),
+            ("top_k", self.top_k is None or self.top_k >= 1, "1 or more"),
+            ("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0, at most 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0"),
+            (
+                "repetition_window",
+                self.repetition_window is None or self.repetition_window >= 1,
+                "1 or more",
+            ),
+            ("stop", all(self.stop), "at least one character each"),
+            ("num_samples", self.num_samples >= 1, "1 or more"),
+            ("slide", self.slide >= 1, "1 or more"),
+            ("seed", 0 <= self.seed < 1 << 63, "0 or more, below 2^63"),
+        ]
+        found = [
+            f"--{n}: got {getattr(self, n)}, need {need}" for n, good, need in checks if not good
+        ]
+        if self.num_samples > 1 and self.temperature == 0:
+            found.append("--num_samples: all are the same at --temperature 0; leave one out")
+        for name in ("top_k", "top_p"):
+            if self.temperature == 0 and getattr(self, name) is not None:
+                found.append(f"--{name}: has no effect at --temperature 0; leave one of them out")
+        if self.repetition_window is not None and self.repetition_penalty == 1.0:
+            found.append("--repetition_window: has no effect without --repetition_penalty")
+        return found
+
+
+def apply_temperature(scores: Tensor, temperature: float) -> Tensor:
+    """Above 1 flattens the distribution, below 1 sharpens it. `temperature` > 0."""
+    return scores / temperature
+
+
+def keep_top_k(scores: Tensor, k: int) -> Tensor:
+    """-inf for all but the k highest scores; of equal ones at the border, those that sort first."""
+    k = min(k, scores.shape[-1])
+    values, places = scores.topk(k, dim=-1)
+    return torch.full_like(scores, -math.inf).scatter(-1, places, values)
+
+
+def keep_top_p(scores: Tensor, p: float) -> Tensor:
+    """-inf outside the smallest set of likeliest tokens whose probabilities sum to at least p.
+
+    The likeliest token always stays. Source: Holtzman et al. 2020, nucleus sampling.
+    """
+    values, places = scores.sort(dim=-1, descending=True, stable=True)
+    probabilities = softmax(values)
+    mass_before = probabilities.cumsum(-1) - probabilities
+    kept = values.masked_fill(mass_before >= p, -math.inf)
+    kept[..., 0] = values[..., 0]
+    return torch.empty_like(scores).scatter(-1, places, kept)
+
+
+def penalise_repetition(scores: Tensor, token_ids: Tensor, penalty: float) -> Tensor:
+    """Scores of the given tokens made smaller: positive ones divided, negative ones multiplied.
+
+    A token that occurs several times is penalised once. Shapes: scores (..., V), token_ids (..., N)
+    Source: Keskar et al. 2019, CTRL, made sign-aware.
+    """
+    old = scores.gather(-1, token_ids)
+    return scores.scatter(-1, token_ids, torch.where(old > 0, old / penalty, old * penalty))
+
+
+class NotANumberError(UserError):
+    """What a model with weights that are not finite makes of any text."""
+
+
+_NOT_NUMBERS = "the model's scores are not numbers (NaN)"
+
+
+def choose_token(
+    scores: Tensor, history: Sequence[int], config: DecodingConfig, generator: torch.Generator
+) -> int:
+    """The next token of one sequence from its scores (V) on the CPU.
+
+    Raises: NotANumberError for scores with a NaN among them; a look costs nothing until then.
+    """
+    if config.repetition_penalty != 1.0:
+        window = config.repetition_window or len(history)
+        recent = torch.tensor(history[-window:], dtype=torch.int64)
+        scores = penalise_repetition(scores, recent, config.repetition_penalty)
+    if config.temperature == 0:
+        chosen = int(scores.argmax())
+        if math.isnan(scores[chosen]):
+            raise NotANumberError(_NOT_NUMBERS)
+        return chosen
+    scores = apply_temperature(scores, config.temperature)
+    if config.top_k is not None:
+        scores = keep_top_k(scores, config.top_k)
+    if config.top_p is not None:
+        scores = keep_top_p(scores, config.top_p)
+    try:
+        return int(torch.multinomial(softmax(scores), 1, generator=generator))
+    except RuntimeError:
+        if scores.isnan().any():
+            raise NotANumberError(_NOT_NUMBERS) from None
+        raise

@@ -1,0 +1,117 @@
+"""From tokens to text, as it becomes certain."""
+
+import codecs
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+
+from cs_lm.errors import UserError
+from cs_lm.inference.generate import token_steps
+from cs_lm.inference.sampling import DecodingConfig
+from cs_lm.models.base import LanguageModel
+
+
+class TextTokenizer(Protocol):
+    """What text generation needs of a tokenizer."""
+
+    vocab: dict[int, bytes]
+    special_tokens: list[str]
+    end_tokens: list[str]
+
+    def encode(self, text: str) -> list[int]: ...
+
+
+class TextStream:
+    """Tokens in, text out, never half a character and never the beginning of a stop string.
+
+    `push` returns what is certain by now; `close` returns what is left.
+    """
+
+    def __init__(self, vocab: dict[int, bytes], stop: Sequence[str] = ()):
+        self._vocab = vocab
+        self._stop = [text for text in stop if text]
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""
+        self.stopped = False
+
+    def push(self, token_id: int) -> str:
+        return self._advance(self._decoder.decode(self._vocab[token_id]))
+
+    def close(self) -> str:
+        rest = self._advance(self._decoder.decode(b"", final=True))
+        rest, self._held = rest + self._held, ""
+        return rest
+
+    def _advance(self, text: str) -> str:
+        if self.stopped:
+            return ""
+        self._held += text
+        found = [(self._held.find(stop) + len(stop), stop) for stop in self._stop]
+        found = [(end, stop) for end, stop in found if end >= len(stop)]
+        if found:  # the one that is complete first, however the text came in tokens
+            self.stopped = True
+            end, stop = min(found)
+            shown, self._held = self._held[: end - len(stop)], ""
+            return shown
+        certain = len(self._held) - self._length_of_possible_stop()
+        shown, self._held = self._held[:certain], self._held[certain:]
+        return shown
+
+    def _length_of_possible_stop(self) -> int:
+        """How much of the end of the text may be the beginning of a stop string."""
+        longest = max(map(len, self._stop), default=1) - 1
+        for length in range(min(longest, len(self._held)), 0, -1):
+            if any(stop.startswith(self._held[-length:]) for stop in self._stop):
+                return length
+        return 0
+
+
+def generate_text(
+    model: LanguageModel,
+    tokenizer: TextTokenizer,
+    prompts: Sequence[str],
+    config: DecodingConfig,
+    show: Callable[[int, str], None] | None = None,
+) -> list[str]:
+    """What the model writes after each prompt; it ends at a stop token or a stop string.
+
+    With several samples, those of a prompt stand side by side: row i is sample i % num_samples.
+
+    show  called with (row, new text) as soon as text is certain, for streaming
+    Raises: ValueError for an empty prompt, or a stop token that the tokenizer does not have.
+    """
+    size = model.config.vocab_size
+    usable = torch.tensor([i in tokenizer.vocab for i in range(size)])
+    stop_ids = stop_ids_of(tokenizer, config.stop_token)
+    prompts = [prompt for prompt in prompts for _ in range(config.num_samples)]
+    streams = [TextStream(tokenizer.vocab, config.stop) for _ in prompts]
+    texts = [""] * len(prompts)
+    finished = [False] * len(prompts)
+
+    def add(row: int, text: str) -> None:
+        texts[row] += text
+        if text and show:
+            show(row, text)
+
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    for new_ids in token_steps(model, ids, config, finished, stop_ids, usable):
+        for row, token_id in enumerate(new_ids):
+            if token_id is not None:
+                add(row, streams[row].push(token_id))
+                finished[row] = streams[row].stopped
+    for row, stream in enumerate(streams):
+        add(row, stream.close())
+    return texts
+
+
+def stop_ids_of(tokenizer: TextTokenizer, asked: Sequence[str]) -> frozenset[int]:
+    """The ids that end a text. Raises: UserError for what is no special token."""
+    unknown = [token for token in asked if token not in tokenizer.special_tokens]
+    if unknown:
+        raise UserError(
+            f"--stop_token: got {unknown[0]!r}, need special tokens of the model: "
+            f"{', '.join(tokenizer.special_tokens) or 'it has none'}; other text goes to --stop"
+        )
+    ends = {token.encode("utf-8") for token in asked or tokenizer.end_tokens}
+    return frozenset(i for i, token in tokenizer.vocab.items() if token in ends)

@@ -1,0 +1,118 @@
+"""The layouts of other programs that our architectures are read from and written in."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cs_lm.config.model import ArchitectureConfig
+from cs_lm.config.run import MOST_CONTEXT
+from cs_lm.interop.hf_config import (
+    Settings,
+    read_gpt2,
+    read_llama,
+    read_openai,
+    write_gpt2,
+    write_llama,
+    write_openai,
+)
+from cs_lm.interop.tensor_mapping import Layout, gpt2_layout, llama_layout, openai_layout
+
+HF, OPENAI = "config.json", "hparams.json"
+
+
+class ProgramLayout(NamedTuple):
+    """How a program keeps the weights of one of our architectures.
+
+    tensors  their names, of the model of a config
+    read     our config from the program's settings
+    write    the program's settings from our config
+    """
+
+    architecture: str
+    tensors: Callable[..., Layout]
+    read: Callable[[Settings], ArchitectureConfig]
+    write: Callable[..., dict[str, Any]]
+
+
+# The first one of an architecture is what transformers reads, by its `model_type`.
+LAYOUTS = {
+    "gpt2": ProgramLayout("gpt2", gpt2_layout, read_gpt2, write_gpt2),
+    "llama": ProgramLayout("transformer", llama_layout, read_llama, write_llama),
+    "openai": ProgramLayout("gpt2", openai_layout, read_openai, write_openai),
+}
+
+
+def layout_for(config: ArchitectureConfig) -> str:
+    """The name of the layout that transformers reads.
+
+    Raises: ValueError for an architecture that no other program is known to have.
+    """
+    for name, layout in LAYOUTS.items():
+        if layout.architecture == config.architecture:
+            return name
+    raise ValueError(f"weights: no other program is known to have {config.architecture!r} models")
+
+
+class CheckpointSpec(NamedTuple):
+    """What a folder says of its weights; with `is_tied`, the head is the embedding."""
+
+    layout: str
+    config: ArchitectureConfig
+    is_tied: bool
+
+
+def read_config(folder: Path) -> CheckpointSpec:
+    """The layout that the folder's files are in, and the config of our model for them.
+
+    Raises: FileNotFoundError, or ValueError naming what our models do not have.
+    """
+    if (folder / HF).is_file():
+        settings = Settings(folder / HF)
+        kind = settings.get("model_type", str)
+        known = [name for name in LAYOUTS if name != "openai"]
+        if kind not in known:
+            raise ValueError(
+                f"weights: model_type of {str(settings.path)!r} is {kind!r}; need one of "
+                f"{', '.join(known)}"
+            )
+        is_tied = settings.get("tie_word_embeddings", bool, kind == "gpt2")
+        spec = CheckpointSpec(kind, LAYOUTS[kind].read(settings), is_tied)
+    elif (folder / OPENAI).is_file():
+        spec = CheckpointSpec("openai", read_openai(Settings(folder / OPENAI)), True)
+    else:
+        raise FileNotFoundError(
+            f"weights: {str(folder)!r} has no {HF} (or {OPENAI}, as OpenAI wrote it) beside the "
+            "weights; name a folder that has"
+        )
+    check_config(spec.config, folder)
+    return spec
+
+
+def check_config(config: ArchitectureConfig, where: Path) -> None:
+    """Raises: ValueError for settings of no model that could be built."""
+    problems = config.problems()
+    if config.context_length > MOST_CONTEXT:
+        problems.append(
+            f"--max_seq_length: got {config.context_length}, need at most {MOST_CONTEXT}"
+        )
+    if problems:
+        raise ValueError(f"weights: the settings in {str(where)!r} do not fit: {problems[0]}")
+
+
+def written_config(
+    layout: str, config: ArchitectureConfig, ends: list[int], pad: int | None
+) -> tuple[str, dict[str, Any]]:
+    """The name and the content of the file that `read_config` reads.
+
+    ends  ids that end a text; pad  the id that fills up the shorter rows of a batch
+    """
+    own = LAYOUTS[layout].write(config)
+    if layout == "openai":
+        return OPENAI, own
+    shared = {"model_type": layout, "vocab_size": config.vocab_size, "torch_dtype": "float32"}
+    return HF, {**shared, **written_ids(ends, pad), **own}
+
+
+def written_ids(ends: list[int], pad: int | None) -> dict[str, Any]:
+    end = None if not ends else ends[0] if len(ends) == 1 else ends
+    return {"bos_token_id": ends[0] if ends else None, "eos_token_id": end, "pad_token_id": pad}

@@ -1,0 +1,23 @@
+"""Which parameters get weight decay."""
+
+from torch import Tensor, nn
+
+from cs_lm.models.layers import Embedding
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Matrices with weight decay; embedding tables, gains and biases without.
+
+    A table that is also the head counts as a table.
+    """
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, Embedding)}
+
+    def is_decayed(parameter: Tensor) -> bool:
+        return parameter.dim() > 1 and id(parameter) not in tables
+
+    decayed = [p for p in model.parameters() if is_decayed(p)]
+    not_decayed = [p for p in model.parameters() if not is_decayed(p)]
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": not_decayed, "weight_decay": 0.0},
+    ]

@@ -1,0 +1,42 @@
+"""TensorBoard event files."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+class TensorBoardLog:
+    """TensorBoard event files, until the disk takes no more; needs the package tensorboard.
+
+    folder  None: nothing is written
+    """
+
+    def __init__(self, folder: Path | None, say: Callable[[str], None]):
+        self._writer: Any = None
+        self._say = say
+        if folder is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder))
+
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """The numbers among the values."""
+        for name, value in values.items():
+            if isinstance(value, float):
+                self._attempt(
+                    lambda name=name, value=value: self._writer.add_scalar(
+                        f"{kind}/{name}", value, step
+                    )
+                )
+
+    def close(self) -> None:
+        self._attempt(lambda: self._writer.close())
+
+    def _attempt(self, action: Callable[[], None]) -> None:
+        if self._writer is None:
+            return
+        try:
+            action()
+        except OSError as error:
+            self._writer = None
+            self._say(f"WARNING: no more TensorBoard events ({error}); training goes on")
