@@ -23,7 +23,8 @@ SMALL = "0.82 M, B 12, T 64"
 
 def sparse_store(folder: Path, num_tokens: int):
     """A store of zeros that takes no room: what `MemmapManager.save_as_memmap` would write."""
-    from cs_lm.data.token_store import FORMAT_VERSION, MemmapManager, id_dtype
+    from cs_lm.data.store_writer import id_dtype
+from cs_lm.data.token_store import FORMAT_VERSION, MemmapManager
     from cs_lm.storage.manifest import FileEntry, write_manifest
 
     vocab_size = 32_000
@@ -75,7 +76,7 @@ def waiting(num_tokens: int, is_prepared: bool):
             asked_s = time.perf_counter()
             x, y = batches(step)
             waited_s += time.perf_counter() - asked_s
-            next_token_loss(model, x, y)[0].backward()
+            next_token_loss(model, Batch(x, y))[0].backward()
         share = waited_s / (time.perf_counter() - start_s)
         folder.cleanup()
         return Found(waited_us=1e6 * waited_s / NUM_STEPS, share_of_step=share)

@@ -34,7 +34,7 @@ def _trained_one_step():
     x, y = _batch(sizes, batch_size)
 
     def step():
-        train_step(model, optimizer, [(x, y)], 1.0)
+        train_step(model, optimizer, [Batch(x, y)], 1.0)
 
     step()  # creates the moments
     return model, optimizer, step

@@ -78,7 +78,7 @@ def ours(
     from cs_lm.config.model import ModelConfig
     from cs_lm.models.base import next_token_loss
     from cs_lm.models.transformer import TransformerLM
-    from cs_lm.ops.compile import Compiled
+    from cs_lm.ops.compile import CompileWithFallback
     from cs_lm.optim.adamw import AdamW
     from cs_lm.optim.param_groups import parameter_groups
     from cs_lm.training.malloc import keep_freed_memory
@@ -96,7 +96,7 @@ def ours(
     precision = autocast(torch.device("cpu"), dtype)
     loss_function = next_token_loss
     if compiled:
-        loss_function = Compiled(next_token_loss, print)
+        loss_function = CompileWithFallback(next_token_loss, print)
         optimizer.compile(print)
 
     def step():

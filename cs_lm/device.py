@@ -3,6 +3,7 @@
 import platform
 import time
 from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +30,21 @@ def resolve_device(name: str) -> torch.device:
             "here; use --device cpu or auto"
         )
     return torch.device(name)
+
+
+class World(NamedTuple):
+    """The device that this process computes on, and which part of the work is its own.
+
+    rank, size  this process is number `rank` of `size` that train one model together
+    """
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    def share_of(self, count: int) -> slice:
+        """This rank's part of `count` things: consecutive, and at most one more than another's."""
+        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
 
 def describe(device: torch.device) -> str:

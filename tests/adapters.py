@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from cs_lm.config.model import ModelConfig
-from cs_lm.data.batches import load_windows, random_starts
+from cs_lm.data.batches import load_windows, sample_windows
 from cs_lm.data.token_store import ArrayTokens
 from cs_lm.models.layers import (
     Embedding,
@@ -123,7 +123,7 @@ def run_silu(in_features):
 def run_get_batch(dataset, batch_size, context_length, device):
     tokens = ArrayTokens(dataset)
     seed = int(torch.randint(2**62, ()))  # a new batch for each call
-    starts = random_starts(tokens, batch_size, context_length, seed)(0)
+    starts = sample_windows(tokens, batch_size, context_length, seed)(0)
     return load_windows(tokens, starts, context_length, torch.device(device))
 
 

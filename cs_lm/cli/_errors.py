@@ -7,7 +7,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from cs_lm.training.signals import Stopped, stopping_at_once
+from cs_lm.training.console import log_to, print_line
+from cs_lm.training.signals import StopRequested, raise_on_signal
 
 Main = Callable[[Sequence[str] | None], int]
 
@@ -23,7 +24,7 @@ def readable_errors(main: Main) -> Main:
     def guarded(argv: Sequence[str] | None = None) -> int:
         _show_whatever_the_console_lacks()
         try:
-            with stopping_at_once():
+            with raise_on_signal(), log_to(lambda text: print_line(text, sys.stderr)):
                 return main(argv)
         except BrokenPipeError:  # the reader of our output has had enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -41,9 +42,9 @@ def readable_errors(main: Main) -> Main:
         except (ValueError, OSError) as error:
             print_error(error)
             return 2
-        except Stopped as stopped:
-            print(f"stopped by {stopped}", file=sys.stderr)
-            return stopped.exit_status
+        except StopRequested as stop:
+            print(f"stopped by {stop}", file=sys.stderr)
+            return stop.exit_status
 
     return guarded
 
@@ -59,7 +60,3 @@ def print_error(error: Exception) -> None:
     for line in str(error).splitlines():
         with contextlib.suppress(OSError):  # a terminal that is gone changes no exit status
             print(f"error: {line}", file=sys.stderr, flush=True)
-
-
-def say_on_stderr(text: str) -> None:
-    print(text, file=sys.stderr)

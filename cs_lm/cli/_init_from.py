@@ -1,6 +1,5 @@
 """A new run that begins with the weights of another one, or of another program."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +28,7 @@ class Start(NamedTuple):
     weights: dict[str, Tensor]
 
 
-def read_start(path: str | Path, say: Callable[[str], None]) -> Start:
+def read_start(path: str | Path) -> Start:
     """From a run's folder (its best model), one of its checkpoints, or a folder of weights.
 
     Raises: UserError for a path that is none of these; ValueError for one that cannot be read.
@@ -41,7 +40,7 @@ def read_start(path: str | Path, say: Callable[[str], None]) -> Start:
     else:
         folder, which = RunFolder(path), "best"
     if folder.exists():
-        content = folder.read(which, say)
+        content = folder.read(which)
         tokenizer = folder.load_tokenizer()
         folder.check_tokenizer(content, tokenizer)
         saved = saved_config(content)

@@ -1,10 +1,11 @@
 """`python -m cs_lm encode`: a text and a tokenizer to a token store."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cs_lm.cli._errors import readable_errors, say_on_stderr
+from cs_lm.cli._errors import readable_errors
 from cs_lm.cli._progress import ProgressLine
 from cs_lm.config.data import MAX_CHUNK_SIZE
 from cs_lm.config.fields import setting
@@ -17,7 +18,7 @@ from cs_lm.config.shared import (
     text_field_setting,
 )
 from cs_lm.data.corpus import text_of
-from cs_lm.data.prepare import encode_to_store
+from cs_lm.data.stores import EncodeOptions, encode_to_store
 from cs_lm.errors import UserError
 from cs_lm.storage.lock import writing_alone
 from cs_lm.storage.manifest import MANIFEST
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     progress, folder = ProgressLine(), Path(config.store)
 
     def on_wait() -> None:
-        say_on_stderr(f"waiting: another process is writing {folder}")
+        logging.getLogger("cs_lm").info("waiting: another process is writing %s", folder)
 
     try:
         with writing_alone(folder, on_wait) as lock:
@@ -75,16 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise UserError(
                     f"--store: {str(folder)!r} exists; add --overwrite, or name another"
                 )
-            store = encode_to_store(
-                text,
-                tokenizer,
-                folder,
-                config.chunk_size,
-                config.num_workers,
-                progress,
-                is_alone=lock.is_real,
-                replace=config.overwrite,
+            options = EncodeOptions(
+                config.num_workers, progress, is_alone=lock.is_real, replace=config.overwrite
             )
+            store = encode_to_store(text, tokenizer, folder, config.chunk_size, options)
     finally:
         progress.close()
     text_bytes = store.manifest["text_bytes"]

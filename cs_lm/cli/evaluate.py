@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cs_lm.cli._errors import readable_errors, say_on_stderr
+from cs_lm.cli._errors import readable_errors
 from cs_lm.config.fields import setting
 from cs_lm.config.flags import parse_config
 from cs_lm.config.shared import (
@@ -20,7 +20,7 @@ from cs_lm.config.shared import (
 from cs_lm.data.corpus import text_of
 from cs_lm.data.token_store import ArrayTokens
 from cs_lm.device import resolve_device
-from cs_lm.inference.evaluate import evaluate, token_byte_lengths
+from cs_lm.inference.evaluate import EvalOptions, evaluate, token_byte_lengths
 from cs_lm.training.run_dir import RunFolder, load_trained
 
 
@@ -53,7 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         RunFolder(config.out_dir),
         config.checkpoint,
         resolve_device(config.device),
-        say=say_on_stderr,
     )
     seq_length = config.seq_length or trained.config.seq_length
     if seq_length > trained.config.model.context_length:
@@ -67,10 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = evaluate(
         trained.model,
         ArrayTokens(ids),
-        seq_length,
-        config.batch_size,
         token_byte_lengths(trained.tokenizer.vocab),
-        config.max_tokens,
+        EvalOptions(seq_length, config.batch_size, config.max_tokens),
     )
     print(f"model         {config.out_dir}, {config.checkpoint}, step {trained.iteration}")
     print(f"scored        {result.num_tokens:,} tokens, {result.num_bytes:,} bytes")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cs_lm.cli._errors import readable_errors, say_on_stderr
+from cs_lm.cli._errors import readable_errors
 from cs_lm.config.fields import setting
 from cs_lm.config.flags import parse_config
 from cs_lm.config.shared import checkpoint_problems, checkpoint_setting
@@ -40,9 +40,7 @@ class ExportConfig:
 @readable_errors
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(ExportConfig, "python -m cs_lm export-weights", __doc__, argv)
-    trained = load_trained(
-        RunFolder(config.out_dir), config.checkpoint, torch.device("cpu"), say=say_on_stderr
-    )
+    trained = load_trained(RunFolder(config.out_dir), config.checkpoint, torch.device("cpu"))
     shard_bytes = None if config.shard_mb is None else config.shard_mb * 1_000_000
     write_weights(trained.model, trained.tokenizer, config.target, config.file_format, shard_bytes)
     print(f"wrote the model of step {trained.iteration} to {config.target}")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from cs_lm.cli._errors import print_error, readable_errors, say_on_stderr
+from cs_lm.cli._errors import print_error, readable_errors
 from cs_lm.config.fields import is_unicode, not_unicode, setting
 from cs_lm.config.flags import parse_config
 from cs_lm.config.run import DTYPES
@@ -22,7 +22,7 @@ from cs_lm.errors import UserError
 from cs_lm.inference.sampling import DecodingConfig, NotANumberError
 from cs_lm.inference.text import generate_text, stop_ids_of
 from cs_lm.training.run_dir import RunFolder, TrainedModel, load_trained
-from cs_lm.training.signals import Stopped, stopping_at_once
+from cs_lm.training.signals import StopRequested, raise_on_signal
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prompt = _decoded("standard input", sys.stdin.buffer.read())
     if prompt == "":
         raise ValueError("prompt: got an empty text, need at least one character")
-    trained = load_trained(
-        folder, config.checkpoint, device, getattr(torch, config.dtype), say_on_stderr
-    )
+    trained = load_trained(folder, config.checkpoint, device, getattr(torch, config.dtype))
     stop_ids_of(trained.tokenizer, config.decoding.stop_token)  # said before anything is written
     try:
         return _answer(trained, prompt, config.decoding)
@@ -85,9 +83,9 @@ def _answer(trained: TrainedModel, prompt: str | None, decoding: DecodingConfig)
             print_error(UserError(not_unicode("prompt", line)))
             continue
         try:
-            with stopping_at_once():
+            with raise_on_signal():
                 _write(trained, line, decoding)
-        except Stopped as stopped:
+        except StopRequested as stopped:
             if stopped.number != signal.SIGINT:
                 raise
             print()  # enough of this one

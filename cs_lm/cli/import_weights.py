@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     with folder.only_here():
         folder.refuse_a_run()
-        folder.begin(config, model, tokenizer)
+        folder.create_from_pretrained(config, model, tokenizer)
     shown = shlex.quote(str(folder.path))
     print(
         f"imported {num_parameters(model.config) / 1e6:.2f} M parameters to {folder.path}\n"

@@ -3,25 +3,28 @@
 import difflib
 import importlib.util
 import os
+import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from cs_lm.cli._errors import is_out_of_memory, print_error, readable_errors, say_on_stderr
+from cs_lm.cli._errors import is_out_of_memory, print_error, readable_errors
 from cs_lm.cli._init_from import read_start
 from cs_lm.cli._progress import ProgressLine
 from cs_lm.config.fields import flag_of, has_setting, replace, settings_of
 from cs_lm.config.flags import FlagParser, add_flags, config_from_flags, read_flags
 from cs_lm.config.model import ArchitectureConfig
 from cs_lm.config.presets import DEFAULT_MODEL, model_names
-from cs_lm.config.run import OF_ONE_CALL, RunConfig, named_run
-from cs_lm.data.corpus import check_corpora, check_no_pipe, label_of, with_pipes_kept
-from cs_lm.data.prepare import prepare
+from cs_lm.config.run import NOT_SAVED_SETTINGS, RunConfig, named_run
+from cs_lm.data.corpus import check_corpora, label_of
+from cs_lm.data.pipeline import prepare
+from cs_lm.data.pipes import check_no_pipe, with_pipes_kept
 from cs_lm.device import resolve_device
 from cs_lm.errors import UserError
-from cs_lm.training.metrics_log import SPARE_HELP
+from cs_lm.training.console import log_to, print_line
+from cs_lm.training.metrics_log import INSTALL_HINT
 from cs_lm.training.run_dir import RunFolder, saved_config
 
 DESCRIPTION = """\
@@ -32,11 +35,16 @@ _FIXED_FROM_START = frozenset(("model_name", "special_tokens", "vocab_path", "me
 _FIXED_SETTINGS = _FIXED_FROM_START | {"valid_path", "valid_fraction"}
 UNEXPECTED, BAD_NUMBERS = 1, 3  # exit status
 # Settings that say what to do now rather than what the run is.
-_OF_THIS_CALL = {*OF_ONE_CALL, "out_dir"}
+_OF_THIS_CALL = {*NOT_SAVED_SETTINGS, "out_dir"}
 
 
 @readable_errors
 def main(argv: Sequence[str] | None = None) -> int:
+    with log_to(lambda text: print_line(text, sys.stdout)):
+        return _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     parser = FlagParser(prog="run_clm.py", description=DESCRIPTION)
     add_flags(parser, RunConfig)
     namespace = parser.parse_strictly(argv)
@@ -47,12 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.get("init_from") is None:
         base = _named_base(given)
     else:
-        start = read_start(given["init_from"], say_on_stderr)
+        start = read_start(given["init_from"])
         base = start.base
         whose = "--init_from has", "leave the flag out, or --init_from"
         _refuse_what_cannot_change(base, given, whose, _FIXED_FROM_START)
     config = config_from_flags(base, namespace, _problems_of_this_machine)
-    folder = RunFolder(config.out_dir or Path("runs") / label_of(config))
+    folder = RunFolder(config.out_dir or Path("runs") / label_of(config.data))
     _check_writable(folder.path)
     folder.refuse_a_run()
     tokenizer = None if start is None else start.tokenizer
@@ -63,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with folder.only_here():
         folder.refuse_a_run()  # one that began and ended meanwhile
         weights = None if start is None else start.weights
-        return _fit(lambda: _trainer()(config, data, folder, weights=weights))
+        return _fit(lambda: _new_trainer()(config, data, folder, weights=weights))
 
 
 def _named_base(given: dict[str, Any]) -> RunConfig:
@@ -85,7 +93,7 @@ def _resume(namespace, given: dict[str, Any], wrong_values: list[str]) -> int:
     wrong_step = [line for line in asked.problems() if line.startswith("--resume_step")]
     if wrong_step:
         raise ValueError(wrong_step[0])
-    folder = RunFolder(asked.out_dir or Path("runs") / label_of(asked))
+    folder = RunFolder(asked.out_dir or Path("runs") / label_of(asked.data))
     folder.require()
     with nullcontext() if asked.dry_run else folder.only_here():
         return _go_on(folder, namespace, given)
@@ -111,7 +119,7 @@ def _go_on(folder: RunFolder, namespace, given: dict[str, Any]) -> int:
     data = _prepared(config, tokenizer)
     held = [checkpoint]  # the trainer copies it: what is read need not stay in memory meanwhile
     del checkpoint
-    return _fit(lambda: _trainer()(config, data, folder, held.pop()))
+    return _fit(lambda: _new_trainer()(config, data, folder, held.pop()))
 
 
 def _refuse_what_cannot_change(
@@ -155,9 +163,9 @@ def _problems_of_this_machine(config: RunConfig) -> list[str]:
         resolve_device(config.device)
     except ValueError as error:
         found.append(str(error))
-    found += check_corpora(config)
+    found += check_corpora(config.data)
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        found.append(f"--tensorboard: needs the package tensorboard; {SPARE_HELP}")
+        found.append(f"--tensorboard: needs the package tensorboard; {INSTALL_HINT}")
     return found
 
 
@@ -180,24 +188,25 @@ def _print_dry_run(config: RunConfig, folder: RunFolder, tokenizer) -> int:
     return 0
 
 
-def _trainer() -> type:
-    from cs_lm.training.trainer import Trainer
+def _new_trainer() -> Callable[..., Any]:
+    from cs_lm.training.language_modeling import language_model_trainer
 
-    return Trainer
+    return language_model_trainer
 
 
 def _prepared(config: RunConfig, tokenizer):
     progress = ProgressLine()
 
-    def say(text: str) -> None:
+    def write_line(text: str) -> None:
         progress.close()
-        print(text, flush=True)
+        print_line(text, sys.stdout)
 
-    return prepare(config, say, tokenizer, progress)
+    with log_to(write_line):
+        return prepare(config, tokenizer, progress)
 
 
 def _fit(make_trainer: Callable[[], Any]) -> int:
-    from cs_lm.training.nonfinite import BadNumbers
+    from cs_lm.training.nonfinite import NonFiniteError
 
     trainer = make_trainer()
     if trainer.has_ended:
@@ -208,7 +217,7 @@ def _fit(make_trainer: Callable[[], Any]) -> int:
         return 0
     try:
         return trainer.fit()
-    except BadNumbers as error:
+    except NonFiniteError as error:
         print_error(error)
         return BAD_NUMBERS
     except Exception as error:

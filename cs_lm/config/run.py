@@ -156,4 +156,4 @@ def named_run(model_name: str) -> RunConfig:
 
 
 # Settings of one call of run_clm.py, which are not the run's, and what they are in its checkpoints.
-OF_ONE_CALL = {"resume": False, "resume_step": None, "dry_run": False}
+NOT_SAVED_SETTINGS = {"resume": False, "resume_step": None, "dry_run": False}

@@ -1,6 +1,7 @@
 """What a step draws, as a pure function of the seed and the step's or batch's number."""
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -8,12 +9,22 @@ import torch
 from torch import Tensor
 
 from cs_lm.data.token_store import Tokens
+from cs_lm.device import World
 
 Starts = Callable[[int], np.ndarray]  # batch number -> first positions of its windows, (B,)
 
 
-def num_starts(tokens: Tokens, seq_length: int) -> int:
-    """How many windows of seq_length + 1 tokens there are.
+class Batch(NamedTuple):
+    """inputs   (B, T) int64 token ids
+    targets  (B, T) int64: the token that follows each of them
+    """
+
+    inputs: Tensor
+    targets: Tensor
+
+
+def num_windows(tokens: Tokens, seq_length: int) -> int:
+    """How many windows of seq_length + 1 tokens there are; they overlap.
 
     Raises: ValueError when there is none.
     """
@@ -25,9 +36,9 @@ def num_starts(tokens: Tokens, seq_length: int) -> int:
     return len(tokens) - seq_length
 
 
-def random_starts(tokens: Tokens, batch_size: int, seq_length: int, seed: int) -> Starts:
+def sample_windows(tokens: Tokens, batch_size: int, seq_length: int, seed: int) -> Starts:
     """Every window equally likely, the last one included; drawn anew for each batch number."""
-    count = num_starts(tokens, seq_length)
+    count = num_windows(tokens, seq_length)
 
     def starts(index: int) -> np.ndarray:
         # a counter-based generator: batch 1,000,000 costs what batch 0 does
@@ -37,48 +48,25 @@ def random_starts(tokens: Tokens, batch_size: int, seq_length: int, seed: int) -
     return starts
 
 
-def epoch_starts(tokens: Tokens, batch_size: int, seq_length: int, seed: int) -> Starts:
-    """Windows that do not overlap, each once an epoch, in an order that changes with the epoch."""
-    num_windows = 1 + (num_starts(tokens, seq_length) - 1) // seq_length
+def shuffle_windows(tokens: Tokens, batch_size: int, seq_length: int, seed: int) -> Starts:
+    """Windows that do not overlap, each once an epoch, in an order that changes with the epoch.
+
+    Memory: 8 bytes for each window of an epoch, two epochs at most.
+    """
+    count = 1 + (num_windows(tokens, seq_length) - 1) // seq_length
+
+    @lru_cache(maxsize=2)  # a batch may lie across the border of two epochs
+    def order(epoch: int) -> np.ndarray:
+        return np.random.default_rng((seed, epoch)).permutation(count)
 
     def starts(index: int) -> np.ndarray:
-        positions = index * batch_size + np.arange(batch_size)
-        epochs, places = np.divmod(positions, num_windows)
-        order = [
-            permuted(places[epochs == epoch], num_windows, (seed, int(epoch)))
-            for epoch in np.unique(epochs)
-        ]
-        return np.concatenate(order) * seq_length
+        positions = range(index * batch_size, (index + 1) * batch_size)
+        return np.array([order(at // count)[at % count] for at in positions]) * seq_length
 
     return starts
 
 
-SAMPLERS = {"random": random_starts, "epoch": epoch_starts}
-
-
-def permuted(places: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarray:
-    """Where a pseudo-random permutation of range(size) sends the places.
-
-    A Feistel network permutes the next power of four; places that fall outside are sent on until
-    they are inside (cycle walking), which keeps it a permutation. No array of `size` entries.
-    Source: Black and Rogaway 2002, Ciphers with arbitrary finite domains.
-    """
-    half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
-    mask = np.uint64((1 << half_bits) - 1)
-    round_keys = np.random.SeedSequence(key).generate_state(6, np.uint64)
-
-    def encipher(values: np.ndarray) -> np.ndarray:
-        left, right = values >> np.uint64(half_bits), values & mask
-        for round_key in round_keys:
-            mixed = (right + round_key) * np.uint64(0x9E3779B97F4A7C15)  # wraps at 2^64
-            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
-            left, right = right, left ^ (mixed >> np.uint64(32)) & mask
-        return left << np.uint64(half_bits) | right
-
-    values = encipher(places.astype(np.uint64))
-    while (outside := values >= size).any():
-        values[outside] = encipher(values[outside])
-    return values.astype(np.int64)
+SAMPLERS = {"random": sample_windows, "epoch": shuffle_windows}
 
 
 class Copied(NamedTuple):
@@ -87,8 +75,8 @@ class Copied(NamedTuple):
     rows: Tensor
     event: torch.cuda.Event | None = None
 
-    def received(self) -> tuple[Tensor, Tensor]:
-        """x and y = x shifted by one, both (B, T), for the stream of whoever calls this.
+    def received(self) -> Batch:
+        """The batch, for the stream of whoever calls this.
 
         The host does not wait: the stream does, before it uses them.
         """
@@ -96,13 +84,13 @@ class Copied(NamedTuple):
             stream = torch.cuda.current_stream(self.rows.device)
             stream.wait_event(self.event)
             self.rows.record_stream(stream)  # their memory is not given away before that
-        return self.rows[:, :-1], self.rows[:, 1:]
+        return Batch(self.rows[:, :-1], self.rows[:, 1:])
 
 
 def load_windows(
     tokens: Tokens, starts: np.ndarray, seq_length: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """x and y = x shifted by one, both (B, T) int64, from windows at the given positions."""
+) -> Batch:
+    """The windows that begin at the given positions."""
     return Copied(_windows(tokens, starts, seq_length).to(device)).received()
 
 
@@ -111,13 +99,16 @@ def _windows(tokens: Tokens, starts: np.ndarray, seq_length: int) -> Tensor:
     return torch.from_numpy(windows.astype(np.int64))  # (B, T + 1)
 
 
-def seed_of_step(seed: int, step: int) -> int:
+def step_seed(seed: int, step: int) -> int:
     """For what a step draws besides its batches."""
     return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0])
 
 
 class BatchSource:
-    """Batch number -> (x, y); the same seed gives the same batches, from any number on."""
+    """Batch number -> this process's rows of it; the same seed gives the same batches.
+
+    Together, the ranks of a world read each batch once: rank after rank, in consecutive rows.
+    """
 
     def __init__(
         self,
@@ -126,14 +117,19 @@ class BatchSource:
         seq_length: int,
         seed: int,
         sampling: str,
-        device: torch.device,
+        world: World,
     ):
-        self._tokens, self._seq_length, self._device = tokens, seq_length, device
-        # a batch's number -> where its windows begin
-        self.starts = SAMPLERS[sampling](tokens, batch_size, seq_length, seed)
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._tokens, self._seq_length, self._device = tokens, seq_length, world.device
+        self._rows = world.share_of(batch_size)
+        self._starts = SAMPLERS[sampling](tokens, batch_size, seq_length, seed)
+        is_cuda = world.device.type == "cuda"
+        self._stream = torch.cuda.Stream(world.device) if is_cuda else None
 
-    def __call__(self, index: int) -> tuple[Tensor, Tensor]:
+    def starts(self, index: int) -> np.ndarray:
+        """Where the windows of the batch begin."""
+        return self._starts(index)[self._rows]
+
+    def __call__(self, index: int) -> Batch:
         return self.copied(index).received()
 
     def copied(self, index: int) -> Copied:

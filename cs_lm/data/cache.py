@@ -37,7 +37,7 @@ PIPE_LABEL = "standard-input"
 # Hashing a shorter file takes less time than it would take to remember it.
 _REMEMBERED_BYTES = 4 << 20
 
-Say = Callable[[str], None]
+_log = logging.getLogger("cs_lm")
 Found = TypeVar("Found")
 
 
@@ -71,7 +71,7 @@ def in_use(path: Path) -> FileLock:
 
 
 def find_or_make(
-    path: Path, find: Callable[[], Found | None], make: Callable[[bool], None], say: Say
+    path: Path, find: Callable[[], Found | None], make: Callable[[bool], None]
 ) -> tuple[Found, FileLock]:
     """What `find` finds, made first where that is None; and the lock of whoever uses it.
 
@@ -85,7 +85,7 @@ def find_or_make(
         making = wait_for(
             _making_path(path),
             shared=False,
-            on_wait=lambda: say(f"waiting: another process is making {path}"),
+            on_wait=lambda: _log.info("waiting: another process is making %s", path),
         )
         try:
             if find() is None:
@@ -157,7 +157,7 @@ def sha256_remembered(path: Path) -> str:
         try:
             write_whole(DATA / _HASHES, json.dumps(known).encode("utf-8"))
         except OSError as error:
-            logging.getLogger("cs_lm").debug("%s: not remembered (%s)", path, error)
+            _log.debug("%s: not remembered (%s)", path, error)
     return digest
 
 

@@ -7,13 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from cs_lm.config.data import DataConfig
-from cs_lm.config.fields import replace
-from cs_lm.config.run import RunConfig
 from cs_lm.config.shared import STANDARD_INPUT
-from cs_lm.data.cache import PIPE_LABEL, STORE, keep_stream, keep_text, paths_of, sha256_remembered
-from cs_lm.errors import UserError
-from cs_lm.tokenizer.corpus_files import SUFFIXES, find_files, is_pipe, without_packing
-from cs_lm.tokenizer.text_source import TextSource, opened, separator_for
+from cs_lm.data.cache import PIPE_LABEL, STORE, keep_text, paths_of, sha256_remembered
+from cs_lm.tokenizer.corpus_files import SUFFIXES, find_files, without_packing
+from cs_lm.tokenizer.text_source import TextSource, separator_for
 
 EMBEDDED_LABEL = "python-manual"
 _BLOCK_BYTES = 1 << 20
@@ -39,9 +36,8 @@ class Corpus:
         return text_of(paths, self.data, self.data.special_tokens)
 
 
-def label_of(config: RunConfig) -> str:
+def label_of(data: DataConfig) -> str:
     """The name of the corpus in data/ and runs/."""
-    data = config.data
     return data.corpus_size or (_name_of(data.corpus_path) if data.corpus_path else EMBEDDED_LABEL)
 
 
@@ -76,17 +72,16 @@ def _embedded_bytes() -> bytes:
     return embedded_text().encode("utf-8")
 
 
-def is_embedded(config: RunConfig) -> bool:
-    data = config.data
+def is_embedded(data: DataConfig) -> bool:
     return not data.corpus_path and data.corpus_size in (None, EMBEDDED_LABEL)
 
 
-def check_corpora(config: RunConfig) -> list[str]:
+def check_corpora(data: DataConfig) -> list[str]:
     """What is wrong with the texts that a run names, without reading them."""
     found = []
-    checks = [lambda: _check_label(config)]
-    checks += [lambda: find_files(config.data.corpus_path, "--corpus_path")]
-    checks += [lambda: find_files(config.data.valid_path, "--valid_path")]
+    checks = [lambda: _check_label(data)]
+    checks += [lambda: find_files(data.corpus_path, "--corpus_path")]
+    checks += [lambda: find_files(data.valid_path, "--valid_path")]
     for check in checks:
         try:
             check()
@@ -95,26 +90,25 @@ def check_corpora(config: RunConfig) -> list[str]:
     return found
 
 
-def _check_label(config: RunConfig) -> None:
-    label = config.data.corpus_size
-    if is_embedded(config):
+def _check_label(data: DataConfig) -> None:
+    label = data.corpus_size
+    if is_embedded(data):
         embedded_text()
-    elif not config.data.corpus_path and not paths_of(label, STORE):
+    elif not data.corpus_path and not paths_of(label, STORE):
         raise FileNotFoundError(
             f"--corpus_size: got {label!r}, but data/ holds no token store of that label; give "
             "--corpus_path to make it"
         )
 
 
-def find_corpus(config: RunConfig, remember: bool = True) -> Corpus | None:
+def find_corpus(data: DataConfig, remember: bool = True) -> Corpus | None:
     """The text to train on, or None where only the label of an existing store is given.
 
     remember  a large file that does not change is hashed once; False: data/ is left as it is
     Raises: FileNotFoundError for a missing file, or a label without a store.
     """
-    _check_label(config)
-    data = config.data
-    if is_embedded(config):
+    _check_label(data)
+    if is_embedded(data):
         text = _embedded_bytes()
         description = {
             "bytes": len(text),
@@ -124,44 +118,15 @@ def find_corpus(config: RunConfig, remember: bool = True) -> Corpus | None:
         return Corpus(EMBEDDED_LABEL, "the Python language manual", (), data, description)
     if not data.corpus_path:
         return None
-    return _corpus(label_of(config), data.corpus_path, data, "--corpus_path", remember)
+    return _corpus(label_of(data), data.corpus_path, data, "--corpus_path", remember)
 
 
-def find_valid_corpus(config: RunConfig, remember: bool = True) -> Corpus | None:
+def find_valid_corpus(data: DataConfig, remember: bool = True) -> Corpus | None:
     """The text to validate on, where it is one of its own."""
-    paths = config.data.valid_path
+    paths = data.valid_path
     if not paths:
         return None
-    return _corpus(_name_of(paths), paths, config.data, "--valid_path", remember)
-
-
-def with_pipes_kept(config: RunConfig) -> RunConfig:
-    """The same with files in the place of pipes: a run reads its text more than once."""
-    changes = {}
-    for name in ("corpus_path", "valid_path"):
-        paths = getattr(config.data, name)
-        if any(map(is_pipe, paths)):
-            changes[name] = tuple(_kept(path) if is_pipe(path) else path for path in paths)
-    return replace(config, changes)
-
-
-def check_no_pipe(config: RunConfig) -> None:
-    """Raises: UserError: what looks at a pipe without keeping it takes its text away."""
-    for path in (*config.data.corpus_path, *config.data.valid_path):
-        if is_pipe(path):
-            raise UserError(
-                f"--dry_run: cannot look at {path}, a pipe, without using it up; save the text to "
-                "a file, or leave --dry_run out"
-            )
-
-
-def _kept(path: str) -> str:
-    with opened(path) as file:
-        blocks = iter(lambda: file.read(_BLOCK_BYTES), b"")
-        kept = keep_stream(PIPE_LABEL, blocks)
-    if kept is None:
-        raise UserError(f"corpus: got nothing from {path}; need text")
-    return str(kept)
+    return _corpus(_name_of(paths), paths, data, "--valid_path", remember)
 
 
 def _corpus(

@@ -4,9 +4,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
-from torch import Tensor
-
-from cs_lm.data.batches import BatchSource, Copied
+from cs_lm.data.batches import Batch, BatchSource, Copied
 
 Item = TypeVar("Item")
 
@@ -39,7 +37,7 @@ class Prefetcher(Generic[Item]):
         return self._receive(item)
 
 
-def steps_ahead(source: BatchSource, grad_accum: int) -> Prefetcher[list[tuple[Tensor, Tensor]]]:
+def steps_ahead(source: BatchSource, grad_accum: int) -> Prefetcher[list[Batch]]:
     """Step number -> its micro-batches; those of the next step are prepared meanwhile."""
 
     def copied(step: int) -> list[Copied]:

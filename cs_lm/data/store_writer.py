@@ -15,6 +15,11 @@ from cs_lm.storage.manifest import FileEntry, HashingFile, check_file
 JOURNAL = "written.jsonl"
 
 
+def id_dtype(vocab_size: int) -> np.dtype:
+    """uint16 for up to 65,536 ids, else uint32; little-endian on every machine."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
 class Encoder(Protocol):
     """What a store needs of a tokenizer."""
 
@@ -97,18 +102,18 @@ def write_chunks(
     encoder: Encoder,
     folder: Path,
     chunk_size: int,
-    dtype: np.dtype,
     journal: Journal,
-    progress: Callable[[int], None] | None = None,
+    on_tokens: Callable[[int], None] | None = None,
 ) -> Position:
     """Writes what the journal does not have yet; returns where the text ended.
 
-    progress  called with the number of tokens so far
+    on_tokens  called with the number of tokens so far
     """
+    dtype = id_dtype(encoder.vocab_size)
     positions = _Positions(journal.position)
     num_written = sum(entry.num_bytes for entry in journal.entries) // dtype.itemsize
     blocks = encoder.safe_blocks(_after(texts, journal.position.num_chars))
-    ids = positions.with_tokens(encoder.encode_each(positions.noted(blocks)), progress)
+    ids = positions.with_tokens(encoder.encode_each(positions.noted(blocks)), on_tokens)
     ids = _without_first(ids, num_written - journal.position.num_tokens)
     for chunk in _regroup(ids, chunk_size, dtype):
         name = chunk_name(len(journal.entries))
@@ -137,7 +142,7 @@ class _Positions:
             yield block
 
     def with_tokens(
-        self, encoded: Iterable[np.ndarray], progress: Callable[[int], None] | None
+        self, encoded: Iterable[np.ndarray], on_tokens: Callable[[int], None] | None
     ) -> Iterator[np.ndarray]:
         for ids in encoded:
             num_chars, num_bytes = self._under_way.popleft()
@@ -146,8 +151,8 @@ class _Positions:
                 at.num_chars + num_chars, at.num_bytes + num_bytes, at.num_tokens + len(ids)
             )
             yield ids
-            if progress:
-                progress(self.current.num_tokens)
+            if on_tokens:
+                on_tokens(self.current.num_tokens)
 
 
 def _after(texts: Iterable[str], num_chars: int) -> Iterator[str]:

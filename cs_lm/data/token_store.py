@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from cs_lm.data.store_writer import JOURNAL, Encoder, Journal, write_chunks
+from cs_lm.data.store_writer import JOURNAL, Encoder, Journal, id_dtype, write_chunks
 from cs_lm.errors import UserError
 from cs_lm.storage.atomic import WRITING, own_name, put_folder, write_whole
 from cs_lm.storage.manifest import MANIFEST, check_file, file_state, read_manifest, write_manifest
@@ -30,9 +30,22 @@ class Tokens(Protocol):
     def load_by_range(self, start: int, end: int) -> np.ndarray: ...
 
 
-def id_dtype(vocab_size: int) -> np.dtype:
-    """uint16 for up to 65,536 ids, else uint32; little-endian on every machine."""
-    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+class StoreOptions(NamedTuple):
+    """describe   asked at the end what the text was, for the manifest
+    on_tokens  called with the number of tokens so far
+    text_key   what tells this text from others, as JSON: an attempt that was ended, even by
+               SIGKILL, is then continued by the next one that is the same in all; None: it leaves
+               nothing behind
+    replace    False: a store that somebody else has made meanwhile stays
+    """
+
+    describe: Callable[[], dict[str, Any]] = dict
+    on_tokens: Callable[[int], None] | None = None
+    text_key: Any = None
+    replace: bool = True
+
+
+DEFAULT_OPTIONS = StoreOptions()
 
 
 class MemmapManager:
@@ -103,34 +116,30 @@ class MemmapManager:
         tokenizer: Encoder,
         folder: str | Path,
         chunk_size: int = 500_000,
-        describe: Callable[[], dict[str, Any]] = dict,
-        progress: Callable[[int], None] | None = None,
-        text_key: Any = None,
-        replace: bool = True,
+        options: StoreOptions = DEFAULT_OPTIONS,
     ) -> "MemmapManager":
         """Encodes the joined texts into a store; memory holds one chunk, however long they are.
 
         The folder appears, or takes the place of an older store, only when it is complete and all
         of it was read again. Who else may write to it must be kept away (locks.py).
 
-        describe  asked at the end what the text was, for the manifest
-        progress  called with the number of tokens so far
-        text_key  what tells this text from others, as JSON: an attempt that was ended, even by
-                  SIGKILL, is then gone on with by the next one that is the same in all; None: it
-                  leaves nothing behind
-        replace   False: a store that somebody else has made meanwhile stays
         Raises: ValueError when the texts are empty.
         """
         folder = Path(folder)
         dtype = id_dtype(tokenizer.vocab_size)
-        key = text_key and [FORMAT_VERSION, text_key, tokenizer.fingerprint, chunk_size]
+        key = options.text_key and [
+            FORMAT_VERSION,
+            options.text_key,
+            tokenizer.fingerprint,
+            chunk_size,
+        ]
         writing = own_name(folder) if key is None else folder.with_name(folder.name + WRITING)
         journal = Journal(writing, key)
         if not journal.entries:
             shutil.rmtree(writing, ignore_errors=True)
             writing.mkdir(parents=True)
         try:
-            end = write_chunks(texts, tokenizer, writing, chunk_size, dtype, journal, progress)
+            end = write_chunks(texts, tokenizer, writing, chunk_size, journal, options.on_tokens)
             if not end.num_tokens:
                 raise ValueError("token store: got an empty text, need at least one token")
             facts = {
@@ -141,14 +150,14 @@ class MemmapManager:
                 "vocab_size": tokenizer.vocab_size,
                 "tokenizer_fingerprint": tokenizer.fingerprint,
                 "text_bytes": end.num_bytes,
-                "source": describe(),
+                "source": options.describe(),
             }
             write_manifest(writing, journal.entries, facts)
             store = cls(writing)
             store.verify()
             store._remember_verified()
             (writing / JOURNAL).unlink(missing_ok=True)
-            put_folder(writing, folder, replace)
+            put_folder(writing, folder, options.replace)
         except BaseException as error:
             if isinstance(error, OSError) and error.filename is None:
                 error.filename = str(writing)

@@ -3,13 +3,14 @@
 import math
 import zlib
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from cs_lm.data.batches import Batch
 from cs_lm.data.token_store import Tokens
 from cs_lm.models.base import LanguageModel, evaluating, next_token_loss
 from cs_lm.ops.reference import IGNORE_INDEX
@@ -48,7 +49,7 @@ class Evaluation:
         }
 
 
-def described(record: dict[str, Any], gzip: float) -> str:
+def format_evaluation(record: dict[str, Any], gzip: float) -> str:
     return (
         f"validation: loss {record['loss_nats']:.4f} nats/token, perplexity "
         f"{record['perplexity']:.2f}, {record['bits_per_byte']:.4f} bits/byte "
@@ -82,36 +83,44 @@ def evaluation_starts(num_tokens: int, seq_length: int, max_tokens: int | None) 
     return [i * num_windows // wanted * seq_length for i in range(wanted)]
 
 
+class EvalOptions(NamedTuple):
+    """seq_length  of the windows; [tokens]
+    batch_size  windows in one forward pass; it changes the speed, not the result
+    max_tokens  about this many are scored, evenly spread; None: all
+    """
+
+    seq_length: int
+    batch_size: int
+    max_tokens: int | None = None
+
+
 @torch.no_grad()
 def evaluate(
     model: LanguageModel,
     tokens: Tokens,
-    seq_length: int,
-    batch_size: int,
     byte_lengths: np.ndarray,
-    max_tokens: int | None = None,
-    precision: AbstractContextManager | None = None,
-    between: Callable[[], None] = lambda: None,
+    options: EvalOptions,
+    loss: Callable[[Any, Any], tuple[Tensor, Tensor]] = next_token_loss,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Scores about `max_tokens` of the tokens (None: all) in windows of `seq_length`.
+    """Scores the tokens in windows. The model's mode is restored.
 
-    The batch size changes the speed, not the result. The model's mode is restored.
-    precision  an autocast context for the forward pass
-    between    called before each batch; an exception of it ends the evaluation
+    byte_lengths  of the tokens, as `token_byte_lengths` gives them
+    loss          (model, batch) -> sum [nats] and count
+    on_batch      called before each batch; an exception of it ends the evaluation
     """
-    device = model.head_weight.device
-    starts = evaluation_starts(len(tokens), seq_length, max_tokens)
+    device, seq_length = model.head_weight.device, options.seq_length
+    starts = evaluation_starts(len(tokens), seq_length, options.max_tokens)
     loss_sum, num_tokens, num_bytes = 0.0, 0, 0
     with evaluating(model):
-        for first in range(0, len(starts), batch_size):
-            between()
+        for first in range(0, len(starts), options.batch_size):
+            on_batch()
             rows = [
                 tokens.load_by_range(s, min(s + seq_length + 1, len(tokens)))
-                for s in starts[first : first + batch_size]
+                for s in starts[first : first + options.batch_size]
             ]
-            x, y = _padded(rows, seq_length)
-            with precision or nullcontext():
-                batch_sum, batch_count = next_token_loss(model, x.to(device), y.to(device))
+            inputs, targets = (x.to(device) for x in _padded(rows, seq_length))
+            batch_sum, batch_count = loss(model, Batch(inputs, targets))
             loss_sum += batch_sum.item()
             num_tokens += int(batch_count)
             num_bytes += sum(int(byte_lengths[row[1:]].sum()) for row in rows)

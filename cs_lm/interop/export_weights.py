@@ -13,7 +13,7 @@ from torch import Tensor
 from cs_lm.config.model import GPT2Config
 from cs_lm.errors import UserError
 from cs_lm.interop.layouts import LAYOUTS, layout_for, written_config
-from cs_lm.interop.sources import ADDED_TOKENS, SPARE_HELP, write_json
+from cs_lm.interop.sources import ADDED_TOKENS, INSTALL_HINT, write_json
 from cs_lm.interop.tensor_mapping import Entry, Layout
 from cs_lm.interop.tokenizers import end_ids, pad_token, write_tokenizer
 from cs_lm.models.base import LanguageModel
@@ -159,7 +159,7 @@ def _save(tensors: dict[str, Tensor], path: Path, file_format: str) -> None:
             from safetensors.torch import save_file
         except ImportError:
             raise ValueError(
-                f"--format: needs the package safetensors; {SPARE_HELP.format('weights')}"
+                f"--format: needs the package safetensors; {INSTALL_HINT.format('weights')}"
             ) from None
         save_file(tensors, path, metadata={"format": "pt"})
     path.chmod(0o666 & ~_umask())  # safetensors makes it the owner's alone
@@ -172,7 +172,7 @@ def _write_tensorflow(model: LanguageModel, prefix: Path) -> None:
         import tensorflow as tf
     except ImportError:
         raise ValueError(
-            f"--format: needs the package tensorflow; {SPARE_HELP.format('tensorflow')}"
+            f"--format: needs the package tensorflow; {INSTALL_HINT.format('tensorflow')}"
         ) from None
     layout = LAYOUTS["openai"].tensors(model.config)
     weights = _weights(model, layout)

@@ -15,7 +15,7 @@ from cs_lm.storage.safe_load import check_archive, check_old_file, check_tensor
 MAX_JSON_BYTES = 64 << 20
 ADDED_TOKENS = "added_tokens.json"
 _FLOATS = {"F64", "F32", "F16", "BF16"}
-SPARE_HELP = "install the extra with: pip install 'cs_lm[{}]'"
+INSTALL_HINT = "install the extra with: pip install 'cs_lm[{}]'"
 
 
 class Source(Protocol):
@@ -60,7 +60,7 @@ class SafetensorsSource:
             from safetensors import SafetensorError, safe_open
         except ImportError:
             raise ValueError(
-                f"weights: needs the package safetensors; {SPARE_HELP.format('weights')}"
+                f"weights: needs the package safetensors; {INSTALL_HINT.format('weights')}"
             ) from None
         self._open = safe_open
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -170,7 +170,7 @@ class TensorFlowSource:
         except ImportError:
             raise ValueError(
                 "weights: a TensorFlow checkpoint needs the package tensorflow; "
-                f"{SPARE_HELP.format('tensorflow')}"
+                f"{INSTALL_HINT.format('tensorflow')}"
             ) from None
         try:
             self._reader = tf.train.load_checkpoint(str(prefix))

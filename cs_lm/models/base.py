@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ class LanguageModel(nn.Module):
     """Scores of every next token, from the tokens before it.
 
     A model makes `token_embeddings`, `layers`, `ln_final` and `lm_head` (None: scores are made with
-    the embedding), and says in `embedded` what its layers work on.
+    the embedding), and says in `embed` what its layers work on.
 
     ops        which version of the operations it is built on (`ops.CLEAR` or `fast_ops.FAST`)
     activation_checkpointing  keep only each block's input for backward, and compute the block again
@@ -36,7 +36,7 @@ class LanguageModel(nn.Module):
         self.ops = ops
         self.activation_checkpointing = activation_checkpointing
 
-    def embedded(
+    def embed(
         self, token_ids: Tensor, token_positions: Tensor
     ) -> tuple[Tensor, list[dict[str, Any]]]:
         """What enters the first layer (..., T, D), and each layer's further arguments."""
@@ -70,7 +70,7 @@ class LanguageModel(nn.Module):
         next_positions = positions_after(cache, token_ids, self.config.context_length)
         if token_positions is None:
             token_positions = next_positions
-        x, of_layers = self.embedded(token_ids, token_positions)
+        x, of_layers = self.embed(token_ids, token_positions)
         recomputing = self.activation_checkpointing and torch.is_grad_enabled() and cache is None
         for index, (layer, further) in enumerate(zip(self.layers, of_layers)):
             block = functools.partial(layer, mask=mask, cache=cache, layer=index, **further)
@@ -109,14 +109,23 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def next_token_loss(
-    model: LanguageModel, x: Tensor, y: Tensor, ignore_index: int = IGNORE_INDEX
-) -> tuple[Tensor, Tensor]:
-    """`cross_entropy` of the targets y (..., T) given x (..., T): sum [nats] and count."""
-    hidden = model.hidden_states(x)
+class TokenBatch(Protocol):
+    """inputs and targets, both (..., T) int64."""
+
+    inputs: Tensor
+    targets: Tensor
+
+
+def next_token_loss(model: LanguageModel, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+    """`cross_entropy` of the targets given the inputs: sum [nats] and count.
+
+    Targets that are `IGNORE_INDEX` do not count.
+    """
+    hidden = model.hidden_states(batch.inputs)
     if not model.has_plain_head:
-        return cross_entropy(model.scores_of(hidden), y, ignore_index)
-    return model.ops.linear_cross_entropy(hidden, model.head_weight, y, ignore_index)
+        return cross_entropy(model.scores_of(hidden), batch.targets, IGNORE_INDEX)
+    loss = model.ops.linear_cross_entropy
+    return loss(hidden, model.head_weight, batch.targets, IGNORE_INDEX)
 
 
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:

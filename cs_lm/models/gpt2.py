@@ -115,7 +115,7 @@ class GPT2LM(LanguageModel):
     def seed_dropout(self, seed: int) -> None:
         reseed(self.dropout_state, seed)
 
-    def embedded(self, token_ids: Tensor, token_positions: Tensor) -> tuple[Tensor, list[dict]]:
+    def embed(self, token_ids: Tensor, token_positions: Tensor) -> tuple[Tensor, list[dict]]:
         x = self.token_embeddings(token_ids) + self.position_embeddings(token_positions)
         num_layers, rate = self.config.num_layers, self.config.drop_rate
         if not self.training or not rate:

@@ -118,6 +118,6 @@ class TransformerLM(LanguageModel):
         frequencies = rope_frequencies(self.config)
         self.rope = RoPE(frequencies, self.config.context_length, ops=self.ops, device=device)
 
-    def embedded(self, token_ids: Tensor, token_positions: Tensor) -> tuple[Tensor, list[dict]]:
+    def embed(self, token_ids: Tensor, token_positions: Tensor) -> tuple[Tensor, list[dict]]:
         rotation = self.rope.rotation(token_positions)
         return self.token_embeddings(token_ids), [{"rotation": rotation}] * len(self.layers)

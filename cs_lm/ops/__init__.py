@@ -1,4 +1,11 @@
-"""The operations of the models."""
+"""The operations of the models, on plain tensors. `reference` is the book: every formula once.
+
+No layer, no parameter and no config lives here. `from cs_lm import ops` gives the definitions.
+Read `reference` first. `fused` has quicker twins of its entries, and `FAST`, the record of them;
+their parts are `manual_backward` (gradients by hand), `tiled_attention`, `fused_block` (a whole
+Transformer block), and `autocast` (which dtype a product takes). Besides: `dropout_mask`,
+`activation_checkpoint`, `compile`.
+"""
 
 from cs_lm.ops.reference import (
     CLEAR,

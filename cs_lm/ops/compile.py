@@ -1,20 +1,26 @@
 """torch.compile where it works, and the function as it is where it does not."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+_log = logging.getLogger("cs_lm")
 
-class Compiled:
+
+class CompileWithFallback:
     """The function, compiled at its first call.
 
-    Where that call fails, for want of a compiler above all, `say` gets one line and the function
-    runs as it is from then on. What is compiled later, for a backward pass, may still fail.
+    Where that call fails, most often because there is no compiler, `on_failure` (default: the log)
+    gets one line, and the function runs as it is from then on. What is compiled later, for a
+    backward pass, may still fail.
     """
 
-    def __init__(self, function: Callable[..., Any], say: Callable[[str], None]):
-        self._plain, self._say = function, say
+    def __init__(
+        self, function: Callable[..., Any], on_failure: Callable[[str], None] | None = None
+    ):
+        self._plain, self._on_failure = function, on_failure or _log.warning
         self._chosen: Callable[..., Any] = self._first_call
 
     def __call__(self, *arguments: Any) -> Any:
@@ -26,7 +32,7 @@ class Compiled:
             result = compiled(*arguments)
         except RuntimeError as error:  # whatever fails without the compiler too, fails below
             result = self._plain(*arguments)
-            self._say(
+            self._on_failure(
                 f"--compile: torch.compile failed ({_first_line(error)}); going on without it"
             )
             compiled = self._plain

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from cs_lm.ops.compile import Compiled
+from cs_lm.ops.compile import CompileWithFallback
 
 
 class AdamW(torch.optim.Optimizer):
@@ -46,12 +46,12 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(
-        self, closure: Callable[[], Tensor] | None = None, apply: Tensor | None = None
+        self, closure: Callable[[], Tensor] | None = None, should_apply: Tensor | None = None
     ) -> Tensor | None:
         """One update; returns the closure's loss, if there is a closure.
 
-        apply  a bool on the gradients' device: False leaves everything as it is but the count of
-               the steps; nothing waits for it
+        should_apply  a bool on the gradients' device: False leaves everything as it is but the
+                      count of the steps; nothing waits for it
         """
         loss = None
         if closure is not None:
@@ -62,10 +62,12 @@ class AdamW(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     by_step.setdefault(self._next_step(parameter), []).append(parameter)
-            if apply is not None and apply.device.type == "cpu":  # where reading it is free
-                if not apply:
+            if (
+                should_apply is not None and should_apply.device.type == "cpu"
+            ):  # where reading it is free
+                if not should_apply:
                     continue
-                apply = None
+                should_apply = None
             for step, parameters in by_step.items():
                 states = [self.state[parameter] for parameter in parameters]
                 tensors = (
@@ -76,16 +78,16 @@ class AdamW(torch.optim.Optimizer):
                 )
                 whole = self._compiled is not None or parameters[0].device.type != "cpu"
                 for portion in (tensors,) if whole else _portions(tensors):
-                    self._update(portion, step, group, apply)
+                    self._update(portion, step, group, should_apply)
         return loss
 
-    def compile(self, say: Callable[[str], None]) -> None:
+    def compile(self, on_failure: Callable[[str], None] | None = None) -> None:
         """Takes its steps from here on in one pass over memory, written by torch.compile.
 
-        say  gets a line where that fails; the same function runs as it is then
+        on_failure  called with a line where that fails; the same function runs as it is then
         Cost: half a second of compiling for each parameter, at the first step on a machine.
         """
-        self._compiled = Compiled(_adamw, say)
+        self._compiled = CompileWithFallback(_adamw, on_failure)
 
     def num_updates(self) -> set[int]:
         """How many updates the parameters have had: one number, but within an update."""
@@ -101,7 +103,7 @@ class AdamW(torch.optim.Optimizer):
         return state["step"]
 
     def _update(
-        self, tensors: tuple[list[Tensor], ...], step: int, group: dict, apply: Tensor | None
+        self, tensors: tuple[list[Tensor], ...], step: int, group: dict, should_apply: Tensor | None
     ) -> None:
         beta1, beta2 = group["betas"]
         # both corrections of the bias moved to one side of the division
@@ -117,7 +119,7 @@ class AdamW(torch.optim.Optimizer):
             wide = torch.promote_types(first.dtype, torch.float32)
             on_device = torch.tensor(factors, dtype=wide).to(first.device, non_blocking=True)
             update, factors = self._compiled, on_device.unbind()
-        update(*tensors, (beta1, beta2), *factors, apply)
+        update(*tensors, (beta1, beta2), *factors, should_apply)
 
 
 # Far below eps^2. A CPU takes six times as long for the root of 0, which rows of an embedding have
@@ -134,18 +136,18 @@ def _adamw(
     decay: float | Tensor,
     eps: float | Tensor,
     step_size: float | Tensor,
-    apply: Tensor | None,
+    should_apply: Tensor | None,
 ) -> None:
-    """The update of `AdamW`, in place. Where `apply` is False, every factor changes nothing."""
+    """The update of `AdamW`, in place. Where `should_apply` is False, nothing changes."""
 
     def factor(value: float | Tensor, neutral: float) -> float | Tensor:
-        return value if apply is None else torch.where(apply, value, neutral)
+        return value if should_apply is None else torch.where(should_apply, value, neutral)
 
     beta1, beta2 = betas
-    if apply is None:
+    if should_apply is None:
         torch._foreach_lerp_(means, gradients, 1 - beta1)
     else:  # the same in operations that take a factor from the device
-        gradients = [torch.where(apply, gradient, 0) for gradient in gradients]
+        gradients = [torch.where(should_apply, gradient, 0) for gradient in gradients]
         torch._foreach_mul_(means, factor(beta1, 1))
         torch._foreach_add_(means, gradients, alpha=1 - beta1)
     torch._foreach_mul_(squares, factor(beta2, 1))
@@ -153,7 +155,7 @@ def _adamw(
     roots = torch._foreach_add(squares, _NO_ROOT_OF_LESS)
     torch._foreach_sqrt_(roots)
     torch._foreach_add_(roots, [eps] * len(roots))
-    if apply is not None:
+    if should_apply is not None:
         torch._foreach_mul_(roots, factor(1, math.inf))
     if isinstance(decay, Tensor) or decay != 1:
         torch._foreach_mul_(parameters, factor(decay, 1))

@@ -35,18 +35,27 @@ def _joint_norm(gradients: list[Tensor]) -> Tensor:
     return torch.cat(norms).double().square().sum().sqrt().to(wide)
 
 
-def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+def clip_gradients(
+    parameters: Iterable[Tensor], max_norm: float, divide_by: Tensor | None = None
+) -> Tensor:
     """Scales all gradients in place so that their joint L2 norm is at most `max_norm`.
 
-    Returns the norm before scaling, a scalar on the gradients' device; reading it is the
+    divide_by  a positive scalar: first, the gradients of a sum become those of a mean
+    Returns the norm before clipping, a scalar on the gradients' device; reading it is the
     caller's choice, nothing here waits for the device. Parameters without a gradient are skipped.
+    Why both at once: each pass over the gradients costs time, and both are one factor.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
         return torch.zeros(())
-    norm = _joint_norm(gradients)
+    norm, scale = _joint_norm(gradients), None
+    if divide_by is not None:
+        scale = 1 / divide_by
+        norm = norm * scale
     if max_norm < math.inf:
         # the small number keeps 0 / 0 away where max_norm and norm are both tiny
-        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        clip = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        scale = clip if scale is None else scale * clip
+    if scale is not None:
         torch._foreach_mul_(gradients, scale)
     return norm

@@ -1,13 +1,15 @@
 """Saves checkpoints in a thread while training goes on."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 from cs_lm.training.checkpoint import copied
-from cs_lm.training.checkpoint_manager import CheckpointManager, Say
+from cs_lm.training.checkpoint_manager import CheckpointManager
 
+_log = logging.getLogger("cs_lm")
 # Before each attempt to save what would otherwise be lost.
 SAVE_AGAIN_S = (0, 1, 5)
 
@@ -15,19 +17,18 @@ SAVE_AGAIN_S = (0, 1, 5)
 class BackgroundSaver:
     """Saves while training goes on, which waits for no more than the copy of its state in memory.
 
-    One save at a time: the next one waits for it. A save that fails is told to `say`, and leaves
-    `saved_step` as it was.
+    One save at a time: the next one waits for it. A save that fails is a warning in the log, and
+    leaves `saved_step` as it was.
     """
 
     def __init__(
         self,
         manager: CheckpointManager,
-        say: Say,
         saved_step: int = -1,
         before: Callable[[], None] = lambda: None,
     ):
         """before  called before each save: what must be on the disk earlier"""
-        self._manager, self._say, self._before = manager, say, before
+        self._manager, self._before = manager, before
         self._thread: threading.Thread | None = None
         self.saved_step = self.asked_step = saved_step
         self.has_failed = False
@@ -43,7 +44,7 @@ class BackgroundSaver:
         if self.saved_step == step:
             self._start(self._save_best, step, valid_loss, measured_on)
         else:
-            self._say(f"WARNING: step {step} is not kept as the best: it could not be saved")
+            _log.warning("step %d is not kept as the best: it could not be saved", step)
         return self.saved_step == step
 
     def save_surely(self, save: Callable[[], None]) -> bool:
@@ -55,9 +56,10 @@ class BackgroundSaver:
             if self.saved_step == self.asked_step and not self.has_failed:
                 return True
         again = "starts it again" if self.saved_step < 0 else "with --resume goes on from there"
-        self._say(
-            f"error: the last step could not be saved; {self.kept}; make room on the disk, then "
-            f"the same command {again}"
+        _log.error(
+            "the last step could not be saved; %s; make room on the disk, then the same command %s",
+            self.kept,
+            again,
         )
         return False
 
@@ -86,12 +88,12 @@ class BackgroundSaver:
             self.saved_step, self.has_failed = step, False
         except Exception as error:  # whatever it is, it must not end the run
             self.has_failed, self.asked_step = True, self.saved_step
-            self._say(
-                f"WARNING: step {step} could not be saved ({error}); {self.kept}; it is tried again"
+            _log.warning(
+                "step %d could not be saved (%s); %s; it is tried again", step, error, self.kept
             )
 
     def _save_best(self, step: int, valid_loss: float, measured_on: dict[str, Any]) -> None:
         try:
             self._manager.save_best(step, valid_loss, measured_on)
         except Exception as error:
-            self._say(f"WARNING: step {step} could not be kept as the best ({error})")
+            _log.warning("step %d could not be kept as the best (%s)", step, error)

@@ -1,24 +1,19 @@
 """What a validation loss was measured on: only losses of one measure can be compared."""
 
-from collections.abc import Callable
+import logging
 from typing import Any
 
 from cs_lm.config.run import RunConfig
-from cs_lm.data.prepare import PreparedData
 from cs_lm.training.checkpoint_manager import CheckpointManager
 
-
-def measure_of(config: RunConfig, data: PreparedData) -> dict[str, Any]:
-    """Text, range and tokenizer; the window, and how much of it is scored."""
-    return {
-        **data.measured_on,
-        "seq_length": config.seq_length,
-        "eval_tokens": config.eval_tokens,
-    }
+_log = logging.getLogger("cs_lm")
 
 
 def is_comparable(
-    checkpoints: CheckpointManager, measure: dict[str, Any], before: RunConfig, now: RunConfig
+    checkpoints: CheckpointManager,
+    measure: dict[str, Any] | None,
+    before: RunConfig,
+    now: RunConfig,
 ) -> bool:
     """Whether the best checkpoint's loss may be compared with those of a run that goes on.
 
@@ -30,10 +25,11 @@ def is_comparable(
     return _settings(before) == _settings(now)
 
 
-def begin_best_anew(checkpoints: CheckpointManager, say: Callable[[str], None]) -> None:
+def start_best_anew(checkpoints: CheckpointManager) -> None:
+    """Sets the best checkpoint aside: its loss was measured on something else."""
     if checkpoints.best() is not None:
         checkpoints.set_best_aside()
-        say(
+        _log.info(
             "best: begins anew, as validation losses are measured on another text, part of it, "
             "window or tokenizer from here on; the earlier best is set aside"
         )

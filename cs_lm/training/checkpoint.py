@@ -19,7 +19,7 @@ FORMAT_VERSION = 1
 def checkpoint_content(
     model: nn.Module, optimizer: torch.optim.Optimizer, iteration: int, **extras: Any
 ) -> dict[str, Any]:
-    """Model, optimizer, iteration, random state and extras (tensors and plain values).
+    """Model, optimizer, iteration and extras (tensors and plain values).
 
     The tensors are those of the model and optimizer, not copies.
     """
@@ -28,7 +28,6 @@ def checkpoint_content(
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "iteration": iteration,
-        "rng": _rng_state(),
         "extras": extras,
     }
 
@@ -102,7 +101,7 @@ def restore(
     optimizer: torch.optim.Optimizer | None = None,
     keep_settings: bool = False,
 ) -> None:
-    """Puts what `read_checkpoint` gave into the model, the optimizer and torch's generators.
+    """Puts what `read_checkpoint` gave into the model and the optimizer.
 
     keep_settings  the optimizer's learning rate, decay and so on stay as they are now
     Raises: ValueError for a state of another model; nothing is changed then.
@@ -116,7 +115,6 @@ def restore(
         optimizer.load_state_dict(content["optimizer"])
         for group, before in zip(optimizer.param_groups, groups if keep_settings else ()):
             group.update(before, params=group["params"])
-        _set_rng_state(content["rng"])
 
 
 # ---- what is refused ----
@@ -128,7 +126,6 @@ def _check_content(content: Any) -> None:
     for key, kind in (
         ("model", dict),
         ("optimizer", dict),
-        ("rng", dict),
         ("extras", dict),
         ("iteration", int),
     ):
@@ -136,9 +133,6 @@ def _check_content(content: Any) -> None:
             raise ValueError(f"{key} is no {kind.__name__}")
     if content["iteration"] < 0:
         raise ValueError("negative iteration")
-    random_state = content["rng"]["cpu"]
-    if not isinstance(random_state, Tensor) or random_state.dtype != torch.uint8:
-        raise ValueError("no random state")
     for tensor in _tensors(content):
         check_tensor(tensor)
 
@@ -191,21 +185,3 @@ def _check_moments(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> N
             f"checkpoint: the optimizer's state does not fit ({error}); was it saved by a model of "
             "another shape?"
         ) from None
-
-
-# ---- random state ----
-
-
-def _rng_state() -> dict[str, Any]:
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
-
-
-def _set_rng_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["cpu"].cpu())
-    if "cuda" in state and torch.cuda.is_available():
-        # a run may go on with fewer devices than it began with
-        for device, device_state in zip(range(torch.cuda.device_count()), state["cuda"]):
-            torch.cuda.set_rng_state(device_state.cpu(), device)

@@ -1,10 +1,11 @@
 """The checkpoints of a run: several that verify, so that no fault of one of them ends it."""
 
+import logging
 import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ KINDS = ("step", "best")
 _NAME = re.compile(r"(step|best)-(\d{8,15})")
 _ASIDE = ".aside"
 
-Say = Callable[[str], None]
+_log = logging.getLogger("cs_lm")
 
 
 class Best(NamedTuple):
@@ -81,8 +82,8 @@ class CheckpointManager:
             raise ValueError(f"checkpoint: {str(path)!r} does not verify: {error}") from None
         return content
 
-    def read_newest(self, say: Say, kinds: Sequence[str] = KINDS) -> dict[str, Any]:
-        """The newest that verifies; `say` is told of those that do not.
+    def read_newest(self, kinds: Sequence[str] = KINDS) -> dict[str, Any]:
+        """The newest that verifies; a warning for each that does not.
 
         Raises: FileNotFoundError where there is none, ValueError where none verifies.
         """
@@ -95,7 +96,7 @@ class CheckpointManager:
             try:
                 return self.read(step, kind)
             except ValueError as error:
-                say(f"SKIPPED {error}")
+                _log.warning("SKIPPED %s", error)
         raise ValueError(
             f"checkpoint: none of the {len(found)} in {str(self.folder)!r} verifies; restore one "
             "from a copy, or start a new run in another --out_dir"
@@ -161,7 +162,7 @@ class CheckpointManager:
         for step in self.steps("best"):
             self._set_aside(self.path(step, "best"))
 
-    def go_on_from(self, step: int) -> None:
+    def discard_after(self, step: int) -> None:
         """Sets aside what is newer than that step: damaged, or of a course that is left.
 
         What a crash left half written or half removed goes.

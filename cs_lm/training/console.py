@@ -1,12 +1,46 @@
 """What a run shows on the terminal."""
 
 import contextlib
+import logging
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 from cs_lm.training.throughput import Speed
+
+_PREFIXES = {logging.WARNING: "WARNING: ", logging.ERROR: "error: "}
+
+
+class _LineHandler(logging.Handler):
+    """Gives each message to a function as a line, with its level where that is not INFO."""
+
+    def __init__(self, write_line: Callable[[str], None]):
+        super().__init__()
+        self._write_line = write_line
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._write_line(_PREFIXES.get(record.levelno, "") + record.getMessage())
+
+
+@contextmanager
+def log_to(write_line: Callable[[str], None]) -> Iterator[None]:
+    """While entered, messages of the logger `cs_lm` are lines given to the function.
+
+    They go nowhere else that an earlier `log_to` named; other handlers of the logger stay.
+    """
+    logger = logging.getLogger("cs_lm")
+    before, level = logger.handlers[:], logger.level
+    others = [handler for handler in before if not isinstance(handler, _LineHandler)]
+    logger.handlers[:] = [*others, _LineHandler(write_line)]
+    logger.setLevel(min(logging.INFO, level or logging.INFO))
+    try:
+        yield
+    finally:
+        logger.handlers[:] = before
+        logger.setLevel(level)
 
 
 class Stopwatch:
@@ -20,22 +54,13 @@ class Stopwatch:
     def elapsed_s(self) -> float:
         return time.perf_counter() - self._start - self._paused_s
 
-    def pause(self) -> "_Pause":
-        return _Pause(self)
-
-    def add_pause(self, seconds: float) -> None:
-        self._paused_s += seconds
-
-
-class _Pause:
-    def __init__(self, watch: Stopwatch):
-        self._watch = watch
-
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
-
-    def __exit__(self, *_exception) -> None:
-        self._watch.add_pause(time.perf_counter() - self._start)
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        start_s = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused_s += time.perf_counter() - start_s
 
 
 class Display:
@@ -64,8 +89,8 @@ class Display:
 
     def report(self, step: int, loss: float, lr: float, norm: float, speed: Speed) -> None:
         part = f"{speed.model_flops_per_s / 1e9:,.1f} GFLOP/s"
-        if speed.utilisation is not None:
-            part = f"{speed.utilisation:.0%} of peak"
+        if speed.matmul_utilisation is not None:
+            part = f"{speed.matmul_utilisation:.0%} of peak"
         shown = (
             f"loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {speed.tokens_per_s:,.0f} tokens/s "
             f"({part})"
@@ -73,27 +98,36 @@ class Display:
         if self._bar is not None:
             self._bar.set_postfix_str(shown)
         else:
-            self.say(
+            self.write_line(
                 f"step {step}/{self._num_steps} | {shown} | ETA {format_duration(speed.eta_s)}"
             )
 
-    def say(self, text: str) -> None:
-        try:
-            if self._bar is not None:
-                self._bar.write(text, file=self._file)
-            else:
-                print(text, file=self._file, flush=True)
-        except UnicodeEncodeError:  # what a model writes may have characters that no console shows
-            self.say(shown_on(self._file, text))
-        except BrokenPipeError:  # nobody reads any more: that is no reason to stop training
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self._file.fileno())
-        except OSError:  # a terminal that is gone, a full disk
-            pass
+    def write_line(self, text: str) -> None:
+        write = None if self._bar is None else self._bar.write
+        print_line(text, self._file, write)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
             if self._bar is not None:
                 self._bar.close()
+
+
+def print_line(text: str, file: TextIO, write: Callable[..., None] | None = None) -> None:
+    """Prints on a file that may be gone: that is no reason to stop the work.
+
+    write  a progress bar's own way to print above it
+    """
+    try:
+        if write is not None:
+            write(text, file=file)
+        else:
+            print(text, file=file, flush=True)
+    except UnicodeEncodeError:  # what a model writes may have characters that no console shows
+        print_line(shown_on(file, text), file, write)
+    except BrokenPipeError:  # nobody reads any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+    except OSError:  # a terminal that is gone, a full disk
+        pass
 
 
 def shown_on(file: TextIO, text: str) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from cs_lm.config.run import RunConfig
 from cs_lm.data.corpus import find_corpus
-from cs_lm.data.prepare import check_length, num_training_tokens, reusable_store
+from cs_lm.data.pipeline import check_length, find_prepared_store, num_training_tokens
 from cs_lm.models.registry import ARCHITECTURES, SavedActivations
 from cs_lm.models.stats import count_weights, flops_per_token, num_parameters
 from cs_lm.optim.schedule import learning_rate
@@ -27,10 +27,10 @@ def saved_activations(config: RunConfig) -> SavedActivations:
 
 def store_tokens(config: RunConfig, tokenizer: BPETokenizer | None = None) -> tuple[int, bool]:
     """Tokens of the whole corpus, and whether that number is known rather than guessed."""
-    store = reusable_store(config, tokenizer)
+    store = find_prepared_store(config, tokenizer)
     if store is not None:
         return len(store), True
-    corpus = find_corpus(config, remember=False)
+    corpus = find_corpus(config.data, remember=False)
     if corpus.paths:
         next(corpus.open().read())  # whether there is text in it
     num_bytes = corpus.description["bytes"]

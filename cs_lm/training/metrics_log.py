@@ -2,27 +2,28 @@
 
 import contextlib
 import json
+import logging
 import math
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from cs_lm.storage.atomic import write_whole
 
-SPARE_HELP = "install the extra with: pip install 'cs_lm[ui]'"
+_log = logging.getLogger("cs_lm")
+INSTALL_HINT = "install the extra with: pip install 'cs_lm[ui]'"
 
 
 class MetricsLog:
     """`metrics.jsonl`: one object a line, the first one the run's config and versions.
 
-    A record that the disk does not take is kept in memory, told to `say` once, and written before
+    A record that the disk does not take is kept in memory, with one warning, and written before
     the next one.
     """
 
-    def __init__(self, path: str | Path, say: Callable[[str], None] = print):
-        self.path, self._say = Path(path), say
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
         self._held = b""
 
     def write(self, kind: str, **values: Any) -> None:
@@ -34,7 +35,7 @@ class MetricsLog:
             self._held = b""
         except OSError as error:
             if not was_held:
-                self._say(f"WARNING: {str(self.path)!r} cannot be written ({error}); trying again")
+                _log.warning("%r cannot be written (%s); trying again", str(self.path), error)
 
     def _append(self, lines: bytes) -> None:
         """All of the lines or, after an error, none of them."""
@@ -53,21 +54,29 @@ class MetricsLog:
         with contextlib.suppress(OSError), open(self.path, "ab") as file:
             os.fsync(file.fileno())
 
-    def records(self) -> Iterator[dict[str, Any]]:
-        """What a crash did not cut short; `say` is told of lines that are no record any more."""
-        lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.is_file() else []
-        for number, line in enumerate(lines, start=1):
-            record = _as_record(line)
+    def records(self, warn: bool = True) -> Iterator[dict[str, Any]]:
+        """What a crash did not cut short; a warning for each line that is no record any more."""
+        for number, record in self._lines():
+            if record is None and not warn:
+                continue
             if record is None:
-                self._say(f"SKIPPED line {number} of {str(self.path)!r}: it is damaged")
+                _log.warning("SKIPPED line %d of %r: it is damaged", number, str(self.path))
             else:
                 yield record
+
+    def damaged_lines(self) -> list[int]:
+        """The numbers of the lines that are no record any more."""
+        return [number for number, record in self._lines() if record is None]
+
+    def _lines(self) -> Iterator[tuple[int, dict[str, Any] | None]]:
+        lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.is_file() else []
+        return enumerate(map(_as_record, lines), start=1)
 
     def clear(self) -> None:
         self.path.unlink(missing_ok=True)
 
-    def drop_after(self, step: int) -> list[dict[str, Any]]:
-        """Removes what was logged beyond the checkpoint that a run goes on from; returns the rest.
+    def discard_after(self, step: int) -> list[dict[str, Any]]:
+        """Removes what was logged after the step of a checkpoint; returns the rest.
 
         Damaged lines go too.
         """
@@ -114,15 +123,3 @@ def read_metrics(path: str | Path) -> Iterator[dict[str, Any]]:
             if number == len(lines):
                 return
             raise ValueError(f"metrics: line {number} of {str(path)!r} is not JSON") from None
-
-
-class SpikeMark:
-    """Tells of a loss that is a tenth above every one of the last 20 that were logged."""
-
-    def __init__(self, earlier: Iterable[float | None] = ()):
-        self._recent = deque((loss for loss in earlier if loss is not None), maxlen=20)
-
-    def __call__(self, loss: float) -> bool:
-        is_spike = bool(self._recent) and loss > 1.1 * max(self._recent)
-        self._recent.append(loss)
-        return is_spike

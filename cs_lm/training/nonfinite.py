@@ -3,27 +3,25 @@
 import json
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from cs_lm.data.batches import BatchSource
-from cs_lm.models.base import LanguageModel
 from cs_lm.storage.atomic import write_whole
-from cs_lm.training.step import LossFunction, gradients_of
+from cs_lm.training.step import accumulate_gradients
+from cs_lm.training.task import Task
 
 # With --on_nan skip, so many steps in a row are left out before the run stops after all.
 MAX_SKIPPED = 10
 
 
-class BadNumbers(Exception):
+class NonFiniteError(Exception):
     """The run cannot go on with these weights and batches; the message says what is kept."""
 
 
-class StepFlags:
+class NonFiniteMonitor:
     """Which steps were not finite, known as soon as the device has said so.
 
     On CUDA a flag is on its way to the host while the next step is launched; elsewhere reading
@@ -82,40 +80,25 @@ def advice(folder: Path, on_nan: str) -> str:
     )
 
 
-def write_bad_step(
-    path: Path,
-    step: int,
-    lr: float,
-    source: BatchSource,
-    batch_numbers: Sequence[int],
-    model: LanguageModel,
-    loss_function: LossFunction,
-    precision: AbstractContextManager,
-    seed: int,
-) -> None:
+def write_bad_step(path: Path, step: int, lr: float, task: Task) -> None:
     """Computes a step's micro-batches again and writes what came of each, layer by layer.
 
-    seed  what the step's dropout followed from
+    step  counted from 0; what the step draws has to be seeded before
     The gradients that this leaves in the model are of no use.
     """
-    model.seed_dropout(seed)
+    model = task.model
     batches = []
-    for number in batch_numbers:
-        loss = gradients_of(model, [source(number)], loss_function, precision)
-        batches.append(
-            {
-                "number": number,
-                "window_starts": source.starts(number).tolist(),
-                "loss_nats": _shown(loss),
-                "grad_norms": {
-                    name: _shown(parameter.grad.norm())
-                    for name, parameter in model.named_parameters()
-                    if parameter.grad is not None
-                },
-            }
-        )
+    for facts, batch in zip(task.describe_batches(step), task.batches_of_step(step)):
+        loss_sum, count = accumulate_gradients(model, [batch], task.loss)
+        count = count.clamp(min=1)
+        norms = {
+            name: _shown(parameter.grad.norm() / count)
+            for name, parameter in model.named_parameters()
+            if parameter.grad is not None
+        }
+        batches.append({**facts, "loss_nats": _shown(loss_sum / count), "grad_norms": norms})
     norms = {name: _shown(parameter.norm()) for name, parameter in model.named_parameters()}
-    content = {"step": step, "lr": lr, "batches": batches, "weight_norms": norms}
+    content = {"step": step + 1, "lr": lr, "batches": batches, "weight_norms": norms}
     write_whole(path, json.dumps(content, indent=1).encode("utf-8"))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cs_lm.storage.atomic import writing_whole
-from cs_lm.training.metrics_log import SPARE_HELP, read_metrics
+from cs_lm.training.metrics_log import INSTALL_HINT, read_metrics
 
 Record = dict[str, Any]
 AGAINST = ("step", "epoch", "tokens")
@@ -45,7 +45,7 @@ def plot_losses(
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError(f"plot: needs the package matplotlib; {SPARE_HELP}") from None
+        raise ValueError(f"plot: needs the package matplotlib; {INSTALL_HINT}") from None
     x = _axis(against, records, train + valid)
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
@@ -109,7 +109,9 @@ def _draw(axes, x: _Axis, show: str, train: list[Record], valid: list[Record]) -
         last_loss = f"{last['loss_nats']:.3f} nats"
         if show == "perplexity":
             last_loss = f"{math.exp(min(last['loss_nats'], 700.0)):.1f}"
-        label = f"validation (last: {last_loss}, {last['bits_per_byte']:.3f} bits/byte)"
+        if "bits_per_byte" in last:  # where the task scores a text
+            last_loss += f", {last['bits_per_byte']:.3f} bits/byte"
+        label = f"validation (last: {last_loss})"
         line(valid, "loss_nats", marker="o", color="C1", ms=4, label=label)
 
 

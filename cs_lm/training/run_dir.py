@@ -1,8 +1,9 @@
 """What lies where in a run's folder, and the model in it."""
 
 import json
+import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from cs_lm.training.checkpoint_manager import KINDS, CheckpointManager
 from cs_lm.training.metrics_log import MetricsLog
 
 _END_TOKENS = "end_tokens.json"
+_log = logging.getLogger("cs_lm")
 
 
 class RunFolder:
@@ -109,7 +111,9 @@ class RunFolder:
             tokenizer.end_tokens = _read_texts(self._tokenizer / _END_TOKENS)
         return tokenizer
 
-    def begin(self, config: RunConfig, model: LanguageModel, tokenizer: BPETokenizer) -> None:
+    def create_from_pretrained(
+        self, config: RunConfig, model: LanguageModel, tokenizer: BPETokenizer
+    ) -> None:
         """A run at step 0 of a model that was trained elsewhere."""
         self.save_tokenizer(tokenizer)
         log = MetricsLog(self.metrics)
@@ -127,21 +131,22 @@ class RunFolder:
         )
         self.checkpoints.save(content)
 
-    def read(self, which: str, say: Callable[[str], None] = print) -> dict[str, Any]:
+    def read(self, which: str) -> dict[str, Any]:
         """The content of the `last` or `best` checkpoint that verifies, or of that of a step.
 
-        say  told of those that do not verify
         Raises: FileNotFoundError or ValueError when there is none; so too for a step's own.
         """
         self.require()
         if which == "last":
-            content = self.checkpoints.read_newest(say)
+            content = self.checkpoints.read_newest()
         elif which == "best":
             if not self.checkpoints.steps("best"):
-                say("there is no best checkpoint yet, before a validation: the last one is taken")
-                return self.read("last", say)
+                _log.info(
+                    "there is no best checkpoint yet, before a validation: the last one is taken"
+                )
+                return self.read("last")
             try:
-                content = self.checkpoints.read_newest(say, ["best"])
+                content = self.checkpoints.read_newest(["best"])
             except (ValueError, FileNotFoundError) as error:
                 raise type(error)(f"{error}; or try --checkpoint last") from None
         else:
@@ -153,7 +158,7 @@ class RunFolder:
 
     def ends(self) -> list[int]:
         """The steps at which its log says that all was done."""
-        records = MetricsLog(self.metrics, lambda _: None).records()
+        records = MetricsLog(self.metrics).records(warn=False)
         return [record["step"] for record in records if record["kind"] == "end"]
 
     def verify(self) -> list[str]:
@@ -177,8 +182,10 @@ class RunFolder:
                         self.check_tokenizer(content, tokenizer)
                 except (ValueError, OSError) as error:
                     wrong.append(str(error))
-        log = MetricsLog(self.metrics, lambda text: wrong.append(text.removeprefix("SKIPPED ")))
-        if not list(log.records()):
+        log = MetricsLog(self.metrics)
+        damaged = log.damaged_lines()
+        wrong += [f"line {n} of {str(self.metrics)!r}: it is damaged" for n in damaged]
+        if not list(log.records(warn=False)):
             wrong.append(f"run: {str(self.metrics)!r} is missing or empty")
         return wrong
 
@@ -243,14 +250,13 @@ def load_trained(
     which: str,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
-    say: Callable[[str], None] = print,
 ) -> TrainedModel:
-    """The model of `RunFolder.read(which, say)`, ready to generate, with weights of that dtype.
+    """The model of `RunFolder.read(which)`, ready to generate, with weights of that dtype.
 
     Raises: FileNotFoundError, or ValueError when model and tokenizer do not belong together.
     """
     tokenizer = folder.load_tokenizer()
-    content = folder.read(which, say)
+    content = folder.read(which)
     folder.check_tokenizer(content, tokenizer)
     config = saved_config(content)
     # every weight is overwritten: an explicit generator keeps the global one untouched

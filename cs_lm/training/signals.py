@@ -11,7 +11,7 @@ _HANGUP = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *_HANGUP)
 
 
-class Stopped(BaseException):
+class StopRequested(BaseException):
     """A stop signal was noted, and the work has come to a place where it may end."""
 
     def __init__(self, number: signal.Signals):
@@ -42,9 +42,9 @@ class StopSignals:
         _restore_handlers(self._previous)
 
     def check(self) -> None:
-        """Raises: Stopped when a signal has come."""
+        """Raises: StopRequested when a signal has come."""
         if self.received is not None:
-            raise Stopped(self.received)
+            raise StopRequested(self.received)
 
     def _note(self, number: int, _frame) -> None:
         if self.received is not None:
@@ -53,15 +53,15 @@ class StopSignals:
 
 
 @contextmanager
-def stopping_at_once() -> Iterator[None]:
-    """While entered, a stop signal raises Stopped, where the main thread is.
+def raise_on_signal() -> Iterator[None]:
+    """While entered, a stop signal raises StopRequested, where the main thread is.
 
     For work that is safe at any moment, and has processes or temporary files to clear away.
     """
 
     def stop(number: int, _frame) -> None:
         _set_handlers(lambda again, _frame: os._exit(128 + again))
-        raise Stopped(signal.Signals(number))
+        raise StopRequested(signal.Signals(number))
 
     previous = _set_handlers(stop)
     try:

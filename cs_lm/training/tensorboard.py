@@ -1,8 +1,11 @@
 """TensorBoard event files."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+_log = logging.getLogger("cs_lm")
 
 
 class TensorBoardLog:
@@ -11,9 +14,8 @@ class TensorBoardLog:
     folder  None: nothing is written
     """
 
-    def __init__(self, folder: Path | None, say: Callable[[str], None]):
+    def __init__(self, folder: Path | None):
         self._writer: Any = None
-        self._say = say
         if folder is not None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -39,4 +41,4 @@ class TensorBoardLog:
             action()
         except OSError as error:
             self._writer = None
-            self._say(f"WARNING: no more TensorBoard events ({error}); training goes on")
+            _log.warning("no more TensorBoard events (%s); training goes on", error)

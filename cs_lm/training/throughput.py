@@ -2,17 +2,16 @@
 
 from dataclasses import dataclass
 
-from cs_lm.config.run import RunConfig
-from cs_lm.models.stats import flops_per_token
+from cs_lm.training.task import Task
 
 
 @dataclass(frozen=True)
 class Speed:
-    """utilisation  part of what the device's matrix products can do, at most 1; None: not known"""
+    """matmul_utilisation  part of the device's matrix product rate, at most 1; None: not known"""
 
     tokens_per_s: float
     model_flops_per_s: float
-    utilisation: float | None
+    matmul_utilisation: float | None
     eta_s: float
 
 
@@ -23,22 +22,21 @@ class SpeedMeter:
                       measurement was disturbed: it is raised then.
     """
 
-    def __init__(self, config: RunConfig, step: int, num_steps: int, peak: float | None):
-        self._tokens_per_step = config.tokens_per_step
-        self._flops_per_token = flops_per_token(config.model, config.seq_length)
+    def __init__(self, task: Task, step: int, peak_flops_per_s: float | None):
+        self._task = task
         self._first_step = self._last_step = step
-        self._last_s, self._num_steps = 0.0, num_steps
-        self.peak_flops_per_s = peak
+        self._last_s = 0.0
+        self.peak_flops_per_s = peak_flops_per_s
 
     def look(self, step: int, elapsed_s: float) -> Speed:
         """Since the last look; `elapsed_s` is the time of training since the meter was made."""
-        tokens = (step - self._last_step) * self._tokens_per_step
+        tokens = (step - self._last_step) * self._task.tokens_per_step
         tokens_per_s = tokens / (elapsed_s - self._last_s)
         self._last_step, self._last_s = step, elapsed_s
-        flops_per_s = tokens_per_s * self._flops_per_token
-        utilisation = None
+        flops_per_s = tokens_per_s * self._task.flops_per_token
+        matmul_utilisation = None
         if self.peak_flops_per_s is not None:
             self.peak_flops_per_s = max(self.peak_flops_per_s, flops_per_s)
-            utilisation = flops_per_s / self.peak_flops_per_s
-        eta_s = (self._num_steps - step) * elapsed_s / (step - self._first_step)
-        return Speed(tokens_per_s, flops_per_s, utilisation, eta_s)
+            matmul_utilisation = flops_per_s / self.peak_flops_per_s
+        eta_s = (self._task.num_steps - step) * elapsed_s / (step - self._first_step)
+        return Speed(tokens_per_s, flops_per_s, matmul_utilisation, eta_s)

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from cs_lm.config.model import ModelConfig
+from cs_lm.data.batches import Batch
 from cs_lm.inference.generate import generate
 from cs_lm.inference.sampling import DecodingConfig
 from cs_lm.models.base import next_token_loss
@@ -125,14 +126,14 @@ def test_training_computes_what_evaluation_does(change, generator):
 def test_a_changed_head_counts_in_the_loss_and_in_decoding(change, generator):
     model = TransformerLM(CONFIG, FAST, generator=generator)
     ids, targets = torch.tensor([[1, 2, 3]]), torch.tensor([[4, 5, 6]])
-    before = next_token_loss(model, ids, targets)[0].item()
+    before = next_token_loss(model, Batch(ids, targets))[0].item()
     if change == "bias":
         model.lm_head.bias = nn.Parameter(torch.arange(17.0))
     elif change == "hook":
         model.lm_head.register_forward_hook(lambda _module, _inputs, output: 2 * output)
     else:
         model.lm_head.__class__ = Doubled
-    loss = next_token_loss(model, ids, targets)[0].item()
+    loss = next_token_loss(model, Batch(ids, targets))[0].item()
     assert loss == pytest.approx(loss_of(model(ids), targets), rel=1e-5)
     assert abs(loss - before) > 1e-3
     (new,) = generate(model, [[1, 2, 3]], DecodingConfig(max_new_tokens=1, temperature=0))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from cs_lm.config.model import ModelConfig
+from cs_lm.data.batches import Batch
 from cs_lm.models.base import next_token_loss
 from cs_lm.models.layers import Factory
 from cs_lm.models.transformer import TransformerBlock, TransformerLM
@@ -112,5 +113,5 @@ def test_the_model_trains_with_it(monkeypatch, generator):
         "cs_lm.ops.fused_block.attention_forward", lambda *a: calls.append(1) or forward(*a)
     )
     ids = torch.randint(0, 17, (B, T), generator=generator)
-    next_token_loss(TransformerLM(CONFIG), ids, ids)
+    next_token_loss(TransformerLM(CONFIG), Batch(ids, ids))
     assert len(calls) == CONFIG.num_layers

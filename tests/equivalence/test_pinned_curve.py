@@ -5,6 +5,7 @@ import torch
 
 from cs_lm.config.model import ModelConfig
 from cs_lm.config.optim import OptimConfig
+from cs_lm.data.batches import Batch
 from cs_lm.models.transformer import TransformerLM
 from cs_lm.ops.fused import OPS
 from cs_lm.optim.adamw import AdamW
@@ -39,7 +40,7 @@ def losses(ops: str) -> list[float]:
         starts = [(step * B + row) * T % (len(text) - T - 1) for row in range(B)]
         x = torch.stack([text[start : start + T] for start in starts])
         y = torch.stack([text[start + 1 : start + T + 1] for start in starts])
-        loss, _ = train_step(model, optimizer, [(x, y)], optim.max_norm)
+        loss, _ = train_step(model, optimizer, [Batch(x, y)], optim.max_norm)
         found.append(loss.item())
     return found[::10]
 

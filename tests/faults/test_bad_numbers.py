@@ -3,7 +3,6 @@
 import json
 import math
 import re
-from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -14,14 +13,17 @@ from cs_lm.config.fields import replace, to_json
 from cs_lm.config.model import GPT2Config
 from cs_lm.data.batches import BatchSource
 from cs_lm.data.token_store import ArrayTokens
+from cs_lm.device import World
 from cs_lm.models.base import next_token_loss
 from cs_lm.models.registry import build_model
 from cs_lm.ops.fused import OPS
 from cs_lm.training.checkpoint import checkpoint_content
-from cs_lm.training.metrics_log import MetricsLog, SpikeMark
+from cs_lm.training.metrics_log import MetricsLog
 from cs_lm.training.nonfinite import write_bad_step
+from cs_lm.training.reporter import LossSpikeDetector
 from cs_lm.training.run_dir import RunFolder
-from cs_lm.training.step import gradients_of
+from cs_lm.training.step import accumulate_gradients
+from cs_lm.training.task import Task
 from tests.faults.tiny_run import BAD_NUMBERS, CONFIG, assert_same_run, prepared, trainer_of
 
 CONFIG = replace(CONFIG, {"max_steps": 12, "grad_accum": 2, "eval_interval": 0})
@@ -31,9 +33,9 @@ BAD = 8  # the step, counted from 1
 def bad_loss(is_bad, what):
     """The loss, spoilt in the second micro-batch of a bad step."""
 
-    def loss(model, x, y):
-        total, count = next_token_loss(model, x, y)
-        if not is_bad(x):
+    def loss(model, batch):
+        total, count = next_token_loss(model, batch)
+        if not is_bad(batch.inputs):
             return total, count
         if what == "loss":
             return total * math.nan, count
@@ -47,7 +49,7 @@ class Spoilt:
     """Which micro-batches are bad: told by their tokens, as bad data would be."""
 
     def __init__(self, trainer, steps):
-        self._bad = [trainer.batch(2 * step - 1)[0] for step in steps]
+        self._bad = [trainer.task.batches(2 * step - 1).inputs for step in steps]
 
     def __call__(self, x):
         return any(torch.equal(x, bad) for bad in self._bad)
@@ -55,16 +57,16 @@ class Spoilt:
 
 def spoilt_trainer(folder, data, config, steps, what="loss"):
     trainer = trainer_of(folder, data, config)
-    trainer.loss_function = bad_loss(Spoilt(trainer, steps), what)
+    trainer.task.loss = bad_loss(Spoilt(trainer, steps), what)
     return trainer
 
 
 def run(trainer):
-    from cs_lm.training.nonfinite import BadNumbers
+    from cs_lm.training.nonfinite import NonFiniteError
 
     try:
         return trainer.fit(), ""
-    except BadNumbers as error:
+    except NonFiniteError as error:
         return BAD_NUMBERS, str(error)
 
 
@@ -80,7 +82,7 @@ def test_stops_with_the_weights_from_before(work, what):
     assert status == BAD_NUMBERS
     assert f"gradient of step {BAD} is not finite; the weights are those that it found" in message
     assert "the checkpoint of step 7 is kept" in message
-    content = RunFolder(work / "run").read("last", pytest.fail)
+    content = RunFolder(work / "run").read("last")
     assert content["iteration"] == BAD - 1
     for name, weight in short.model.state_dict().items():
         assert torch.equal(weight, content["model"][name]), name
@@ -96,10 +98,10 @@ def test_what_is_written_out_and_the_replay(work):
     _, message = run(trainer)
     found = json.loads((work / "run" / "bad_step_00000008.json").read_text(encoding="utf-8"))
     assert found["step"] == BAD and [batch["number"] for batch in found["batches"]] == [14, 15]
-    assert found["batches"][1]["window_starts"] == trainer.batch.starts(15).tolist()
+    assert found["batches"][1]["window_starts"] == trainer.task.batches.starts(15).tolist()
     good, bad = found["batches"]
     assert math.isfinite(good["loss_nats"]) and bad["loss_nats"] == "nan"
-    names = set(dict(trainer.model.named_parameters()))
+    names = set(dict(trainer.task.model.named_parameters()))
     assert set(good["grad_norms"]) == set(bad["grad_norms"]) == set(found["weight_norms"]) == names
     assert all(norm > 0 for norm in good["grad_norms"].values())
     assert set(bad["grad_norms"].values()) == {"nan"}
@@ -127,12 +129,29 @@ def test_the_replay_drops_what_the_step_dropped(work):
         drop_rate=0.4,
     )
     model = build_model(config, OPS["fast"], generator=torch.Generator().manual_seed(0))
-    source = BatchSource(ArrayTokens(np.arange(400) % 40), 2, 8, 0, "random", torch.device("cpu"))
+    source = BatchSource(
+        ArrayTokens(np.arange(400) % 40), 2, 8, 0, "random", World(torch.device("cpu"))
+    )
     model.seed_dropout(77)
-    losses = [gradients_of(model, [source(number)]).item() for number in (4, 5, 6)]
-    gradients_of(model, [source(9)])
+    losses = []
+    for number in (4, 5, 6):
+        loss_sum, count = accumulate_gradients(model, [source(number)])
+        losses.append((loss_sum / count).item())
+    accumulate_gradients(model, [source(9)])
+
+    class ThreeBatches(Task):
+        def __init__(self):
+            self.model = model
+
+        def batches_of_step(self, step):
+            return [source(number) for number in (4, 5, 6)]
+
+        def loss(self, model, batch):
+            return next_token_loss(model, batch)
+
     path = work / "bad.json"
-    write_bad_step(path, 2, 0.1, source, [4, 5, 6], model, next_token_loss, nullcontext(), 77)
+    model.seed_dropout(77)
+    write_bad_step(path, 2, 0.1, ThreeBatches())
     found = json.loads(path.read_text(encoding="utf-8"))["batches"]
     assert [batch["loss_nats"] for batch in found] == losses
 
@@ -142,10 +161,10 @@ def test_scores_that_are_no_numbers_name_the_checkpoint(work, capsys):
     trainer = trainer_of(work / "run", data, replace(CONFIG, {"max_steps": 3}))
     assert trainer.fit() == 0
     with torch.no_grad():
-        trainer.model.ln_final.weight[3] = math.nan
+        trainer.task.model.ln_final.weight[3] = math.nan
     content = checkpoint_content(
-        trainer.model,
-        trainer.optimizer,
+        trainer.task.model,
+        trainer.task.optimizer,
         4,
         config=to_json(trainer.config),
         elapsed_s=0.0,
@@ -159,9 +178,8 @@ def test_scores_that_are_no_numbers_name_the_checkpoint(work, capsys):
         shown = capsys.readouterr().err
         assert "not numbers (NaN)" in shown and "step 4 in 'run'" in shown, shown
         assert shown.startswith("error: --checkpoint")
-    trainer.config = replace(trainer.config, {"prompt": "The cat"})
-    trainer._sample()
-    assert "sample: the model's scores are not numbers" in capsys.readouterr().out
+    record, shown = trainer.task.sample(lambda: None)
+    assert record is None and shown.startswith("the model's scores are not numbers")
 
 
 def test_skip_leaves_the_step_out_and_goes_on(work, capsys):
@@ -174,7 +192,7 @@ def test_skip_leaves_the_step_out_and_goes_on(work, capsys):
     train = [r for r in MetricsLog(work / "run/metrics.jsonl").records() if r["kind"] == "train"]
     assert [r["step"] for r in train] == list(range(1, 13))
     assert [r["step"] for r in train if r["loss_nats"] is None] == [4, BAD]
-    assert all(p.isfinite().all() for p in trainer.model.parameters())
+    assert all(p.isfinite().all() for p in trainer.task.model.parameters())
 
 
 def test_a_full_disk_does_not_hide_a_bad_step(work, monkeypatch):
@@ -186,7 +204,7 @@ def test_a_full_disk_does_not_hide_a_bad_step(work, monkeypatch):
 
     monkeypatch.setattr("cs_lm.training.nonfinite.write_whole", full)
     assert run(trainer)[0] == BAD_NUMBERS
-    assert RunFolder(work / "run").read("last", pytest.fail)["iteration"] == BAD - 1
+    assert RunFolder(work / "run").read("last")["iteration"] == BAD - 1
 
 
 def test_skip_has_an_end(work):
@@ -209,10 +227,10 @@ def test_a_bad_first_step(work):
 
 
 def test_spikes_are_marked():
-    is_spike = SpikeMark([None, 2.0, 2.2])
+    is_spike = LossSpikeDetector([None, 2.0, 2.2])
     marked = [is_spike(loss) for loss in (2.3, 2.5, 2.6, 3.0)]
     assert marked == [False, False, False, True]
     for _ in range(20):
         is_spike(1.0)
     assert is_spike(1.2), "only the last 20 count"
-    assert not SpikeMark()(5.0)
+    assert not LossSpikeDetector()(5.0)

@@ -142,7 +142,7 @@ def fail_at(monkeypatch, place, step, error):
 
             monkeypatch.setattr(torch, "_foreach_addcdiv_", broken)
         if self.step == step and place == "before":
-            self.batches_of_step = lambda _: (_ for _ in ()).throw(error)
+            self.task.batches_of_step = lambda _: (_ for _ in ()).throw(error)
         original(self)
         if self.step == step and place == "after":
             raise error

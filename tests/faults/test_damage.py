@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from cs_lm.config.fields import replace
-from cs_lm.data.prepare import prepare
+from cs_lm.data.pipeline import prepare
 from cs_lm.data.token_store import MemmapManager
 from cs_lm.training.run_dir import RunFolder, load_trained
 from tests.faults.tiny_run import CONFIG, assert_same_run, prepared, trainer_of
@@ -116,7 +116,7 @@ def test_every_file_of_the_data(work, run):
     named = 0
     for path, damage in each_damage(work / "data", flips=4):
         try:
-            data = prepare(CONFIG, lambda _: None)
+            data = prepare(CONFIG)
         except (ValueError, OSError) as error:
             assert path.parent.name in str(error) and "\n" not in str(error), (path, error)
             named += 1

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cs_lm.data.store_writer import JOURNAL
-from cs_lm.data.token_store import VERIFIED, MemmapManager
+from cs_lm.data.token_store import VERIFIED, MemmapManager, StoreOptions
 from cs_lm.tokenizer import BPETokenizer
 from cs_lm.tokenizer.parallel_encode import ParallelEncoder
 from tests.end_to_end.conftest import ROOT
@@ -66,7 +66,9 @@ class Encoder:
 
 def encode(folder, text, encoder, chunk_size, key="this text"):
     parts = [text[i : i + 1000] for i in range(0, len(text), 1000)]
-    return MemmapManager.save_as_memmap(parts, encoder, folder, chunk_size, text_key=key)
+    return MemmapManager.save_as_memmap(
+        parts, encoder, folder, chunk_size, StoreOptions(text_key=key)
+    )
 
 
 @pytest.mark.parametrize("chunk_size", [30, 100, 1000, 5000])

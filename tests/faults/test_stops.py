@@ -35,9 +35,9 @@ class StopAt:
         self._check()
 
 
-def noisy_loss(model, x, y):
-    """Draws from torch's generator: its state must come back too."""
-    total, count = next_token_loss(model, x, y)
+def noisy_loss(model, batch):
+    """Draws from torch's generator: its draws must come back too."""
+    total, count = next_token_loss(model, batch)
     return total * (1 + 0.1 * torch.rand(())), count
 
 
@@ -49,7 +49,7 @@ def run_to_the_end(folder, data, config, looks, loss_function):
         if trainer.has_ended:
             return stops
         if loss_function is not None:
-            trainer.loss_function = loss_function
+            trainer.task.loss = loss_function
         StopAt(trainer, looks)
         status = trainer.fit()
         assert status in (0, 128 + signal.SIGTERM)
@@ -84,7 +84,7 @@ def test_stopped_anywhere(case, work, monkeypatch):
     # a backend that needs no compiler
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     monkeypatch.setattr(
-        "cs_lm.training.reporting.SAMPLE_TOKENS", 4
+        "cs_lm.training.language_modeling.SAMPLE_TOKENS", 4
     )  # a sample must fit between two stops
     config = config_of(case)
     loss_function = None if config.compile else noisy_loss
@@ -121,7 +121,7 @@ def test_a_signal_is_seen_in_every_kind_of_work(work, capsys, monkeypatch):
         assert trainer.fit() == 128 + signal.SIGTERM
         assert stop_at.looks == number_of_look, "it ends at the first look after the signal"
         if trainer.step:
-            assert RunFolder(folder).read("last", pytest.fail)["iteration"] == trainer.step
+            assert RunFolder(folder).read("last")["iteration"] == trainer.step
         assert "saved; the same command with --resume goes on" in capsys.readouterr().out
     assert min(interrupted[name] for name in ("_one_step", "_validate", "_sample")) > 0
 
@@ -139,4 +139,4 @@ def test_saved_before_what_may_fail(name, work, monkeypatch):
     monkeypatch.setattr(trainer, name, fails)
     with pytest.raises(RuntimeError, match="out of memory"):
         trainer.fit()
-    assert RunFolder(work / "run").read("last", pytest.fail)["iteration"] == 6
+    assert RunFolder(work / "run").read("last")["iteration"] == 6

@@ -12,9 +12,10 @@ from cs_lm.config.fields import replace as replaced
 from cs_lm.config.model import ModelConfig
 from cs_lm.config.optim import OptimConfig
 from cs_lm.config.run import RunConfig
-from cs_lm.data.prepare import PreparedData, prepare
+from cs_lm.data.pipeline import PreparedData, prepare
+from cs_lm.training.language_modeling import language_model_trainer
 from cs_lm.training.metrics_log import MetricsLog
-from cs_lm.training.nonfinite import BadNumbers
+from cs_lm.training.nonfinite import NonFiniteError
 from cs_lm.training.run_dir import RunFolder, saved_config
 from cs_lm.training.trainer import Trainer
 from tests.end_to_end.conftest import write_corpus
@@ -40,18 +41,18 @@ def prepared(folder: Path, config: RunConfig = CONFIG) -> PreparedData:
     """The corpus in the folder, which becomes the current one, as data to train on."""
     os.chdir(folder)
     write_corpus(folder)
-    return prepare(config, lambda _: None)
+    return prepare(config)
 
 
 def trainer_of(folder: Path, data: PreparedData, config: RunConfig = CONFIG) -> Trainer:
     """For a new run in the folder, or for the one that is there."""
     run = RunFolder(folder)
     if not run.exists():
-        return Trainer(config, data, run)
-    checkpoint = run.read("last", lambda _: None)
+        return language_model_trainer(config, data, run)
+    checkpoint = run.read("last")
     saved = saved_config(checkpoint)
     assert replaced(saved, {}) == config, "settings come back as they were"
-    return Trainer(config, data, run, checkpoint)
+    return language_model_trainer(config, data, run, checkpoint)
 
 
 def train(folder: Path, data: PreparedData, config: RunConfig = CONFIG) -> int:
@@ -62,7 +63,7 @@ def train(folder: Path, data: PreparedData, config: RunConfig = CONFIG) -> int:
             return 0
         try:
             return trainer.fit()
-        except BadNumbers as error:
+        except NonFiniteError as error:
             print(error)
             return BAD_NUMBERS
 

@@ -19,10 +19,12 @@ from cs_lm.config.model import ModelConfig
 from cs_lm.config.run import RunConfig
 from cs_lm.data import cache
 from cs_lm.data.cache import entries
-from cs_lm.data.corpus import check_no_pipe, label_of, with_pipes_kept
-from cs_lm.data.prepare import prepare
+from cs_lm.data.corpus import label_of
+from cs_lm.data.pipeline import prepare
+from cs_lm.data.pipes import check_no_pipe, with_pipes_kept
 from cs_lm.errors import UserError
 from cs_lm.tokenizer.text_source import TextSource
+from cs_lm.training.console import log_to
 
 END = "<|endoftext|>"
 TEXTS = ["The cat sat.\n", "née 🙂\r\n", "1, 2, 3"]
@@ -157,14 +159,15 @@ def test_folders_and_patterns_are_read_by_name(tmp_path):
 def test_what_we_make_is_no_corpus(tmp_path):
     """In the folder that one stands in: the text alone, also after a run."""
     (tmp_path / "a.txt").write_text("the cat sat. " * 60, encoding="utf-8")
-    first = prepare(config(corpus_path="."), lambda _: None)
+    first = prepare(config(corpus_path="."))
     run = tmp_path / "runs" / "x"
     run.mkdir(parents=True)
     for name in ("metrics.jsonl", "notes.txt"):
         (run / name).write_text("{}", encoding="utf-8")
     assert TextSource(".").paths == ["a.txt"] or TextSource(".").paths == [Path("a.txt")]
     said = []
-    again = prepare(config(corpus_path="."), said.append)
+    with log_to(said.append):
+        again = prepare(config(corpus_path="."))
     assert again.train.load_by_range(0, 9).tolist() == first.train.load_by_range(0, 9).tolist()
     assert "training" not in " ".join(said)
 
@@ -189,7 +192,7 @@ def test_order_and_separator_are_part_of_the_fingerprint(tmp_path):
         {"corpus_path": ("2.txt", "1.txt")},
         {"corpus_path": ("1.txt", "2.txt"), "document_separator": "\n"},
     ):
-        prepared = prepare(config(corpus_size="x", **data), lambda _: None)
+        prepared = prepare(config(corpus_size="x", **data))
         whole = b"".join(
             prepared.tokenizer.decode_bytes(part.load_by_range(0, len(part)).tolist())
             for part in (prepared.train, prepared.valid)
@@ -207,8 +210,7 @@ def test_ten_thousand_small_files(tmp_path):
     shown = []
     data = prepare(
         config(corpus_path="many", chunk_size=50_000),
-        lambda _: None,
-        progress=lambda *about: shown.append(about),
+        on_progress=lambda *about: shown.append(about),
     )
     ids = data.train.load_by_range(0, len(data.train))
     end = data.tokenizer.encode(END)
@@ -228,7 +230,7 @@ def test_labels():
         (("-",), "standard-input"),
         ((), "python-manual"),
     ):
-        assert label_of(config(corpus_path=paths)) == label
+        assert label_of(config(corpus_path=paths).data) == label
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes")
@@ -238,7 +240,7 @@ def test_a_pipe_is_kept_for_later(monkeypatch, tmp_path):
     kept = with_pipes_kept(config(corpus_path="-"))
     (path,) = kept.data.corpus_path
     assert "standard-input_text-" in path and read(path) == text
-    assert prepare(kept, lambda _: None).train
+    assert prepare(kept).train
     os.mkfifo("pipe")
     writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_text(text, "utf-8"))
     writer.start()
@@ -357,7 +359,7 @@ def test_a_text_from_a_pipe_is_removed_by_name_only(monkeypatch, tmp_path, capsy
     (path,) = map(Path, kept.data.corpus_path)
     os.utime(path, (0, 0))
     assert command(["cache", "--unused_days", "1"]) == 0 and path.exists()
-    data = prepare(kept, lambda _: None)
+    data = prepare(kept)
     assert command(["cache", "--remove", path.name]) == 2 and path.exists(), "it is in use"
     for lock in data.locks:
         lock.close()

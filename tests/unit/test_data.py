@@ -12,13 +12,14 @@ import torch
 from cs_lm.data.batches import (
     BatchSource,
     Copied,
-    epoch_starts,
     load_windows,
-    permuted,
-    random_starts,
+    sample_windows,
+    shuffle_windows,
 )
 from cs_lm.data.prefetch import Prefetcher
-from cs_lm.data.token_store import VERIFIED, ArrayTokens, MemmapManager, TokenRange, id_dtype
+from cs_lm.data.store_writer import id_dtype
+from cs_lm.data.token_store import VERIFIED, ArrayTokens, MemmapManager, StoreOptions, TokenRange
+from cs_lm.device import World
 from cs_lm.tokenizer import BPETokenizer
 
 CPU = torch.device("cpu")
@@ -63,7 +64,7 @@ def test_store_by_hand(tmp_path):
 
 def test_manifest(tmp_path):
     store = MemmapManager.save_as_memmap(
-        ["Déjà", " vu"], BYTES, tmp_path / "s", 5, lambda: {"name": "x"}
+        ["Déjà", " vu"], BYTES, tmp_path / "s", 5, StoreOptions(lambda: {"name": "x"})
     )
     manifest = json.loads((tmp_path / "s" / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["dtype"] == "<u2" and manifest["num_tokens"] == 9
@@ -208,7 +209,7 @@ def test_batch_is_a_function_of_seed_and_number(sampling):
     tokens = ArrayTokens(np.arange(500))
 
     def source(seed):
-        return BatchSource(tokens, 4, 7, seed, sampling, CPU)
+        return BatchSource(tokens, 4, 7, seed, sampling, World(CPU))
 
     first = source(3)
     x, y = first(5)
@@ -221,7 +222,7 @@ def test_batch_is_a_function_of_seed_and_number(sampling):
 
 def test_every_start_is_equally_likely():
     tokens = ArrayTokens(np.arange(20))
-    starts = random_starts(tokens, 100, 7, seed=0)
+    starts = sample_windows(tokens, 100, 7, seed=0)
     drawn = np.concatenate([starts(i) for i in range(1300)])
     counts = np.bincount(drawn, minlength=13)
     assert len(counts) == 13, "the last window, 12 to 19, included"
@@ -232,7 +233,7 @@ def test_every_start_is_equally_likely():
 
 def test_epoch_takes_each_window_once():
     tokens = ArrayTokens(np.arange(7 * 23 + 1))  # exactly 23 windows, the last one included
-    starts = epoch_starts(tokens, 5, 7, seed=1)
+    starts = shuffle_windows(tokens, 5, 7, seed=1)
     drawn = np.concatenate([starts(i) for i in range(23 * 3)])[: 23 * 5]
     epochs = drawn.reshape(5, 23) // 7
     assert all(sorted(epoch) == list(range(23)) for epoch in epochs.tolist())
@@ -240,23 +241,41 @@ def test_epoch_takes_each_window_once():
     assert load_windows(tokens, np.array([22 * 7]), 7, CPU)[1][0, -1] == 7 * 23
 
 
-def test_permutation_looks_random():
-    """Neighbouring places land far apart: the mean step of a random permutation is size / 3."""
-    order = permuted(np.arange(10_000), 10_000, (0, 0))
-    assert sorted(order) == list(range(10_000))
+def test_an_epoch_has_an_order_of_its_own():
+    """Neighbours land far apart: the mean step of a random permutation is a third of its size."""
+    starts = shuffle_windows(ArrayTokens(np.arange(10_001)), 10_000, 1, 0)
+    order, next_order = starts(0), starts(1)
+    assert sorted(order) == sorted(next_order) == list(range(10_000))
     assert abs(np.abs(np.diff(order)).mean() / (10_000 / 3) - 1) < 0.05
+    assert (order == next_order).mean() < 0.01
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_ranks_share_a_batch(size):
+    """Together they hold the rows of one process, in the same order, however many they are."""
+    tokens = ArrayTokens(np.arange(50))
+    whole = BatchSource(tokens, 7, 5, 0, "random", World(CPU))(3)
+    parts = [
+        BatchSource(tokens, 7, 5, 0, "random", World(CPU, rank, size))(3) for rank in range(size)
+    ]
+    assert torch.equal(torch.cat([part.inputs for part in parts]), whole.inputs)
+    assert torch.equal(torch.cat([part.targets for part in parts]), whole.targets)
+    lengths = [len(part.inputs) for part in parts]
+    assert max(lengths) - min(lengths) <= 1
 
 
 @pytest.mark.parametrize("sampling", ["random", "epoch"])
 def test_too_few_tokens(sampling):
-    BatchSource(ArrayTokens(np.arange(8)), 2, 7, 0, sampling, CPU)(0)
+    BatchSource(ArrayTokens(np.arange(8)), 2, 7, 0, sampling, World(CPU))(0)
     with pytest.raises(ValueError, match=r"tokens: got 7, need at least 8 for one window"):
-        BatchSource(ArrayTokens(np.arange(7)), 2, 7, 0, sampling, CPU)
+        BatchSource(ArrayTokens(np.arange(7)), 2, 7, 0, sampling, World(CPU))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_batches_reach_cuda():
-    x, y = BatchSource(ArrayTokens(np.arange(50)), 2, 7, 0, "random", torch.device("cuda"))(0)
+    x, y = BatchSource(ArrayTokens(np.arange(50)), 2, 7, 0, "random", World(torch.device("cuda")))(
+        0
+    )
     assert x.device.type == "cuda" and torch.equal(y, x + 1)
 
 
@@ -264,7 +283,7 @@ def test_batches_reach_cuda():
 def test_a_thread_copies_to_the_run_s_device_beside_its_work():
     """Nothing waits: what is asked for is used by the stream that asks, after the copy."""
     device = torch.device("cuda", torch.cuda.device_count() - 1)  # not always a thread's own
-    source = BatchSource(ArrayTokens(np.arange(100_000)), 64, 1000, 0, "random", device)
+    source = BatchSource(ArrayTokens(np.arange(100_000)), 64, 1000, 0, "random", World(device))
     batches = Prefetcher(source.copied, lambda copied: copied.received())
     matrix = torch.ones(2048, 2048, device=device)
     for index in range(20):
@@ -272,7 +291,9 @@ def test_a_thread_copies_to_the_run_s_device_beside_its_work():
             matrix @ matrix  # the stream has work to do
         x, y = batches(index)
         assert x.device == device and x.is_cuda
-        expected = BatchSource(ArrayTokens(np.arange(100_000)), 64, 1000, 0, "random", CPU)(index)
+        expected = BatchSource(ArrayTokens(np.arange(100_000)), 64, 1000, 0, "random", World(CPU))(
+            index
+        )
         assert torch.equal(x.cpu(), expected[0]) and torch.equal(y.cpu(), expected[1])
 
 

@@ -5,12 +5,13 @@ import torch
 
 from cs_lm.config.model import GPT2Config, ModelConfig
 from cs_lm.config.run import RunConfig
+from cs_lm.data.batches import Batch
 from cs_lm.models.base import LanguageModel, next_token_loss
 from cs_lm.models.registry import build_model
 from cs_lm.models.stats import num_parameters
 from cs_lm.ops.fused import OPS
 from cs_lm.training.estimate import memory_bytes
-from cs_lm.training.step import autocast
+from cs_lm.training.step import autocast_context
 
 B, T = 3, 64
 MODELS = {
@@ -34,8 +35,8 @@ def kept_bytes(model: LanguageModel, dtype: str) -> int:
 
     ids = torch.zeros(B, T, dtype=torch.int64)
     counted = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with counted, autocast(torch.device("cpu"), dtype):
-        next_token_loss(model, ids, ids)
+    with counted, autocast_context(torch.device("cpu"), dtype):
+        next_token_loss(model, Batch(ids, ids))
     return sum(memory.nbytes() for memory in kept.values())
 
 

@@ -8,6 +8,7 @@ import torch
 from cs_lm.config.model import ModelConfig
 from cs_lm.data.token_store import ArrayTokens
 from cs_lm.inference.evaluate import (
+    EvalOptions,
     evaluate,
     evaluation_starts,
     gzip_bits_per_byte,
@@ -28,7 +29,9 @@ def model(generator):
 
 def score(model, batch_size=4, max_tokens=None, seq_length=T):
     lengths = token_byte_lengths(VOCAB)
-    return evaluate(model, ArrayTokens(IDS), seq_length, batch_size, lengths, max_tokens)
+    return evaluate(
+        model, ArrayTokens(IDS), lengths, EvalOptions(seq_length, batch_size, max_tokens)
+    )
 
 
 def test_uniform_scores_by_hand(model):

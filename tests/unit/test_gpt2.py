@@ -9,6 +9,7 @@ from cs_lm.config.fields import all_problems, from_json, to_json
 from cs_lm.config.model import GPT2Config
 from cs_lm.config.presets import GPT_SIZES
 from cs_lm.config.run import RunConfig, named_run
+from cs_lm.data.batches import Batch
 from cs_lm.models.base import evaluating, next_token_loss
 from cs_lm.models.gpt2 import GPT2LM
 from cs_lm.models.stats import flops_per_token, num_parameters
@@ -42,7 +43,7 @@ def gradients(model):
     ids = ids_of()
     for parameter in model.parameters():
         parameter.grad = None
-    loss, _ = next_token_loss(model, ids, ids)
+    loss, _ = next_token_loss(model, Batch(ids, ids))
     loss.backward()
     return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
 
@@ -146,8 +147,8 @@ def test_compiled_drops_the_same_without_graph_breaks():
     plain, compiled = model_of(), model_of()
     loss = torch.compile(next_token_loss, fullgraph=True)
     for _ in range(2):  # the second pass draws others
-        expected, _ = next_token_loss(plain, ids_of(), ids_of())
-        actual, _ = loss(compiled, ids_of(), ids_of())
+        expected, _ = next_token_loss(plain, Batch(ids_of(), ids_of()))
+        actual, _ = loss(compiled, Batch(ids_of(), ids_of()))
         close(actual.detach(), expected.detach(), DEEP)
     assert torch.equal(plain.dropout_state, compiled.dropout_state)
 

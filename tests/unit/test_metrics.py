@@ -33,12 +33,12 @@ def test_a_line_that_a_crash_cut_is_left_out(tmp_path):
         list(read_metrics(tmp_path / "no.jsonl"))
 
 
-def test_drop_after(tmp_path):
+def test_discard_after(tmp_path):
     log = MetricsLog(tmp_path / "m.jsonl")
-    log.drop_after(3)
+    log.discard_after(3)
     for kind, step in [("config", 0), ("train", 3), ("train", 4), ("valid", 4), ("end", 3)]:
         log.write(kind, step=step)
-    log.drop_after(3)
+    log.discard_after(3)
     assert [(r["kind"], r["step"]) for r in read_metrics(log.path)] == [("config", 0), ("train", 3)]
 
 
@@ -63,7 +63,7 @@ def test_plain_lines_when_not_a_terminal():
     display = Display(20, 0, out)
     display.update(5)
     display.report(5, 2.5, 1e-3, 0.75, Speed(12345.6, 3e9, 0.517, 61))
-    display.say("hello")
+    display.write_line("hello")
     display.close()
     assert out.getvalue().splitlines() == [
         "step 5/20 | loss 2.5000 | lr 1.00e-03 | norm 0.75 | 12,346 tokens/s (52% of peak)"
@@ -83,7 +83,7 @@ def test_bar_on_a_terminal():
     display = Display(20, 0, out)
     display.update(5)
     display.report(5, 2.5, 1e-3, 0.75, Speed(12345.6, 3e9, 0.517, 61))
-    display.say("validation")
+    display.write_line("validation")
     display.close()
     assert "5/20" in out.getvalue() and "validation\n" in out.getvalue()
     assert "loss 2.5000 | lr 1.00e-03 | norm 0.75 | 12,346 tokens/s" in out.getvalue()

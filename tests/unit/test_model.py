@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from cs_lm.config.model import ModelConfig
+from cs_lm.data.batches import Batch
 from cs_lm.models.base import next_token_loss
 from cs_lm.models.init import linear_std, truncated_normal_
 from cs_lm.models.kv_cache import KVCache
@@ -56,7 +57,7 @@ def test_flops_match_what_torch_counts(model):
     clear = TransformerLM(CONFIG, CLEAR)
     ids = torch.zeros(B, T, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
-        next_token_loss(clear, ids, ids)[0].backward()
+        next_token_loss(clear, Batch(ids, ids))[0].backward()
     assert counter.get_total_flops() == flops_per_token(CONFIG, T) * B * T
 
 
@@ -131,7 +132,7 @@ def test_shapes_on_the_meta_device():
     model = TransformerLM(large, device="meta")
     ids = torch.zeros(2, 4096, dtype=torch.int64, device="meta")
     assert model(ids).shape == (2, 4096, 128_000)
-    loss_sum, count = next_token_loss(model, ids, ids)
+    loss_sum, count = next_token_loss(model, Batch(ids, ids))
     assert loss_sum.shape == count.shape == ()
 
 
@@ -143,9 +144,9 @@ def test_no_graph_breaks():
     torch._dynamo.reset()  # what other tests compiled, of other models
     counters.clear()
     compiled = torch.compile(next_token_loss, backend="aot_eager", fullgraph=True)
-    loss_sum, _ = compiled(model, ids, ids)
+    loss_sum, _ = compiled(model, Batch(ids, ids))
     loss_sum.backward()
-    close(loss_sum.detach(), next_token_loss(model, ids, ids)[0].detach(), DEEP)
+    close(loss_sum.detach(), next_token_loss(model, Batch(ids, ids))[0].detach(), DEEP)
     assert not counters["graph_break"]
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from cs_lm.config.model import GPT2Config, ModelConfig
+from cs_lm.data.batches import Batch
 from cs_lm.models.base import next_token_loss
 from cs_lm.models.registry import build_model
 from cs_lm.ops import reference as ops
@@ -80,7 +81,7 @@ def test_attention_of_nothing(sizes, causal, ops_name):
 def test_models_of_nothing(kind, shape, ops_name):
     config = kind(d_model=8, num_heads=2, d_ff=12, vocab_size=V, num_layers=2, context_length=8)
     model = build_model(config, OPS[ops_name], generator=torch.Generator().manual_seed(0))
-    loss_sum, num_counted = next_token_loss(model, ids(*shape), ids(*shape))
+    loss_sum, num_counted = next_token_loss(model, Batch(ids(*shape), ids(*shape)))
     assert loss_sum == 0 and num_counted == 0
     loss_sum.backward()
     assert model(ids(*shape)).shape == (*shape, V)

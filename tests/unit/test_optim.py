@@ -198,7 +198,7 @@ def test_an_update_that_shall_not_apply_changes_nothing_but_the_count():
         moments = copy.deepcopy(list(optimizer.state.values()))
         for p in params:
             p.grad = torch.full_like(p, math.nan)
-        optimizer.step(apply=apply)
+        optimizer.step(should_apply=apply)
         for old, new, moment, p in zip(before, params, moments, params):
             state = optimizer.state[p]
             assert torch.equal(old, new) and state["step"] == 4
@@ -214,7 +214,7 @@ def test_an_update_behind_a_flag_is_the_update():
         for _ in range(20):
             for p in params:
                 p.grad = torch.randn(p.shape, generator=generator)
-            optimizer.step(apply=apply)
+            optimizer.step(should_apply=apply)
     for a, b in zip(plain, flagged):
         torch.testing.assert_close(a, b, **MANY_UPDATES)
 

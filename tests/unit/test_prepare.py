@@ -8,9 +8,10 @@ from cs_lm.config.fields import replace as replaced
 from cs_lm.config.model import ModelConfig
 from cs_lm.config.run import RunConfig
 from cs_lm.data.corpus import embedded_text, find_corpus, label_of
-from cs_lm.data.prepare import prepare
+from cs_lm.data.pipeline import prepare
 from cs_lm.data.token_store import MemmapManager
 from cs_lm.tokenizer import BPETokenizer
+from cs_lm.training.console import log_to
 
 TEXT = "the cat sat on the mat, the dog sat on the log.\n" * 40
 
@@ -28,7 +29,8 @@ def config(**changes) -> RunConfig:
 
 def prepared(**changes):
     said: list[str] = []
-    data = prepare(config(**changes), said.append)
+    with log_to(said.append):
+        data = prepare(config(**changes))
     return data, " | ".join(said)
 
 
@@ -137,8 +139,8 @@ def test_bad_text_leaves_nothing_half_written(tmp_path, content, message):
 def test_embedded_text(monkeypatch):
     text = embedded_text()
     assert len(text) > 300_000 and "statement" in text
-    assert label_of(RunConfig()) == "python-manual"
-    corpus = find_corpus(RunConfig())
+    assert label_of(DataConfig()) == "python-manual"
+    corpus = find_corpus(DataConfig())
     assert "".join(corpus.open().read()) == text
     assert corpus.open().describe() == corpus.description
     monkeypatch.setitem(__import__("sys").modules, "pydoc_data.topics", None)

@@ -10,9 +10,17 @@ from cs_lm.config.model import ModelConfig
 from cs_lm.config.run import RunConfig
 from cs_lm.models.stats import flops_per_token
 from cs_lm.training.console import Display
+from cs_lm.training.task import Task
 from cs_lm.training.throughput import SpeedMeter
 
 CONFIG = RunConfig(ModelConfig(64, 4, 160, 300, 2, 32), seq_length=32, batch_size=4)
+
+
+def task(num_steps: int) -> Task:
+    found = Task()
+    found.num_steps, found.tokens_per_step = num_steps, CONFIG.tokens_per_step
+    found.flops_per_token = flops_per_token(CONFIG.model, CONFIG.seq_length)
+    return found
 
 
 def shown(speed) -> str:
@@ -23,25 +31,26 @@ def shown(speed) -> str:
 
 def test_by_hand():
     flops = flops_per_token(CONFIG.model, 32)
-    meter = SpeedMeter(CONFIG, 20, 40, peak=1000.0 * flops)
+    meter = SpeedMeter(task(40), 20, 1000.0 * flops)
     first = meter.look(30, 5.0)
     assert first.tokens_per_s == 10 * 128 / 5 and first.eta_s == 5.0
-    assert first.utilisation == pytest.approx(0.256) and "(26% of peak)" in shown(first)
+    assert first.matmul_utilisation == pytest.approx(0.256) and "(26% of peak)" in shown(first)
     second = meter.look(35, 6.0)
     assert second.tokens_per_s == 5 * 128
 
 
 def test_a_peak_that_is_exceeded_was_measured_wrongly():
     """A first measurement beside other work said 1 GFLOP/s, and runs 19,440% of it."""
-    meter = SpeedMeter(CONFIG, 0, 100, peak=1e6)
+    meter = SpeedMeter(task(100), 0, 1e6)
     fast, slow = meter.look(10, 0.1), meter.look(20, 1.1)
-    assert fast.utilisation == 1.0 and meter.peak_flops_per_s == fast.model_flops_per_s
-    assert 0 < slow.utilisation < 1.0
+    assert fast.matmul_utilisation == 1.0 and meter.peak_flops_per_s == fast.model_flops_per_s
+    assert 0 < slow.matmul_utilisation < 1.0
 
 
 def test_without_a_peak_the_speed_stands_alone():
-    speed = SpeedMeter(CONFIG, 0, 100, peak=None).look(10, 1.0)
-    assert speed.utilisation is None and "GFLOP/s)" in shown(speed) and "peak" not in shown(speed)
+    speed = SpeedMeter(task(100), 0, None).look(10, 1.0)
+    assert speed.matmul_utilisation is None
+    assert "GFLOP/s)" in shown(speed) and "peak" not in shown(speed)
 
 
 def test_a_pause_does_not_decide(monkeypatch):

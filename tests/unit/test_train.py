@@ -11,15 +11,16 @@ import torch
 from cs_lm import device
 from cs_lm.config.model import ModelConfig
 from cs_lm.config.run import RunConfig
+from cs_lm.data.batches import Batch
 from cs_lm.models.base import next_token_loss
 from cs_lm.models.transformer import TransformerLM
-from cs_lm.ops.compile import Compiled
+from cs_lm.ops.compile import CompileWithFallback
 from cs_lm.ops.fused import OPS
 from cs_lm.ops.reference import IGNORE_INDEX
 from cs_lm.optim.adamw import AdamW
 from cs_lm.optim.param_groups import parameter_groups
-from cs_lm.training.signals import Stopped, StopSignals
-from cs_lm.training.step import autocast, train_step
+from cs_lm.training.signals import StopRequested, StopSignals
+from cs_lm.training.step import autocast_context, train_step, under_autocast
 from tests.conftest import no_compiler
 from tests.tolerances import DEEP, close
 
@@ -35,7 +36,7 @@ def model_and_optimizer(device="cpu"):
 
 def batch():
     ids = torch.randint(0, 17, (B, T + 1), generator=torch.Generator().manual_seed(1))
-    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
 
 
 def test_micro_batches_are_one_batch():
@@ -43,7 +44,8 @@ def test_micro_batches_are_one_batch():
     x, y = batch()
     y[0] = IGNORE_INDEX
     results = []
-    for batches in ([(x, y)], [(x[:1], y[:1]), (x[1:3], y[1:3]), (x[3:], y[3:])]):
+    for parts in ([slice(4)], [slice(1), slice(1, 3), slice(3, 4)]):
+        batches = [Batch(x[part], y[part]) for part in parts]
         model, optimizer = model_and_optimizer()
         loss, norm = train_step(model, optimizer, batches, 0.5)
         results.append((loss, norm, [p.detach() for p in model.parameters()]))
@@ -69,8 +71,8 @@ def test_activation_checkpointing_changes_memory_alone(ops, dtype):
 
         x, y = batch()
         counted = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-        with counted, autocast(torch.device("cpu"), dtype):
-            loss, _ = next_token_loss(model, x, y)
+        with counted, autocast_context(torch.device("cpu"), dtype):
+            loss, _ = next_token_loss(model, Batch(x, y))
         loss.backward()
         results.append((loss.detach(), *(p.grad for p in model.parameters())))
     for expected, actual in zip(*results):
@@ -86,7 +88,7 @@ def test_activation_checkpointing_with_frozen_parameters():
         model = TransformerLM(CONFIG, generator=generator, activation_checkpointing=checkpointing)
         model.token_embeddings.weight.requires_grad_(False)
         model.layers[0].ln1.weight.requires_grad_(False)
-        next_token_loss(model, *batch())[0].backward()
+        next_token_loss(model, batch())[0].backward()
         gradients.append([p.grad for p in model.parameters()])
     assert [g is None for g in gradients[0]] == [g is None for g in gradients[1]]
     for plain, recomputed in zip(*gradients):
@@ -97,7 +99,7 @@ def test_activation_checkpointing_with_frozen_parameters():
 def test_without_a_compiler_there_is_one_line_and_the_same_result(monkeypatch):
     monkeypatch.setattr(torch, "compile", no_compiler)
     said = []
-    function = Compiled(lambda x: x + 1, said.append)
+    function = CompileWithFallback(lambda x: x + 1, said.append)
     assert [function(1), function(2)] == [2, 3]
     assert said == ["--compile: torch.compile failed (No compiler found); going on without it"]
 
@@ -110,7 +112,7 @@ def test_an_error_of_the_function_itself_is_not_the_compilers(monkeypatch):
 
     said = []
     with pytest.raises(RuntimeError, match="of its own"):
-        Compiled(broken, said.append)(1)
+        CompileWithFallback(broken, said.append)(1)
     assert not said
 
 
@@ -118,7 +120,7 @@ def test_returns_loss_and_norm_from_before_the_update():
     model, optimizer = model_and_optimizer()
     x, y = batch()
     expected = torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten()).detach()
-    loss, norm = train_step(model, optimizer, [(x, y)], 1e-3)
+    loss, norm = train_step(model, optimizer, [Batch(x, y)], 1e-3)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     clipped = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
     assert norm.item() > 1e-3 and clipped == pytest.approx(1e-3, rel=1e-3)
@@ -135,7 +137,7 @@ def test_a_step_never_waits_for_the_device():
     model, optimizer = model_and_optimizer("meta")
     x, y = (ids.to("meta") for ids in batch())
     for _ in range(2):
-        loss, norm = train_step(model, optimizer, [(x, y), (x, y)], 1.0)
+        loss, norm = train_step(model, optimizer, [Batch(x, y)] * 2, 1.0)
     assert loss.is_meta and norm.is_meta
     with pytest.raises(RuntimeError):
         loss.item()
@@ -145,9 +147,9 @@ def test_bfloat16_keeps_float32_weights_and_comes_close():
     losses = {}
     for dtype in ("float32", "bfloat16"):
         model, optimizer = model_and_optimizer()
-        precision = autocast(torch.device("cpu"), dtype)
+        loss_function = under_autocast(next_token_loss, torch.device("cpu"), dtype)
         for _ in range(3):
-            loss, _ = train_step(model, optimizer, [batch()], 1.0, precision=precision)
+            loss, _ = train_step(model, optimizer, [batch()], 1.0, loss_function)
         losses[dtype] = loss.item()
         assert {p.dtype for p in model.parameters()} == {torch.float32}
         assert {s["exp_avg"].dtype for s in optimizer.state.values()} == {torch.float32}
@@ -166,7 +168,7 @@ def test_number_of_steps():
 def test_no_counted_target_changes_nothing_to_nan():
     model, optimizer = model_and_optimizer()
     x, y = batch()
-    loss, norm = train_step(model, optimizer, [(x, torch.full_like(y, IGNORE_INDEX))], 1.0)
+    loss, norm = train_step(model, optimizer, [Batch(x, torch.full_like(y, IGNORE_INDEX))], 1.0)
     assert (loss.item(), norm.item()) == (0.0, 0.0)
     assert all(p.isfinite().all() for p in model.parameters())
 
@@ -176,7 +178,7 @@ def test_first_signal_is_noted():
     with StopSignals() as signals:
         signals.check()
         os.kill(os.getpid(), signal.SIGTERM)
-        with pytest.raises(Stopped, match="SIGTERM") as stopped:
+        with pytest.raises(StopRequested, match="SIGTERM") as stopped:
             signals.check()
     assert stopped.value.exit_status == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGINT) is before
@@ -184,7 +186,7 @@ def test_first_signal_is_noted():
 
 SIGNALS_PROGRAM = """
 import signal, sys
-from cs_lm.training.signals import Stopped, StopSignals, Stopped, stopping_at_once
+from cs_lm.training.signals import StopRequested, StopSignals, StopRequested, raise_on_signal
 signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as `nohup` does
 signal.raise_signal(signal.SIGHUP)
 if sys.argv[1] == "noted":
@@ -195,10 +197,10 @@ if sys.argv[1] == "noted":
         print("noted", flush=True)
         signal.raise_signal(signal.SIGINT)
 else:
-    with stopping_at_once():
+    with raise_on_signal():
         try:
             signal.raise_signal(signal.SIGTERM)
-        except Stopped:
+        except StopRequested:
             print("noted", flush=True)
             signal.raise_signal(signal.SIGINT)
 print("never")

@@ -1,0 +1,194 @@
+"""The token store of a corpus: found in data/, or encoded with the corpus's tokenizer."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cs_lm.config.data import DataConfig
+from cs_lm.data.cache import STORE, cache_path, find_or_make, in_use, old_path, paths_of
+from cs_lm.data.corpus import Corpus, label_of
+from cs_lm.data.token_store import MemmapManager, StoreOptions
+from cs_lm.data.tokenizers import find_labelled_tokenizers
+from cs_lm.errors import UserError
+from cs_lm.storage.lock import FileLock
+from cs_lm.storage.manifest import MANIFEST
+from cs_lm.tokenizer import BPETokenizer
+from cs_lm.tokenizer.parallel_encode import ParallelEncoder
+from cs_lm.tokenizer.text_source import Progress, TextSource
+
+_log = logging.getLogger("cs_lm")
+
+
+class UsedStore(NamedTuple):
+    """A verified store. Nobody removes it while its lock is held."""
+
+    store: MemmapManager
+    lock: FileLock
+
+
+def find_or_encode_store(
+    corpus: Corpus, tokenizer: BPETokenizer, on_progress: Progress | None = None
+) -> UsedStore:
+    """The store of the corpus, encoded where there is none yet.
+
+    Raises: ValueError for a store that is damaged: a run may be reading it, so nothing replaces it.
+    """
+    path = _path(corpus, tokenizer)
+
+    def make(is_alone: bool) -> None:
+        if path.exists():
+            raise UserError(
+                f"token store: {path} is damaged: it has no {MANIFEST}; delete the folder and "
+                "start again"
+            )
+        _log.info("token store: encoding %s to %s", corpus.shown, path)
+        options = EncodeOptions(
+            on_progress=on_progress, is_alone=is_alone, expected=corpus.description
+        )
+        made = encode_to_store(corpus.open(), tokenizer, path, corpus.data.chunk_size, options)
+        bytes_per_token = made.manifest["text_bytes"] / len(made)
+        _log.info(
+            "token store: wrote %s tokens, %.2f bytes each", f"{len(made):,}", bytes_per_token
+        )
+
+    store, lock = find_or_make(path, lambda: find_store(corpus, tokenizer), make)
+    if store.folder != path:  # of an earlier version, under another name
+        lock = in_use(store.folder)
+    return _verified(store, lock)
+
+
+def find_store(corpus: Corpus, tokenizer: BPETokenizer) -> MemmapManager | None:
+    """The store of the corpus; None where it has to be encoded first.
+
+    Raises: ValueError for one that is damaged.
+    """
+    path = _path(corpus, tokenizer)
+    if (path / MANIFEST).is_file():
+        store = MemmapManager(path)
+        if (why := _staleness_reason(store, tokenizer, corpus.data, corpus)) is not None:
+            raise ValueError(f"token store: {path} {why}; delete the folder")
+        return store
+    for old in (old_path(corpus.label, STORE), old_path(label_of(corpus.data), f"{STORE}_valid")):
+        try:
+            store = MemmapManager(old)
+        except (ValueError, OSError):  # nothing that could be used
+            continue
+        if _staleness_reason(store, tokenizer, corpus.data, corpus) is None:
+            return store
+    return None
+
+
+def use_labelled_store(
+    data: DataConfig, vocab_size: int, tokenizer: BPETokenizer | None
+) -> tuple[UsedStore, BPETokenizer]:
+    """`find_labelled_store`, verified and kept from being removed."""
+    store, tokenizer = find_labelled_store(data, vocab_size, tokenizer)
+    return _verified(store, in_use(store.folder)), tokenizer
+
+
+def find_labelled_store(
+    data: DataConfig, vocab_size: int, tokenizer: BPETokenizer | None
+) -> tuple[MemmapManager, BPETokenizer]:
+    """The store that only a label names, and the tokenizer that it was made with.
+
+    Raises: FileNotFoundError or ValueError where there is none that fits, or more than one.
+    """
+    label = label_of(data)
+    tokenizers = [tokenizer] if tokenizer else find_labelled_tokenizers(label, data, vocab_size)
+    fit: dict[str, tuple[MemmapManager, BPETokenizer]] = {}
+    reasons = []
+    for path in paths_of(label, STORE):
+        store = MemmapManager(path)
+        for one in tokenizers:
+            why = _staleness_reason(store, one, data, None)
+            if why is None:
+                fit.setdefault(json.dumps([store.source, store.chunk_size]), (store, one))
+            else:
+                reasons.append(f"{path} {why}")
+    if len(fit) > 1:
+        names = ", ".join(str(store.folder) for store, _ in fit.values())
+        raise ValueError(
+            f"--corpus_size: {label!r} names several token stores: {names}; give --corpus_path to "
+            "say which text is meant"
+        )
+    if not fit:
+        raise ValueError(
+            f"token store: {reasons[0]}; give --corpus_path to encode the text again, or "
+            "--vocab_path and --merges_path of the tokenizer it was made with"
+        )
+    return next(iter(fit.values()))
+
+
+def _path(corpus: Corpus, tokenizer: BPETokenizer) -> Path:
+    facts = [corpus.description, tokenizer.fingerprint, corpus.data.chunk_size]
+    return cache_path(corpus.label, STORE, facts)
+
+
+def _verified(store: MemmapManager, lock: FileLock) -> UsedStore:
+    store.verify_once()
+    _log.info("token store: %s, %s tokens", store.folder, f"{len(store):,}")
+    return UsedStore(store, lock)
+
+
+def _staleness_reason(
+    store: MemmapManager, tokenizer: BPETokenizer, data: DataConfig, corpus: Corpus | None
+) -> str | None:
+    """Why a store cannot be used, or None; without a corpus, default settings ask for nothing."""
+    if store.fingerprint != tokenizer.fingerprint:
+        return "was made with another tokenizer"
+    if corpus is not None and store.source != corpus.description:
+        return "was made from another text"
+    is_lenient = data.encoding_errors not in ("strict", store.source.get("encoding_errors"))
+    if corpus is None and is_lenient:
+        return "was made with --encoding_errors strict"
+    is_asked = corpus is not None or data.chunk_size != DataConfig.chunk_size
+    if is_asked and store.chunk_size != data.chunk_size:
+        return f"has chunks of {store.chunk_size} tokens"
+    return None
+
+
+class EncodeOptions(NamedTuple):
+    """num_workers  processes; None: all cores where the text is large
+    is_alone     nobody else can write to the folder: an encoding that was cut off is continued
+    expected     what the text was before it was read
+    replace      an older store gives way
+    """
+
+    num_workers: int | None = None
+    on_progress: Progress | None = None
+    is_alone: bool = True
+    expected: dict[str, Any] | None = None
+    replace: bool = False
+
+
+def encode_to_store(
+    text: TextSource,
+    tokenizer: BPETokenizer,
+    folder: Path,
+    chunk_size: int,
+    options: EncodeOptions,
+) -> MemmapManager:
+    """A store of the text, encoded by several processes.
+
+    Raises: ValueError when the text changed while it was read.
+    """
+    report = options.on_progress or (lambda *_: None)
+
+    def describe() -> dict[str, Any]:
+        found = text.description()
+        if options.expected is not None and found != options.expected:
+            raise ValueError(
+                f"corpus: {', '.join(map(str, text.paths[:3]))} changed while it was read; start "
+                "again when nothing writes to it any more"
+            )
+        return found
+
+    def on_tokens(num_tokens: int) -> None:
+        remark = f"{text.position}{num_tokens:,} tokens"
+        report("encoding, bytes read", text.bytes_read, text.total_bytes, remark)
+
+    encoder = ParallelEncoder(tokenizer, text.num_workers(options.num_workers))
+    key = text.key() if options.is_alone else None
+    how = StoreOptions(describe, on_tokens, key, options.replace)
+    return MemmapManager.save_as_memmap(text.read(), encoder, folder, chunk_size, how)

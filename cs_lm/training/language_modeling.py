@@ -1,0 +1,185 @@
+"""Training a language model: next tokens of a text."""
+
+import functools
+import logging
+import shlex
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cs_lm.config.run import RunConfig
+from cs_lm.data.batches import Batch, BatchSource
+from cs_lm.data.pipeline import PreparedData
+from cs_lm.data.prefetch import steps_ahead
+from cs_lm.data.token_store import Tokens
+from cs_lm.device import World, resolve_device
+from cs_lm.errors import UserError
+from cs_lm.inference.evaluate import (
+    EvalOptions,
+    Evaluation,
+    evaluate,
+    format_evaluation,
+    gzip_bits_per_byte,
+    token_byte_lengths,
+)
+from cs_lm.inference.sampling import DecodingConfig, NotANumberError
+from cs_lm.inference.text import generate_text
+from cs_lm.models.base import next_token_loss
+from cs_lm.models.registry import build_model
+from cs_lm.models.stats import flops_per_token, num_parameters
+from cs_lm.ops.compile import CompileWithFallback
+from cs_lm.ops.fused import OPS
+from cs_lm.optim.adamw import AdamW
+from cs_lm.optim.param_groups import parameter_groups
+from cs_lm.training.malloc import keep_freed_memory
+from cs_lm.training.run_dir import RunFolder
+from cs_lm.training.step import under_autocast
+from cs_lm.training.task import CheckStop, Task
+from cs_lm.training.trainer import Trainer
+
+SAMPLE_TOKENS = 80
+_log = logging.getLogger("cs_lm")
+
+
+def language_model_trainer(
+    config: RunConfig,
+    data: PreparedData,
+    folder: RunFolder,
+    checkpoint: dict[str, Any] | None = None,
+    weights: dict[str, Tensor] | None = None,
+) -> Trainer:
+    """The trainer of a run.
+
+    checkpoint  what `RunFolder.read` gave, to resume
+    weights     to begin a new run with
+    Raises: UserError when the checkpoint was trained with another tokenizer.
+    """
+    task = LanguageModeling(config, data, World(resolve_device(config.device)))
+    return Trainer(config, task, folder, checkpoint, weights)
+
+
+class LanguageModeling(Task):
+    """The model of the config, trained on the text."""
+
+    def __init__(self, config: RunConfig, data: PreparedData, world: World):
+        self.config, self.data = config, data
+        if world.device.type == "cpu":
+            keep_freed_memory()
+        self.model = build_model(
+            config.model,
+            OPS[config.ops],
+            generator=torch.Generator().manual_seed(config.seed),
+            device=world.device,
+            activation_checkpointing=config.activation_checkpointing,
+        )
+        optim = config.optim
+        groups = parameter_groups(self.model, optim.weight_decay)
+        self.optimizer = AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+        self.num_steps = config.num_steps(len(data.train))
+        self.tokens_per_step = config.tokens_per_step
+        self.flops_per_token = flops_per_token(config.model, config.seq_length)
+        self.measure = {
+            **data.measured_on,
+            "seq_length": config.seq_length,
+            "eval_tokens": config.eval_tokens,
+        }
+        self.batches = BatchSource(
+            data.train,
+            config.batch_size,
+            config.seq_length,
+            config.seed,
+            config.data.sampling,
+            world,
+        )
+        self._ahead = steps_ahead(self.batches, config.grad_accum)
+        loss = next_token_loss
+        if config.compile:
+            warn_once = functools.cache(_log.warning)
+            loss = CompileWithFallback(next_token_loss, warn_once)
+            self.optimizer.compile(warn_once)
+        self._loss = under_autocast(loss, world.device, config.dtype)
+        self._eval_loss = under_autocast(next_token_loss, world.device, config.dtype)
+        self._byte_lengths = token_byte_lengths(data.tokenizer.vocab)
+
+    def batches_of_step(self, step: int) -> list[Batch]:
+        return self._ahead(step)
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self._loss(model, batch)
+
+    def evaluate(self, check_stop: CheckStop) -> dict[str, Any]:
+        found = self._evaluate(self.data.valid, check_stop).record()
+        if self.config.eval_train:
+            found["train_loss_nats"] = self._evaluate(self.data.train, check_stop).loss_nats
+        return found
+
+    def _evaluate(self, tokens: Tokens, check_stop: CheckStop) -> Evaluation:
+        config = self.config
+        options = EvalOptions(config.seq_length, config.batch_size, config.eval_tokens)
+        lengths = self._byte_lengths
+        return evaluate(self.model, tokens, lengths, options, self._eval_loss, check_stop)
+
+    def summary(self, found: dict[str, Any]) -> dict[str, Any]:
+        return {"bits_per_byte": found["bits_per_byte"]}
+
+    def describe_evaluation(self, found: dict[str, Any]) -> str:
+        on_training = ""
+        if "train_loss_nats" in found:
+            on_training = f" | training text {found['train_loss_nats']:.4f}"
+        return (
+            f"validation loss {found['loss_nats']:.4f} | perplexity {found['perplexity']:.2f} | "
+            f"{found['bits_per_byte']:.4f} bits/byte{on_training}"
+        )
+
+    def sample(self, check_stop: CheckStop) -> tuple[dict[str, Any] | None, str]:
+        prompt = self.config.prompt
+        choice = DecodingConfig(max_new_tokens=SAMPLE_TOKENS, seed=self.config.seed)
+        try:
+            [text] = generate_text(
+                self.model, self.data.tokenizer, [prompt], choice, lambda *_: check_stop()
+            )
+        except NotANumberError as error:  # finite weights whose products are not
+            return None, str(error)
+        return {"prompt": prompt, "text": text}, prompt + text
+
+    def save(self) -> dict[str, Any]:
+        return {"tokenizer_fingerprint": self.data.tokenizer.fingerprint}
+
+    def load(self, extras: dict[str, Any]) -> None:
+        if extras["tokenizer_fingerprint"] != self.data.tokenizer.fingerprint:
+            raise UserError(
+                "--resume: the run was trained with another tokenizer than the one given now; use "
+                "that one, or start a new run in another --out_dir"
+            )
+
+    def start(self, folder: RunFolder) -> None:
+        folder.save_tokenizer(self.data.tokenizer)
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "train_tokens": len(self.data.train),
+            "valid_tokens": len(self.data.valid),
+            "num_parameters": num_parameters(self.config.model),
+            "tokenizer_fingerprint": self.data.tokenizer.fingerprint,
+        }
+
+    def describe_batches(self, step: int) -> list[dict[str, Any]]:
+        first = step * self.config.grad_accum
+        return [
+            {"number": number, "window_starts": self.batches.starts(number).tolist()}
+            for number in range(first, first + self.config.grad_accum)
+        ]
+
+    def closing_lines(self, found: dict[str, Any] | None) -> list[str]:
+        if found is None:
+            return []
+        config = self.config
+        gzip = gzip_bits_per_byte(
+            self.data.valid, self.data.tokenizer.vocab, config.seq_length, config.eval_tokens
+        )
+        return [format_evaluation(found, gzip)]
+
+    def next_command(self, out_dir: str) -> str:
+        where, prompt = shlex.quote(out_dir), shlex.quote(self.config.prompt)
+        return f"more text: python -m cs_lm generate --out_dir {where} --prompt {prompt}"

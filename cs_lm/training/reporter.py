@@ -1,0 +1,154 @@
+"""What a run tells while it trains: the display, the log, TensorBoard events."""
+
+import logging
+import math
+from collections import deque
+from collections.abc import Iterable
+from contextlib import ExitStack
+from typing import Any
+
+from cs_lm.config.fields import to_json
+from cs_lm.config.run import RunConfig
+from cs_lm.device import describe, measured_speed, versions
+from cs_lm.training.console import Display, Stopwatch, format_duration, log_to
+from cs_lm.training.metrics_log import MetricsLog
+from cs_lm.training.plots import plotted
+from cs_lm.training.run_dir import RunFolder
+from cs_lm.training.task import Task
+from cs_lm.training.tensorboard import TensorBoardLog
+from cs_lm.training.throughput import SpeedMeter
+
+_log = logging.getLogger("cs_lm")
+
+
+class LossSpikeDetector:
+    """Tells of a loss that is a tenth above every one of the last 20 that were logged."""
+
+    def __init__(self, earlier: Iterable[float | None] = ()):
+        self._recent = deque((loss for loss in earlier if loss is not None), maxlen=20)
+
+    def __call__(self, loss: float) -> bool:
+        is_spike = bool(self._recent) and loss > 1.1 * max(self._recent)
+        self._recent.append(loss)
+        return is_spike
+
+
+class Reporter:
+    """Every number and message of a run, each in all the places where it belongs.
+
+    logged  the records of the log up to the step that a run is resumed from
+    watch   seconds of training; evaluations and saves do not count
+    """
+
+    def __init__(self, config: RunConfig, task: Task, folder: RunFolder):
+        self._config, self._task, self._folder = config, task, folder
+        self.log = MetricsLog(folder.metrics)
+        self._tensorboard = TensorBoardLog(folder.tensorboard if config.tensorboard else None)
+        self.logged: list[dict[str, Any]] = []
+        self._elapsed_before_s = 0.0
+        self._entered = ExitStack()
+
+    def begin(self, step: int, elapsed_s: float, is_resumed: bool) -> None:
+        """From here to `close`, messages of the log appear on the display.
+
+        elapsed_s  training time of earlier calls
+        """
+        config, task = self._config, self._task
+        self._elapsed_before_s = elapsed_s
+        self._display = Display(task.num_steps, step)
+        self._entered.enter_context(log_to(self._display.write_line))
+        if is_resumed:
+            self.logged = self.log.discard_after(step)
+        else:
+            self.log.clear()  # of a run that ended before its first checkpoint
+        losses = (r.get("loss_nats") for r in self.logged if r["kind"] == "train")
+        self._is_spike = LossSpikeDetector(losses)
+        device = next(task.model.parameters()).device
+        peak_flops_per_s, speed = measured_speed(device, config.dtype)
+        self._meter = SpeedMeter(task, step, peak_flops_per_s)
+        self.log.write(
+            "resume" if is_resumed else "config",
+            step=step,
+            num_steps=task.num_steps,
+            **task.facts(),
+            config=to_json(config),
+            versions=versions(),
+            device=describe(device),
+            peak_flops_per_s=peak_flops_per_s,
+        )
+        num_parameters = sum(p.numel() for p in task.model.parameters())
+        _log.info(
+            "%s: %.2f M parameters on %s, %s (matrix products: %s), %s ops; steps %d to %d of %s "
+            "tokens; %s",
+            "resuming" if is_resumed else "training",
+            num_parameters / 1e6,
+            describe(device),
+            config.dtype,
+            speed,
+            config.ops,
+            step,
+            task.num_steps,
+            f"{task.tokens_per_step:,}",
+            self._folder.path,
+        )
+        self.watch = Stopwatch()
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds of training, those of earlier calls included."""
+        return self._elapsed_before_s + self.watch.elapsed_s
+
+    def update(self, step: int) -> None:
+        """After each step."""
+        self._display.update(step)
+
+    def report(self, step: int, tokens: int, loss: float, lr: float, norm: float) -> None:
+        """Every `--log_interval` steps."""
+        speed = self._meter.look(step, self.watch.elapsed_s)
+        self._display.report(step, loss, lr, norm, speed)
+        spike = {"spike": True} if math.isfinite(loss) and self._is_spike(loss) else {}
+        self.record(
+            "train",
+            step,
+            tokens,
+            loss_nats=loss,
+            lr=lr,
+            grad_norm=norm,
+            tokens_per_s=speed.tokens_per_s,
+            model_flops_per_s=speed.model_flops_per_s,
+            utilisation=speed.matmul_utilisation,
+            elapsed_s=self.elapsed_s,
+            **spike,
+        )
+
+    def record(self, kind: str, step: int, tokens: int, **values: Any) -> None:
+        self.log.write(kind, step=step, tokens=tokens, **values)
+        self._tensorboard.write(kind, step, values)
+
+    def end(self, step: int, tokens: int, found: dict[str, Any] | None) -> None:
+        """found  what the last evaluation gave"""
+        summary = self._task.summary(found) if found else {}
+        self.log.write("end", step=step, elapsed_s=self.elapsed_s, **summary)
+        _log.info(
+            "done: %d steps, %s tokens, %s of training",
+            step,
+            f"{tokens:,}",
+            format_duration(self.elapsed_s),
+        )
+        for line in self._task.closing_lines(found):
+            _log.info("%s", line)
+        best = "".join(
+            f", the best is step {one}" for one in self._folder.checkpoints.steps("best")
+        )
+        _log.info("checkpoints: %s%s", self._folder.checkpoints.path(step), best)
+        self.plot()
+        if command := self._task.next_command(str(self._folder.path)):
+            _log.info("%s", command)
+
+    def plot(self) -> None:
+        _log.info("%s", plotted(self._folder.metrics, self._folder.plot))
+
+    def close(self) -> None:
+        self._entered.close()
+        self._display.close()
+        self._tensorboard.close()

@@ -1,0 +1,63 @@
+"""The state of a run: what a checkpoint holds, and where the run stands."""
+
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from cs_lm.config.fields import to_json
+from cs_lm.config.run import NOT_SAVED_SETTINGS, RunConfig
+from cs_lm.optim.adamw import AdamW
+from cs_lm.training.checkpoint import checkpoint_content, restore
+
+
+class TrainState:
+    """step            updates so far
+    trained_tokens  in these steps
+    elapsed_s       seconds of training in earlier calls
+    """
+
+    def __init__(self, model: nn.Module, optimizer: AdamW):
+        self.model, self.optimizer = model, optimizer
+        self.step, self.trained_tokens, self.elapsed_s = 0, 0, 0.0
+        self._updates_before: set[int] = set()
+
+    def load(self, checkpoint: dict[str, Any]) -> None:
+        """Raises: UserError for a checkpoint of another model."""
+        restore(checkpoint, self.model, self.optimizer, keep_settings=True)
+        self._updates_before = self.optimizer.num_updates()
+        self.step = checkpoint["iteration"]
+        self.trained_tokens = checkpoint["extras"]["trained_tokens"]
+        self.elapsed_s = checkpoint["extras"]["elapsed_s"]
+
+    def content(self, config: RunConfig, elapsed_s: float, **extras: Any) -> dict[str, Any]:
+        """What `load` needs, for a file."""
+        return checkpoint_content(
+            self.model,
+            self.optimizer,
+            self.step,
+            config=to_json(replace(config, **NOT_SAVED_SETTINGS)),
+            elapsed_s=elapsed_s,
+            trained_tokens=self.trained_tokens,
+            **extras,
+        )
+
+    def begin_update(self) -> None:
+        self._updates_before = self.optimizer.num_updates()
+
+    def end_update(self, num_tokens: int) -> None:
+        self.step += 1
+        self.trained_tokens += num_tokens
+        self._updates_before = self.optimizer.num_updates()
+
+    @property
+    def is_within_update(self) -> bool:
+        """Whether some parameters have had an update that others have not had."""
+        return self.optimizer.num_updates() != self._updates_before
+
+    def rewind(self, step: int, tokens_per_step: int) -> None:
+        """Takes back steps that had no effect: weights and moments are those of an earlier one."""
+        made, self.step = self.step - step, step
+        self.trained_tokens -= made * tokens_per_step
+        for state in self.optimizer.state.values():
+            state["step"] -= made
