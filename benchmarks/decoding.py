@@ -67,7 +67,7 @@ def transformers(dtype: str):
 
 def by_length(dtype: str):
     """Whether a token late in the text costs what an early one does."""
-    from cs_lm.inference.generate import token_steps
+    from cs_lm.inference.generate import generate_tokens
     from cs_lm.inference.sampling import DecodingConfig
 
     model = our_model(dtype, len(PROMPT) + LONG)
@@ -75,7 +75,7 @@ def by_length(dtype: str):
     def timed() -> Found:
         config = DecodingConfig(max_new_tokens=LONG, temperature=0)
         times_s = [time.perf_counter()]
-        for _ in token_steps(model, [PROMPT], config, [False]):
+        for _ in generate_tokens(model, [PROMPT], config, [False]):
             times_s.append(time.perf_counter())
         first, last = times_s[201] - times_s[1], times_s[-1] - times_s[-201]
         return Found(tokens_1_to_200=first / 200, last_200=last / 200, last_over_first=last / first)

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cs_lm.errors import Problem, UserError
+
 
 def resolve_device(name: str) -> torch.device:
     """The device of that name; "auto" is CUDA if present, else the CPU.
@@ -23,12 +25,10 @@ def resolve_device(name: str) -> torch.device:
         "mps": torch.backends.mps.is_available(),
     }
     if kind not in present:
-        raise ValueError(f"--device: got {name!r}, need one of auto, cuda, cpu, mps")
+        raise UserError(Problem("--device", f"got {name!r}", "one of auto, cuda, cpu, mps"))
     if not present[kind]:
-        raise ValueError(
-            f"--device: got {name!r}, but this torch ({torch.__version__}) finds no such device "
-            "here; use --device cpu or auto"
-        )
+        what = f"got {name!r}, but this torch ({torch.__version__}) finds no such device here"
+        raise UserError(Problem("--device", what, fix="use --device cpu or auto"))
     return torch.device(name)
 
 

@@ -32,3 +32,7 @@ class UserError(ValueError):
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.args))
+
+
+class MissingError(UserError, FileNotFoundError):
+    """Files that a user has named and that are not there."""

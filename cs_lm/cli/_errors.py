@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from cs_lm.errors import UserError
 from cs_lm.training.console import log_to, print_line
 from cs_lm.training.signals import StopRequested, raise_on_signal
 
@@ -39,7 +40,7 @@ def readable_errors(main: Main) -> Main:
                 file=sys.stderr,
             )
             return 2
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             print_error(error)
             return 2
         except StopRequested as stop:

@@ -18,6 +18,7 @@ from cs_lm.config.flags import parse_config
 from cs_lm.config.shared import device_setting
 from cs_lm.data.cache import keep_text
 from cs_lm.data.corpus import embedded_text
+from cs_lm.errors import Problem
 from cs_lm.training.metrics_log import read_metrics
 from cs_lm.training.plots import plot_losses
 from cs_lm.training.run_dir import RunFolder
@@ -48,7 +49,7 @@ class BookConfig:
     device: str = device_setting()
     out_dir: str = setting("runs/book", "folder of the run")
 
-    def problems(self) -> list[str]:
+    def validate(self) -> list[Problem]:
         return not_positive(self, ("seed",))  # the run finds the others, under the same flags
 
 

@@ -15,7 +15,7 @@ from cs_lm.cli._errors import readable_errors
 from cs_lm.config.fields import setting
 from cs_lm.config.flags import parse_config
 from cs_lm.data.cache import DATA, CacheEntry, entries, remove
-from cs_lm.errors import UserError
+from cs_lm.errors import Problem, UserError
 from cs_lm.training.console import format_bytes
 
 _DAY_S = 86_400
@@ -26,11 +26,11 @@ class CacheConfig:
     remove: tuple[str, ...] = setting((), "names of what is to go, as the list has them")
     unused_days: float | None = setting(None, "remove what has not been used for as long", "days")
 
-    def problems(self) -> list[str]:
+    def validate(self) -> list[Problem]:
         if self.unused_days is not None and not 0 <= self.unused_days < math.inf:
-            return [f"--unused_days: got {self.unused_days}, need 0 or more"]
+            return [Problem("--unused_days", f"got {self.unused_days}", "0 or more")]
         if self.unused_days is not None and self.unused_days >= 1e9:
-            return [f"--unused_days: got {self.unused_days}, need less than 1e9"]
+            return [Problem("--unused_days", f"got {self.unused_days}", "less than 1e9")]
         return []
 
 
@@ -65,7 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not chosen:
         print("nothing has been unused for so long")
     if in_use:
-        raise UserError(f"cache: a process is using {', '.join(in_use)}; nothing of it was removed")
+        raise UserError(
+            Problem(
+                "cache", f"a process is using {', '.join(in_use)}", fix="nothing of it was removed"
+            )
+        )
     return 0
 
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from cs_lm.cli._errors import readable_errors
+from cs_lm.errors import UserError
 
 COMMANDS = {
     "train": "train a language model on a text; the same as run_clm.py",
@@ -37,6 +38,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] not in COMMANDS:
         nearest = difflib.get_close_matches(argv[0], COMMANDS, n=1)
         hint = f"did you mean {nearest[0]}?" if nearest else f"need one of {', '.join(COMMANDS)}"
-        raise ValueError(f"cs_lm: got command {argv[0]!r}; {hint}")
+        raise UserError(f"cs_lm: got command {argv[0]!r}; {hint}")
     module = importlib.import_module(f"cs_lm.cli.{argv[0].replace('-', '_')}")
     return module.main(argv[1:])

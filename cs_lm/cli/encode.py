@@ -19,7 +19,7 @@ from cs_lm.config.shared import (
 )
 from cs_lm.data.corpus import text_of
 from cs_lm.data.stores import EncodeOptions, encode_to_store
-from cs_lm.errors import UserError
+from cs_lm.errors import Problem, UserError
 from cs_lm.storage.lock import writing_alone
 from cs_lm.storage.manifest import MANIFEST
 from cs_lm.tokenizer import BPETokenizer
@@ -39,22 +39,36 @@ class EncodeConfig:
     document_separator: str | None = document_separator_setting()
     overwrite: bool = setting(False, "replace an existing store")
 
-    def problems(self) -> list[str]:
+    def validate(self) -> list[Problem]:
         found = []
         if not self.corpus_path:
-            found.append("--corpus_path: is missing; name a UTF-8 text file, or -")
+            found.append(Problem("--corpus_path", "is missing", fix="name a UTF-8 text file, or -"))
         if not self.store:
-            found.append("--store: is missing; name the folder that the store shall be")
+            found.append(
+                Problem("--store", "is missing", fix="name the folder that the store shall be")
+            )
         elif Path(self.store).exists() and not (Path(self.store) / MANIFEST).is_file():
             found.append(
-                f"--store: {self.store!r} exists and is no token store; name another folder"
+                Problem(
+                    "--store",
+                    f"{self.store!r} exists and is no token store",
+                    fix="name another folder",
+                )
             )
         elif Path(self.store).exists() and not self.overwrite:
-            found.append(f"--store: {self.store!r} exists; add --overwrite, or name another folder")
+            found.append(
+                Problem(
+                    "--store",
+                    f"{self.store!r} exists",
+                    fix="add --overwrite, or name another folder",
+                )
+            )
         if not 1 <= self.chunk_size <= MAX_CHUNK_SIZE:
-            found.append(f"--chunk_size: got {self.chunk_size}, need 1 to {MAX_CHUNK_SIZE}")
+            found.append(
+                Problem("--chunk_size", f"got {self.chunk_size}", f"1 to {MAX_CHUNK_SIZE}")
+            )
         if self.num_workers is not None and self.num_workers < 1:
-            found.append(f"--num_workers: got {self.num_workers}, need 1 or more")
+            found.append(Problem("--num_workers", f"got {self.num_workers}", "1 or more"))
         return found
 
 
@@ -74,7 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with writing_alone(folder, on_wait) as lock:
             if (folder / MANIFEST).is_file() and not config.overwrite:
                 raise UserError(
-                    f"--store: {str(folder)!r} exists; add --overwrite, or name another"
+                    Problem(
+                        "--store", f"{str(folder)!r} exists", fix="add --overwrite, or name another"
+                    )
                 )
             options = EncodeOptions(
                 config.num_workers, progress, is_alone=lock.is_real, replace=config.overwrite

@@ -9,17 +9,18 @@ from cs_lm.cli._errors import readable_errors
 from cs_lm.config.fields import setting
 from cs_lm.config.flags import parse_config
 from cs_lm.config.shared import (
-    checkpoint_problems,
     checkpoint_setting,
     corpora_setting,
     device_setting,
     document_separator_setting,
     encoding_errors_setting,
     text_field_setting,
+    validate_checkpoint,
 )
 from cs_lm.data.corpus import text_of
 from cs_lm.data.token_store import ArrayTokens
 from cs_lm.device import resolve_device
+from cs_lm.errors import Problem, UserError
 from cs_lm.inference.evaluate import EvalOptions, evaluate, token_byte_lengths
 from cs_lm.training.run_dir import RunFolder, load_trained
 
@@ -37,13 +38,17 @@ class EvaluateConfig:
     document_separator: str | None = document_separator_setting()
     device: str = device_setting()
 
-    def problems(self) -> list[str]:
-        found = [f"--{n}: is missing" for n in ("out_dir", "text_path") if not getattr(self, n)]
+    def validate(self) -> list[Problem]:
+        found = [
+            Problem(f"--{n}", "is missing")
+            for n in ("out_dir", "text_path")
+            if not getattr(self, n)
+        ]
         for name in ("seq_length", "batch_size", "max_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                found.append(f"--{name}: got {value}, need 1 or more")
-        return found + checkpoint_problems(self.checkpoint)
+                found.append(Problem(f"--{name}", f"got {value}", "1 or more"))
+        return found + validate_checkpoint(self.checkpoint)
 
 
 @readable_errors
@@ -56,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     seq_length = config.seq_length or trained.config.seq_length
     if seq_length > trained.config.model.context_length:
-        raise ValueError(
+        raise UserError(
             f"--seq_length: got {seq_length}, need at most the model's context "
             f"({trained.config.model.context_length})"
         )

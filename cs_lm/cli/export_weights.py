@@ -12,7 +12,8 @@ import torch
 from cs_lm.cli._errors import readable_errors
 from cs_lm.config.fields import setting
 from cs_lm.config.flags import parse_config
-from cs_lm.config.shared import checkpoint_problems, checkpoint_setting
+from cs_lm.config.shared import checkpoint_setting, validate_checkpoint
+from cs_lm.errors import Problem
 from cs_lm.interop.export_weights import FORMATS, write_weights
 from cs_lm.training.run_dir import RunFolder, load_trained
 
@@ -27,14 +28,20 @@ class ExportConfig:
         None, "several files of at most this size, but for a tensor that is larger", "MB"
     )
 
-    def problems(self) -> list[str]:
+    def validate(self) -> list[Problem]:
         required = {"--out_dir": self.out_dir, "--to": self.target}
-        found = [f"{flag}: is missing; name it" for flag, given in required.items() if not given]
+        found = [
+            Problem(f"{flag}", "is missing", fix="name it")
+            for flag, given in required.items()
+            if not given
+        ]
         if self.shard_mb is not None and self.shard_mb < 1:
-            found.append(f"--shard_mb: got {self.shard_mb}, need 1 or more")
+            found.append(Problem("--shard_mb", f"got {self.shard_mb}", "1 or more"))
         if self.shard_mb is not None and self.file_format == "tensorflow":
-            found.append("--shard_mb: has no effect with --format tensorflow; leave it out")
-        return found + checkpoint_problems(self.checkpoint)
+            found.append(
+                Problem("--shard_mb", "has no effect with --format tensorflow", fix="leave it out")
+            )
+        return found + validate_checkpoint(self.checkpoint)
 
 
 @readable_errors

@@ -16,9 +16,9 @@ from cs_lm.cli._errors import print_error, readable_errors
 from cs_lm.config.fields import is_unicode, not_unicode, setting
 from cs_lm.config.flags import parse_config
 from cs_lm.config.run import DTYPES
-from cs_lm.config.shared import checkpoint_problems, checkpoint_setting, device_setting
+from cs_lm.config.shared import checkpoint_setting, device_setting, validate_checkpoint
 from cs_lm.device import resolve_device
-from cs_lm.errors import UserError
+from cs_lm.errors import Problem, UserError
 from cs_lm.inference.sampling import DecodingConfig, NotANumberError
 from cs_lm.inference.text import generate_text, stop_ids_of
 from cs_lm.training.run_dir import RunFolder, TrainedModel, load_trained
@@ -37,17 +37,21 @@ class GenerateConfig:
     )
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
 
-    def problems(self) -> list[str]:
-        found = [] if self.out_dir else ["--out_dir: is missing; name the folder of a run"]
+    def validate(self) -> list[Problem]:
+        found = (
+            []
+            if self.out_dir
+            else [Problem("--out_dir", "is missing", fix="name the folder of a run")]
+        )
         if self.prompt is not None and self.prompt_file is not None:
-            found.append("--prompt, --prompt_file: got both; give one of the two")
+            found.append(Problem("--prompt, --prompt_file", "got both", fix="give one of the two"))
         if self.prompt == "":
-            found.append("--prompt: got an empty text, need at least one character")
+            found.append(Problem("--prompt", "got an empty text", "at least one character"))
         if self.prompt is not None and not is_unicode(self.prompt):
             found.append(not_unicode("--prompt", self.prompt))
         if self.prompt_file is not None and not Path(self.prompt_file).is_file():
-            found.append(f"--prompt_file: got {self.prompt_file!r}, which is not a file")
-        return found + checkpoint_problems(self.checkpoint) + self.decoding.problems()
+            found.append(Problem("--prompt_file", f"got {self.prompt_file!r}, which is not a file"))
+        return found + validate_checkpoint(self.checkpoint) + self.decoding.validate()
 
 
 @readable_errors
@@ -61,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif prompt is None and not sys.stdin.isatty():
         prompt = _decoded("standard input", sys.stdin.buffer.read())
     if prompt == "":
-        raise ValueError("prompt: got an empty text, need at least one character")
+        raise UserError("prompt: got an empty text, need at least one character")
     trained = load_trained(folder, config.checkpoint, device, getattr(torch, config.dtype))
     stop_ids_of(trained.tokenizer, config.decoding.stop_token)  # said before anything is written
     try:
@@ -97,7 +101,7 @@ def _decoded(where: str, content: bytes) -> str:
     try:
         return content.decode("utf-8").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: is not UTF-8 at byte offset {error.start}") from None
+        raise UserError(f"{where}: is not UTF-8 at byte offset {error.start}") from None
 
 
 def _ask() -> str:

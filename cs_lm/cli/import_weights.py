@@ -15,6 +15,7 @@ from cs_lm.config.data import DataConfig
 from cs_lm.config.fields import setting
 from cs_lm.config.flags import parse_config
 from cs_lm.config.run import RunConfig
+from cs_lm.errors import Problem, UserError
 from cs_lm.training.run_dir import RunFolder
 
 
@@ -25,13 +26,23 @@ class ImportConfig:
     vocab_path: str | None = setting(None, "tokenizer's vocab.json; default: beside the weights")
     merges_path: str | None = setting(None, "tokenizer's merges.txt, beside --vocab_path")
 
-    def problems(self) -> list[str]:
+    def validate(self) -> list[Problem]:
         required = {"--from": self.weights_path, "--out_dir": self.out_dir}
-        found = [f"{flag}: is missing; name it" for flag, given in required.items() if not given]
+        found = [
+            Problem(f"{flag}", "is missing", fix="name it")
+            for flag, given in required.items()
+            if not given
+        ]
         if self.weights_path and not Path(self.weights_path).exists():
-            found.append(f"--from: got {self.weights_path!r}, which is not a file or folder")
+            found.append(
+                Problem("--from", f"got {self.weights_path!r}, which is not a file or folder")
+            )
         if (self.vocab_path is None) != (self.merges_path is None):
-            found.append("--vocab_path, --merges_path: got one of the two; give both or none")
+            found.append(
+                Problem(
+                    "--vocab_path, --merges_path", "got one of the two", fix="give both or none"
+                )
+            )
         return found
 
 
@@ -58,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tokenizer = read_tokenizer(folder_of(path))
     model = read_weights(path)
     if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"--vocab_path: the tokenizer has {tokenizer.vocab_size} tokens, but the weights are "
             f"for {model.config.vocab_size}"
         )
@@ -69,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         seq_length=min(RunConfig.seq_length, model.config.context_length),
         out_dir=asked.out_dir,
     )
-    with folder.only_here():
+    with folder.lock():
         folder.refuse_a_run()
         folder.create_from_pretrained(config, model, tokenizer)
     shown = shlex.quote(str(folder.path))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from cs_lm.cli._errors import readable_errors
 from cs_lm.config.fields import setting
 from cs_lm.config.flags import parse_config
+from cs_lm.errors import Problem
 from cs_lm.training.plots import AGAINST, SHOWN, plot_losses
 from cs_lm.training.run_dir import RunFolder
 
@@ -19,10 +20,16 @@ class PlotConfig:
         None, "where the plot goes; default: in the folder, named after what it shows"
     )
 
-    def problems(self) -> list[str]:
-        found = [] if self.out_dir else ["--out_dir: is missing; name the folder of a run"]
+    def validate(self) -> list[Problem]:
+        found = (
+            []
+            if self.out_dir
+            else [Problem("--out_dir", "is missing", fix="name the folder of a run")]
+        )
         if self.png_path is not None and not self.png_path.endswith(".png"):
-            found.append(f"--png_path: got {self.png_path!r}, need a name that ends in .png")
+            found.append(
+                Problem("--png_path", f"got {self.png_path!r}", "a name that ends in .png")
+            )
         return found
 
 

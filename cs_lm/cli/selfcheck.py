@@ -18,6 +18,7 @@ from cs_lm.config.flags import parse_config
 from cs_lm.config.run import DTYPES
 from cs_lm.config.shared import device_setting
 from cs_lm.device import resolve_device
+from cs_lm.errors import Problem
 from cs_lm.models.layers import RoPE
 from cs_lm.ops import reference as ops
 from cs_lm.ops.fused import FAST
@@ -37,8 +38,8 @@ class SelfcheckConfig:
     dtype: str = setting("float32", "type of the inputs", choices=DTYPES)
     seed: int = setting(0, "the inputs follow from it")
 
-    def problems(self) -> list[str]:
-        return [] if self.seed >= 0 else [f"--seed: got {self.seed}, need 0 or more"]
+    def validate(self) -> list[Problem]:
+        return [] if self.seed >= 0 else [Problem("--seed", f"got {self.seed}", "0 or more")]
 
 
 @dataclass(frozen=True)

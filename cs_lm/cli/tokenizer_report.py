@@ -12,6 +12,7 @@ from cs_lm.cli._errors import readable_errors
 from cs_lm.config.fields import setting
 from cs_lm.config.flags import parse_config
 from cs_lm.config.shared import encoding_errors_setting, special_tokens_setting
+from cs_lm.errors import Problem
 from cs_lm.tokenizer import BPETokenizer
 from cs_lm.tokenizer.bpe import merge_steps
 from cs_lm.tokenizer.pretokenizer import split_words
@@ -37,13 +38,13 @@ class ReportConfig:
     )
     encoding_errors: str = encoding_errors_setting()
 
-    def problems(self) -> list[str]:
+    def validate(self) -> list[Problem]:
         found = []
         for name in ("num_tokens", "view_chars"):
             if getattr(self, name) < 1:
-                found.append(f"--{name}: got {getattr(self, name)}, need 1 or more")
+                found.append(Problem(f"--{name}", f"got {getattr(self, name)}", "1 or more"))
         if self.word == "":
-            found.append("--word: got an empty text, need at least one character")
+            found.append(Problem("--word", "got an empty text", "at least one character"))
         return found
 
 

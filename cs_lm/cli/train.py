@@ -22,7 +22,7 @@ from cs_lm.data.corpus import check_corpora, label_of
 from cs_lm.data.pipeline import prepare
 from cs_lm.data.pipes import check_no_pipe, with_pipes_kept
 from cs_lm.device import resolve_device
-from cs_lm.errors import UserError
+from cs_lm.errors import Problem, UserError
 from cs_lm.training.console import log_to, print_line
 from cs_lm.training.metrics_log import INSTALL_HINT
 from cs_lm.training.run_dir import RunFolder, saved_config
@@ -33,7 +33,7 @@ made in data/ where they are missing; the run lands in runs/<label> or --out_dir
 Units stand in [brackets]."""
 _FIXED_FROM_START = frozenset(("model_name", "special_tokens", "vocab_path", "merges_path"))
 _FIXED_SETTINGS = _FIXED_FROM_START | {"valid_path", "valid_fraction"}
-UNEXPECTED, BAD_NUMBERS = 1, 3  # exit status
+UNEXPECTED, NON_FINITE = 1, 3  # exit status
 # Settings that say what to do now rather than what the run is.
 _OF_THIS_CALL = {*NOT_SAVED_SETTINGS, "out_dir"}
 
@@ -68,7 +68,7 @@ def _main(argv: Sequence[str] | None) -> int:
         return _print_dry_run(config, folder, tokenizer)
     config = with_pipes_kept(config)
     data = _prepared(config, tokenizer)
-    with folder.only_here():
+    with folder.lock():
         folder.refuse_a_run()  # one that began and ended meanwhile
         weights = None if start is None else start.weights
         return _fit(lambda: _new_trainer()(config, data, folder, weights=weights))
@@ -80,26 +80,26 @@ def _named_base(given: dict[str, Any]) -> RunConfig:
     if model_name not in names:  # what goes with it cannot be said
         near = [name for name in names if name.startswith(model_name)]
         near = near or difflib.get_close_matches(model_name, names, n=1) or names
-        raise ValueError(f"--model: got {model_name!r}, need one of {', '.join(near)}")
+        raise UserError(f"--model: got {model_name!r}, need one of {', '.join(near)}")
     return named_run(model_name)
 
 
 def _resume(namespace, given: dict[str, Any], wrong_values: list[str]) -> int:
     if wrong_values:
-        raise ValueError("\n".join(wrong_values))
+        raise UserError(*wrong_values)
     if given.get("init_from") is not None:
-        raise UserError("--init_from: begins a new run; leave it out, or --resume")
+        raise UserError(Problem("--init_from", "begins a new run", fix="leave it out, or --resume"))
     asked = replace(RunConfig(), given)
-    wrong_step = [line for line in asked.problems() if line.startswith("--resume_step")]
+    wrong_step = [problem for problem in asked.validate() if problem.where == "--resume_step"]
     if wrong_step:
-        raise ValueError(wrong_step[0])
+        raise UserError(*wrong_step)
     folder = RunFolder(asked.out_dir or Path("runs") / label_of(asked.data))
     folder.require()
-    with nullcontext() if asked.dry_run else folder.only_here():
-        return _go_on(folder, namespace, given)
+    with nullcontext() if asked.dry_run else folder.lock():
+        return _resume_locked(folder, namespace, given)
 
 
-def _go_on(folder: RunFolder, namespace, given: dict[str, Any]) -> int:
+def _resume_locked(folder: RunFolder, namespace, given: dict[str, Any]) -> int:
     step = given.get("resume_step")
     checkpoint = folder.read("last" if step is None else str(step))
     saved = saved_config(checkpoint)
@@ -137,12 +137,10 @@ def _refuse_what_cannot_change(
         if issubclass(owner, ArchitectureConfig) or name in fixed:
             before = _value(saved, name)
             if name != "drop_rate" and given[name] != before:
-                wrong.append(
-                    f"{flag_of(each)}: got {_shown(given[name])}, but {has} {_shown(before)}; "
-                    f"{remedy}"
-                )
+                what = f"got {_shown(given[name])}, but {has} {_shown(before)}"
+                wrong.append(Problem(flag_of(each), what, fix=remedy))
     if wrong:
-        raise ValueError("\n".join(wrong))
+        raise UserError(*wrong)
 
 
 def _shown(value: Any) -> str:
@@ -156,16 +154,18 @@ def _value(config: RunConfig, name: str) -> Any:
     raise AssertionError(name)
 
 
-def _problems_of_this_machine(config: RunConfig) -> list[str]:
+def _problems_of_this_machine(config: RunConfig) -> list[Problem]:
     """What only shows when files and devices are looked at."""
     found = []
     try:
         resolve_device(config.device)
-    except ValueError as error:
-        found.append(str(error))
+    except UserError as error:
+        found += error.args
     found += check_corpora(config.data)
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        found.append(f"--tensorboard: needs the package tensorboard; {INSTALL_HINT}")
+        found.append(
+            Problem("--tensorboard", "needs the package tensorboard", fix=f"{INSTALL_HINT}")
+        )
     return found
 
 
@@ -174,9 +174,7 @@ def _check_writable(folder: Path) -> None:
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         why = "is not writable" if existing.is_dir() else "is a file"
         shown = os.path.relpath(existing)
-        raise ValueError(
-            f"--out_dir: got {str(folder)!r}, but {shown!r} {why}; name another folder"
-        )
+        raise UserError(f"--out_dir: got {str(folder)!r}, but {shown!r} {why}; name another folder")
 
 
 def _print_dry_run(config: RunConfig, folder: RunFolder, tokenizer) -> int:
@@ -219,7 +217,7 @@ def _fit(make_trainer: Callable[[], Any]) -> int:
         return trainer.fit()
     except NonFiniteError as error:
         print_error(error)
-        return BAD_NUMBERS
+        return NON_FINITE
     except Exception as error:
         if isinstance(error, UserError) or is_out_of_memory(error):
             raise

@@ -16,7 +16,7 @@ from cs_lm.config.shared import (
     text_field_setting,
 )
 from cs_lm.data.corpus import text_of
-from cs_lm.errors import UserError
+from cs_lm.errors import Problem, UserError
 from cs_lm.storage.lock import writing_alone
 from cs_lm.tokenizer import BPETokenizer, train_bpe
 
@@ -36,21 +36,29 @@ class TrainTokenizerConfig:
     document_separator: str | None = document_separator_setting()
     overwrite: bool = setting(False, "replace existing files")
 
-    def problems(self) -> list[str]:
+    def validate(self) -> list[Problem]:
         found = []
         if not self.corpus_path:
-            found.append("--corpus_path: is missing; name a UTF-8 text file, or -")
+            found.append(Problem("--corpus_path", "is missing", fix="name a UTF-8 text file, or -"))
         if self.vocab_size < 1:  # how many are too few depends on the special tokens
-            found.append(f"--vocab_size: got {self.vocab_size}, need 1 or more")
+            found.append(Problem("--vocab_size", f"got {self.vocab_size}", "1 or more"))
         if self.num_workers is not None and self.num_workers < 1:
-            found.append(f"--num_workers: got {self.num_workers}, need 1 or more")
+            found.append(Problem("--num_workers", f"got {self.num_workers}", "1 or more"))
         if Path(self.vocab_path).absolute() == Path(self.merges_path).absolute():
-            found.append(f"--merges_path: got {self.merges_path!r}, which is --vocab_path too")
+            found.append(
+                Problem("--merges_path", f"got {self.merges_path!r}, which is --vocab_path too")
+            )
         for flag, path in (("--vocab_path", self.vocab_path), ("--merges_path", self.merges_path)):
             if Path(path).is_dir():
-                found.append(f"{flag}: got {path!r}, which is a folder; name a file")
+                found.append(
+                    Problem(f"{flag}", f"got {path!r}, which is a folder", fix="name a file")
+                )
             elif Path(path).exists() and not self.overwrite:
-                found.append(f"{flag}: {path!r} exists; add --overwrite, or name another file")
+                found.append(
+                    Problem(
+                        f"{flag}", f"{path!r} exists", fix="add --overwrite, or name another file"
+                    )
+                )
         return found
 
 
@@ -74,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _save(tokenizer: BPETokenizer, config: TrainTokenizerConfig) -> None:
     """Both files under one lock: two processes must not leave one of each."""
     with writing_alone(Path(config.vocab_path), on_wait=lambda: None):
-        problems = config.problems()  # what another process has made meanwhile
+        problems = config.validate()  # what another process has made meanwhile
         if problems:
-            raise UserError("\n".join(problems))
+            raise UserError(*problems)
         tokenizer.save(config.vocab_path, config.merges_path)

@@ -7,6 +7,7 @@ from cs_lm.cli._errors import readable_errors
 from cs_lm.config.fields import setting
 from cs_lm.config.flags import parse_config
 from cs_lm.data.token_store import MemmapManager
+from cs_lm.errors import Problem, UserError
 from cs_lm.training.run_dir import RunFolder
 
 
@@ -15,10 +16,10 @@ class VerifyConfig:
     store: tuple[str, ...] = setting((), "folders of token stores; one of the two is required")
     out_dir: tuple[str, ...] = setting((), "folders of runs")
 
-    def problems(self) -> list[str]:
+    def validate(self) -> list[Problem]:
         if self.store or self.out_dir:
             return []
-        return ["--store, --out_dir: got none; name what to verify"]
+        return [Problem("--store, --out_dir", "got none", fix="name what to verify")]
 
 
 @readable_errors
@@ -41,5 +42,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (ValueError, OSError) as error:
             wrong.append(str(error))
     if wrong:
-        raise ValueError("\n".join(wrong))
+        raise UserError(*wrong)
     return 0

@@ -12,6 +12,7 @@ from cs_lm.config.shared import (
     special_tokens_setting,
     text_field_setting,
 )
+from cs_lm.errors import Problem
 
 MAX_CHUNK_SIZE = 1 << 30  # tokens; one chunk is held in memory while it is written
 
@@ -51,29 +52,36 @@ class DataConfig:
         for name in ("corpus_path", "valid_path"):  # a single path, or None, is taken too
             object.__setattr__(self, name, as_paths(getattr(self, name)))
 
-    def problems(self) -> list[str]:
+    def validate(self) -> list[Problem]:
         found = not_positive(self)
         if STANDARD_INPUT in self.corpus_path and STANDARD_INPUT in self.valid_path:
-            found.append("--corpus_path, --valid_path: got - for both; standard input is one text")
+            what = "got - for both; standard input is one text"
+            found.append(Problem("--corpus_path, --valid_path", what))
         if not 0 < self.valid_fraction < 1:
-            found.append(
-                f"--valid_fraction: got {self.valid_fraction}, need a number between 0 and 1"
-            )
+            need = "a number between 0 and 1"
+            found.append(Problem("--valid_fraction", f"got {self.valid_fraction}", need))
         if self.valid_path and self.valid_fraction != DataConfig.valid_fraction:
-            found.append("--valid_fraction: has no effect beside --valid_path; give one of the two")
+            what, fix = "has no effect beside --valid_path", "give one of the two"
+            found.append(Problem("--valid_fraction", what, fix=fix))
         if (self.vocab_path is None) != (self.merges_path is None):
             given, other = ("--vocab_path", "--merges_path")
             if self.vocab_path is None:
                 given, other = other, given
-            found.append(f"{given}: got it without {other}; give both or none")
+            found.append(Problem(given, f"got it without {other}", fix="give both or none"))
         if self.chunk_size > MAX_CHUNK_SIZE:
-            found.append(f"--chunk_size: got {self.chunk_size}, need at most {MAX_CHUNK_SIZE}")
+            need = f"at most {MAX_CHUNK_SIZE}"
+            found.append(Problem("--chunk_size", f"got {self.chunk_size}", need))
         if any(not token for token in self.special_tokens):
-            found.append("--special_tokens: got an empty one; need at least one character each")
-        if self.corpus_size is not None and not self.corpus_size.strip("."):
-            found.append(f"--corpus_size: got {self.corpus_size!r}, need a name for the store")
-        elif self.corpus_size is not None and set(self.corpus_size) & set('/\\:*?"<>|\0'):
-            found.append(
-                f"--corpus_size: got {self.corpus_size!r}, need a label without path characters"
-            )
-        return found
+            need = "at least one character each"
+            found.append(Problem("--special_tokens", "got an empty one", need))
+        return found + self._validate_label()
+
+    def _validate_label(self) -> list[Problem]:
+        label = self.corpus_size
+        if label is None:
+            return []
+        if not label.strip("."):
+            return [Problem("--corpus_size", f"got {label!r}", "a name for the store")]
+        if set(label) & set('/\\:*?"<>|\0'):
+            return [Problem("--corpus_size", f"got {label!r}", "a label without path characters")]
+        return []

@@ -11,7 +11,9 @@ from collections.abc import Callable
 from dataclasses import field
 from typing import Any
 
-MOST = (
+from cs_lm.errors import Problem, UserError
+
+MAX_COUNT = (
     1_000_000_000_000  # more than any count here can mean; any count below it is exact as a float
 )
 
@@ -92,10 +94,10 @@ def from_json(config_class: type, stored: dict[str, Any]) -> Any:
     """
     hints = typing.get_type_hints(config_class)
     if not isinstance(stored, dict):
-        raise ValueError(f"config: got {stored!r}, need settings by name")
+        raise UserError(f"config: got {stored!r}, need settings by name")
     unknown = set(stored) - set(hints)
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"config: got unknown settings {sorted(map(str, unknown))}; written by a newer version?"
         )
     values = {}
@@ -106,7 +108,7 @@ def from_json(config_class: type, stored: dict[str, Any]) -> Any:
         if typing.get_origin(hints[name]) is tuple:  # earlier versions had one path, or none
             value = (value,) if isinstance(value, str) else tuple(value or ())
         if not _is_of_type(value, hints[name]):
-            raise ValueError(f"config: got {value!r} for {name}, need {hints[name]}")
+            raise UserError(f"config: got {value!r} for {name}, need {hints[name]}")
         values[name] = value
     return config_class(**values)
 
@@ -122,7 +124,7 @@ def _chosen(configs: list[type], stored: Any) -> tuple[type, Any]:
         found = {getattr(config, DISCRIMINATOR, None): config for config in configs}
         name = stored[DISCRIMINATOR]
         if not isinstance(name, str) or name not in found:
-            raise ValueError(
+            raise UserError(
                 f"config: got the architecture {name!r}, need one of {', '.join(map(str, found))}"
             )
         return found[name], {key: value for key, value in stored.items() if key != DISCRIMINATOR}
@@ -149,8 +151,8 @@ def is_unicode(text: str) -> bool:
     return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def not_unicode(where: str, text: str) -> str:
-    return f"{where}: got {text!r}, need text that UTF-8 can hold"
+def not_unicode(where: str, text: str) -> Problem:
+    return Problem(where, f"got {text!r}", "text that UTF-8 can hold")
 
 
 def plain_type(hint: Any) -> Any:
@@ -170,10 +172,10 @@ def choices_of(each: dataclasses.Field) -> tuple[str, ...] | None:
     return choices() if callable(choices) else choices
 
 
-_LEAST = {"keep_last": 2}  # one alone may be damaged
+_MINIMUM = {"keep_last": 2}  # one alone may be damaged
 
 
-def not_positive(config: Any, may_be_zero: tuple[str, ...] = ()) -> list[str]:
+def not_positive(config: Any, may_be_zero: tuple[str, ...] = ()) -> list[Problem]:
     """Problems of the integers and rates that must be above (or may be at) zero."""
     found = []
     for each in dataclasses.fields(config):
@@ -181,27 +183,27 @@ def not_positive(config: Any, may_be_zero: tuple[str, ...] = ()) -> list[str]:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not each.metadata:
             continue
         least = 0 if each.name in may_be_zero else 1 if isinstance(value, int) else math.ulp(0.0)
-        least = _LEAST.get(each.name, least)
-        if value >= least and value < MOST:
+        least = _MINIMUM.get(each.name, least)
+        if value >= least and value < MAX_COUNT:
             continue
         need = "a number above 0" if isinstance(value, float) else f"{least} or more"
-        if value >= MOST:
-            need = f"less than {MOST:.0e}"
-        found.append(f"{flag_of(each)}: got {value}, need {need}")
+        if value >= MAX_COUNT:
+            need = f"less than {MAX_COUNT:.0e}"
+        found.append(Problem(flag_of(each), f"got {value}", need))
     return found
 
 
-def all_problems(config: Any) -> list[str]:
+def validate_all(config: Any) -> list[Problem]:
     """What a config finds wrong with itself, and values outside their choices."""
-    return config.problems() + _not_among_choices(config)
+    return config.validate() + _not_among_choices(config)
 
 
-def _not_among_choices(config: Any) -> list[str]:
+def _not_among_choices(config: Any) -> list[Problem]:
     found = []
     for each in dataclasses.fields(config):
         choices, value = choices_of(each), getattr(config, each.name)
         if dataclasses.is_dataclass(value):
             found += _not_among_choices(value)
         elif choices and value not in choices:
-            found.append(f"{flag_of(each)}: got {value!r}, need one of {', '.join(choices)}")
+            found.append(Problem(flag_of(each), f"got {value!r}", f"one of {', '.join(choices)}"))
     return found

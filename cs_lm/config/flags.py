@@ -12,14 +12,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cs_lm.config.fields import (
-    all_problems,
     choices_of,
     flag_of,
     has_setting,
     plain_type,
     replace,
     settings_of,
+    validate_all,
 )
+from cs_lm.errors import Problem, UserError
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -31,7 +32,7 @@ class FlagParser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> typing.NoReturn:
-        raise ValueError(f"{self.prog}: {message}; see --help")
+        raise UserError(Problem(self.prog, message, fix="see --help"))
 
     def parse_strictly(self, argv: Sequence[str] | None) -> argparse.Namespace:
         """Raises: ValueError naming each unknown flag with the nearest known one, and each that is
@@ -41,9 +42,9 @@ class FlagParser(argparse.ArgumentParser):
         namespace, unknown = self.parse_known_args(words)
         problems = self._given_twice(words)
         if unknown:
-            problems += self._unknown_messages(unknown)
+            problems += self._unknown_flags(unknown)
         if problems:
-            raise ValueError("\n".join(problems))
+            raise UserError(*problems)
         for name, value in vars(namespace).items():
             setattr(namespace, name, _with_two_dashes(value))
         return namespace
@@ -84,7 +85,7 @@ class FlagParser(argparse.ArgumentParser):
             return is_long
         return is_long and bool(difflib.get_close_matches(name, self._option_string_actions, n=1))
 
-    def _given_twice(self, words: list[str]) -> list[str]:
+    def _given_twice(self, words: list[str]) -> list[Problem]:
         given: dict[str, list[str]] = {}
         for word in words:
             name = word.partition("=")[0]
@@ -92,21 +93,26 @@ class FlagParser(argparse.ArgumentParser):
             if action is not None and not _is_list(action) and action.dest != "help":
                 given.setdefault(action.dest, []).append(name)
         return [
-            f"{names[0]}: is given {len(names)} times ({', '.join(names)}); give it once"
+            Problem(
+                names[0],
+                f"is given {len(names)} times ({', '.join(names)})",
+                fix="give it once",
+            )
             for names in given.values()
             if len(names) > 1
         ]
 
-    def _unknown_messages(self, unknown: list[str]) -> list[str]:
+    def _unknown_flags(self, unknown: list[str]) -> list[Problem]:
         flags = [word.split("=")[0] for word in unknown if word.startswith("-")]
         if not flags:
-            return [f"{self.prog}: got {' '.join(unknown)!r}, which belongs to no flag; see --help"]
-        messages = []
+            what = f"got {' '.join(unknown)!r}, which belongs to no flag"
+            return [Problem(self.prog, what, fix="see --help")]
+        problems = []
         for flag in flags:
             nearest = difflib.get_close_matches(flag, self._option_string_actions, n=1)
             hint = f"did you mean {nearest[0]}?" if nearest else "see --help"
-            messages.append(f"{flag}: unknown flag; {hint}")
-        return messages
+            problems.append(Problem(flag, "unknown flag", fix=hint))
+        return problems
 
 
 # For `--` as a value, which argparse throws away.
@@ -146,7 +152,7 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
 
 def read_flags(
     namespace: argparse.Namespace, config_class: type
-) -> tuple[dict[str, Any], list[str]]:
+) -> tuple[dict[str, Any], list[Problem]]:
     """The values of the flags that were given, and what is wrong with the others."""
     values, problems = {}, []
     for name, (owner, each) in settings_of(config_class).items():
@@ -156,14 +162,14 @@ def read_flags(
         try:
             values[name] = _convert(getattr(namespace, name), kind)
         except ValueError as error:
-            problems.append(f"{flag_of(each)}: got {error}")
+            problems.append(Problem(flag_of(each), *error.args))
     return values, problems
 
 
 def config_from_flags(
     base: Any,
     namespace: argparse.Namespace,
-    more_problems: Callable[[Any], list[str]] | None = None,
+    more_problems: Callable[[Any], list[Problem]] | None = None,
 ) -> Any:
     """The base config with the given flags laid over it.
 
@@ -173,19 +179,16 @@ def config_from_flags(
     values, problems = read_flags(namespace, type(base))
     config = replace(base, values)
     problems += [
-        f"{flag_of(each)}: has no effect with --model {base.model_name}; leave it out"
+        Problem(flag_of(each), f"has no effect with --model {base.model_name}", fix="leave it out")
         for name, (_, each) in settings_of(type(base)).items()
         if name in values and not has_setting(base, name)
     ]
-    problems += all_problems(config)
+    problems += validate_all(config)
     if more_problems is not None:
-        problems += [
-            line
-            for line in more_problems(config)
-            if line.split(":")[0] not in {known.split(":")[0] for known in problems}
-        ]
+        known = {problem.where for problem in problems}
+        problems += [problem for problem in more_problems(config) if problem.where not in known]
     if problems:
-        raise ValueError("\n".join(problems))
+        raise UserError(*problems)
     return config
 
 
@@ -223,7 +226,7 @@ def _help(each) -> str:
 
 
 def _convert(given: Any, kind: Any) -> Any:
-    """Raises: ValueError whose text goes on after "got "."""
+    """Raises: ValueError(what was given, what is needed)."""
     if typing.get_origin(kind) is tuple:
         return tuple(_convert(one, typing.get_args(kind)[0]) for one in given)
     if kind is bool or kind is str:
@@ -232,7 +235,7 @@ def _convert(given: Any, kind: Any) -> Any:
         value = kind(given)
     except ValueError:
         what = {int: "a whole number", float: "a number"}[kind]
-        raise ValueError(f"{given!r}, need {what}") from None
+        raise ValueError(f"got {given!r}", what) from None
     if value != value:
-        raise ValueError(f"{given!r}, need a number")
+        raise ValueError(f"got {given!r}", "a number")
     return value

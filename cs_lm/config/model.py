@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from cs_lm.config.fields import not_positive, setting
+from cs_lm.errors import Problem
 
 
 class ArchitectureConfig:
@@ -20,20 +21,19 @@ class ArchitectureConfig:
         cls.architecture = architecture
         cls.registered[architecture] = cls
 
-    def problems(self) -> list[str]:
-        """Everything wrong with the settings, one readable line each."""
+    def validate(self) -> list[Problem]:
+        """Everything wrong with the settings."""
         raise NotImplementedError
 
 
-def _problems_of_shape(config: ArchitectureConfig) -> list[str]:
+def _validate_shape(config: ArchitectureConfig) -> list[Problem]:
     found = not_positive(config)
     if not 0 < config.norm_eps < 1:
-        found.append(f"norm_eps: got {config.norm_eps}, need above 0 and below 1")
+        found.append(Problem("norm_eps", f"got {config.norm_eps}", "above 0 and below 1"))
     if config.d_model > 0 and config.num_heads > 0 and config.d_model % config.num_heads:
-        found.append(
-            f"--num_heads: got {config.num_heads}, need a divisor of --d_model "
-            f"({config.d_model}); change one of the two"
-        )
+        need = f"a divisor of --d_model ({config.d_model})"
+        fix = "change one of the two"
+        found.append(Problem("--num_heads", f"got {config.num_heads}", need, fix))
     return found
 
 
@@ -52,14 +52,13 @@ class ModelConfig(ArchitectureConfig, architecture="transformer"):
     rope_theta: float = setting(100000.0, "base of the rotary angles", flag="--theta")
     norm_eps: float = field(default=1e-5)
 
-    def problems(self) -> list[str]:
-        found = _problems_of_shape(self)
+    def validate(self) -> list[Problem]:
+        found = _validate_shape(self)
         is_shape = self.d_model > 0 and self.num_heads > 0
         if is_shape and self.d_model % (2 * self.num_heads) == self.num_heads:  # odd parts
-            found.append(
-                f"--num_heads: got {self.num_heads}, which makes the head size "
-                f"{self.d_model // self.num_heads}; need an even one for rotary positions"
-            )
+            head_size = self.d_model // self.num_heads
+            what = f"got {self.num_heads}, which makes the head size {head_size}"
+            found.append(Problem("--num_heads", what, "an even one for rotary positions"))
         return found
 
 
@@ -80,7 +79,7 @@ class GPT2Config(ArchitectureConfig, architecture="gpt2"):
     )
     qkv_bias: bool = setting(True, "biases of queries, keys and values")
     tied_head: bool = setting(
-        True, "scores are made with the embedding, not with a head of its own"
+        True, "logits are made with the embedding, not with a head of its own"
     )
     init: str = setting(
         "gpt2",
@@ -89,8 +88,8 @@ class GPT2Config(ArchitectureConfig, architecture="gpt2"):
     )
     norm_eps: float = field(default=1e-5)
 
-    def problems(self) -> list[str]:
-        found = [line for line in _problems_of_shape(self) if "--dropout" not in line]
+    def validate(self) -> list[Problem]:
+        found = [problem for problem in _validate_shape(self) if problem.where != "--dropout"]
         if not 0 <= self.drop_rate <= 0.99:
-            found.append(f"--dropout: got {self.drop_rate}, need 0 to 0.99")
+            found.append(Problem("--dropout", f"got {self.drop_rate}", "0 to 0.99"))
         return found

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from cs_lm.config.fields import setting
+from cs_lm.errors import Problem
 
 
 @dataclass(frozen=True)
@@ -19,22 +20,21 @@ class OptimConfig:
     eps: float = setting(1e-8, "added to the root of the second average")
     max_norm: float = setting(1.0, "gradients are scaled down to this L2 norm; inf: never")
 
-    def problems(self) -> list[str]:
+    def validate(self) -> list[Problem]:
         found = []
         for name, most in (("lr", 1e3), ("eps", 1e3), ("max_norm", math.inf)):
             if not 0 < getattr(self, name) <= most:
                 need = "more than 0" + (f", at most {most:g}" if most < math.inf else "")
-                found.append(f"--{name}: got {getattr(self, name)}, need {need}")
+                found.append(Problem(f"--{name}", f"got {getattr(self, name)}", need))
         if not 0 <= self.lr_min <= self.lr:
-            found.append(f"--lr_min: got {self.lr_min}, need 0 to --lr ({self.lr})")
+            found.append(Problem("--lr_min", f"got {self.lr_min}", f"0 to --lr ({self.lr})"))
         if not 0 <= self.warmup_ratio <= self.warmfix_ratio <= 1:
-            found.append(
-                f"--warmup_ratio, --warmfix_ratio: got {self.warmup_ratio} and "
-                f"{self.warmfix_ratio}, need 0 <= warmup_ratio <= warmfix_ratio <= 1"
-            )
+            what = f"got {self.warmup_ratio} and {self.warmfix_ratio}"
+            need = "0 <= warmup_ratio <= warmfix_ratio <= 1"
+            found.append(Problem("--warmup_ratio, --warmfix_ratio", what, need))
         if not 0 <= self.weight_decay <= 1e3:
-            found.append(f"--weight_decay: got {self.weight_decay}, need 0 to 1000")
+            found.append(Problem("--weight_decay", f"got {self.weight_decay}", "0 to 1000"))
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            shown = " ".join(map(str, self.betas))
-            found.append(f"--betas: got {shown}, need two numbers from 0 to below 1")
+            what = f"got {' '.join(map(str, self.betas))}"
+            found.append(Problem("--betas", what, "two numbers from 0 to below 1"))
         return found

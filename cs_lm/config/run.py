@@ -13,10 +13,11 @@ from cs_lm.config.presets import DEFAULT_MODEL, GPT_SIZES, model_names, named_mo
 from cs_lm.config.shared import (
     device_setting,
 )
+from cs_lm.errors import Problem
 
 DTYPES = ("float32", "bfloat16")
 NUM_BYTE_TOKENS = 256
-MOST_CONTEXT = 1 << 22  # tokens; tables of positions are as long, whatever the weights
+MAX_CONTEXT_LENGTH = 1 << 22  # tokens; tables of positions are as long, whatever the weights
 
 
 @dataclass(frozen=True)
@@ -84,47 +85,57 @@ class RunConfig:
     )
     dry_run: bool = setting(False, "check all settings, print estimates, and stop")
 
-    def problems(self) -> list[str]:
-        """Everything wrong with the settings, one readable line each."""
+    def validate(self) -> list[Problem]:
+        """Everything wrong with the settings."""
         may_be_zero = ("save_interval", "eval_interval", "sample_interval", "seed", "resume_step")
-        found = [
-            *self.model.problems(),
-            *self._problems_of_name(),
-            *self.data.problems(),
-            *self.optim.problems(),
+        return [
+            *self.model.validate(),
+            *self._validate_name(),
+            *self.data.validate(),
+            *self.optim.validate(),
+            *not_positive(self, may_be_zero),
+            *self._validate_lengths(),
+            *self._validate_options(),
         ]
-        found += not_positive(self, may_be_zero)
-        if self.seq_length > self.model.context_length:
-            found.append(
-                f"--seq_length: got {self.seq_length}, need at most --max_seq_length "
-                f"({self.model.context_length}); shorten the one or raise the other"
-            )
-        least = NUM_BYTE_TOKENS + len(set(self.data.special_tokens))
-        if 0 < self.model.vocab_size < least:
-            found.append(
-                f"--vocab_size: got {self.model.vocab_size}, need at least {least} "
-                f"({NUM_BYTE_TOKENS} bytes + {least - NUM_BYTE_TOKENS} special tokens); raise it"
-            )
-        if self.resume_step is not None and not self.resume:
-            found.append("--resume_step: has no effect without --resume; add it, or leave it out")
-        if self.init_from is not None and self.data.vocab_path is not None:
-            found.append("--vocab_path: has no effect beside --init_from, whose tokenizer is used")
-        if self.compile and self.activation_checkpointing:
-            found.append(
-                "--activation_checkpointing: does not go with --compile, which chooses itself what "
-                "to compute again; leave one of the two out"
-            )
+
+    def _validate_name(self) -> list[Problem]:
+        is_known = self.model_name in model_names()
+        if is_known and type(named_model(self.model_name)) is not type(self.model):
+            return [Problem("--model", f"got {self.model_name!r} with settings of another model")]
+        return []
+
+    def _validate_lengths(self) -> list[Problem]:
+        found = []
+        context, vocab_size = self.model.context_length, self.model.vocab_size
+        if self.seq_length > context:
+            need = f"at most --max_seq_length ({context})"
+            fix = "shorten the one or raise the other"
+            found.append(Problem("--seq_length", f"got {self.seq_length}", need, fix))
+        num_special = len(set(self.data.special_tokens))
+        if 0 < vocab_size < NUM_BYTE_TOKENS + num_special:
+            sum_ = f"({NUM_BYTE_TOKENS} bytes + {num_special} special tokens)"
+            need = f"at least {NUM_BYTE_TOKENS + num_special} {sum_}"
+            found.append(Problem("--vocab_size", f"got {vocab_size}", need, "raise it"))
         if not self.prompt:
-            found.append("--prompt: got an empty text, need at least one character")
+            found.append(Problem("--prompt", "got an empty text", "at least one character"))
         elif not is_unicode(self.prompt):
             found.append(not_unicode("--prompt", self.prompt))
         return found
 
-    def _problems_of_name(self) -> list[str]:
-        is_known = self.model_name in model_names()
-        if is_known and type(named_model(self.model_name)) is not type(self.model):
-            return [f"--model: got {self.model_name!r} with settings of another model"]
-        return []
+    def _validate_options(self) -> list[Problem]:
+        """Settings that cannot take effect beside others."""
+        found = []
+        if self.resume_step is not None and not self.resume:
+            what, fix = "has no effect without --resume", "add it, or leave it out"
+            found.append(Problem("--resume_step", what, fix=fix))
+        if self.init_from is not None and self.data.vocab_path is not None:
+            what = "has no effect beside --init_from, whose tokenizer is used"
+            found.append(Problem("--vocab_path", what))
+        if self.compile and self.activation_checkpointing:
+            what = "does not go with --compile, which chooses itself what to compute again"
+            fix = "leave one of the two out"
+            found.append(Problem("--activation_checkpointing", what, fix=fix))
+        return found
 
     @property
     def tokens_per_step(self) -> int:

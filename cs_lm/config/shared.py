@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cs_lm.config.fields import setting
+from cs_lm.errors import Problem
 
 DEFAULT_SPECIAL_TOKENS = ("<|endoftext|>",)
 
@@ -18,10 +19,11 @@ def checkpoint_setting() -> Any:
     return setting("best", "which model of the run: best, last, or the step of a checkpoint")
 
 
-def checkpoint_problems(checkpoint: str) -> list[str]:
+def validate_checkpoint(checkpoint: str) -> list[Problem]:
     if checkpoint in ("best", "last") or (checkpoint.isdecimal() and len(checkpoint) <= 15):
         return []
-    return [f"--checkpoint: got {checkpoint!r}, need best, last, or the step of a checkpoint"]
+    need = "best, last, or the step of a checkpoint"
+    return [Problem("--checkpoint", f"got {checkpoint!r}", need)]
 
 
 def encoding_errors_setting() -> Any:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cs_lm.data.token_store import Tokens
 from cs_lm.device import World
+from cs_lm.errors import UserError
 
 Starts = Callable[[int], np.ndarray]  # batch number -> first positions of its windows, (B,)
 
@@ -29,7 +30,7 @@ def num_windows(tokens: Tokens, seq_length: int) -> int:
     Raises: ValueError when there is none.
     """
     if len(tokens) <= seq_length:
-        raise ValueError(
+        raise UserError(
             f"tokens: got {len(tokens)}, need at least {seq_length + 1} for one window of "
             f"--seq_length ({seq_length}); give a longer text or a shorter --seq_length"
         )

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from cs_lm.storage.atomic import WRITING, own_name, write_whole
+from cs_lm.storage.atomic import WRITING, atomic_write, temporary_name
 from cs_lm.storage.lock import FileLock, acquire, wait_for
 from cs_lm.storage.manifest import MANIFEST, file_state
 from cs_lm.tokenizer.text_source import sha256_of_file
@@ -105,7 +105,7 @@ def keep_text(label: str, text: bytes) -> Path:
     digest = hashlib.sha256(text).hexdigest()
     path = _text_path(label, digest)
     if not path.is_file() or path.stat().st_size != len(text) or sha256_of_file(path) != digest:
-        write_whole(path, text)
+        atomic_write(path, text)
     return path
 
 
@@ -113,7 +113,7 @@ def keep_stream(label: str, blocks: Iterable[bytes]) -> Path | None:
     """The same for what comes block by block, one of them in memory; None where nothing does."""
     digest = hashlib.sha256()
     DATA.mkdir(exist_ok=True)
-    writing = own_name(DATA / f"{label}_{TEXT}")
+    writing = temporary_name(DATA / f"{label}_{TEXT}")
     try:
         with open(writing, "wb") as file:
             for block in blocks:
@@ -132,7 +132,7 @@ def keep_stream(label: str, blocks: Iterable[bytes]) -> Path | None:
 
 def set_aside(path: Path) -> None:
     """Takes the name away, and then removes: what is cut short leaves nothing under that name."""
-    aside = own_name(path)
+    aside = temporary_name(path)
     os.replace(path, aside)
     shutil.rmtree(aside, ignore_errors=True)
 
@@ -155,7 +155,7 @@ def sha256_remembered(path: Path) -> str:
     if is_settled and file_state(os.stat(path)) == seen:  # else it may change without notice
         known = {**_remembered_hashes(), key: [*seen, digest]}
         try:
-            write_whole(DATA / _HASHES, json.dumps(known).encode("utf-8"))
+            atomic_write(DATA / _HASHES, json.dumps(known).encode("utf-8"))
         except OSError as error:
             _log.debug("%s: not remembered (%s)", path, error)
     return digest

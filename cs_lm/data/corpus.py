@@ -9,6 +9,7 @@ from typing import Any
 from cs_lm.config.data import DataConfig
 from cs_lm.config.shared import STANDARD_INPUT
 from cs_lm.data.cache import PIPE_LABEL, STORE, keep_text, paths_of, sha256_remembered
+from cs_lm.errors import MissingError, Problem, UserError
 from cs_lm.tokenizer.corpus_files import SUFFIXES, find_files, without_packing
 from cs_lm.tokenizer.text_source import TextSource, separator_for
 
@@ -61,10 +62,9 @@ def embedded_text() -> str:
     try:
         from pydoc_data.topics import topics
     except ImportError:
-        raise FileNotFoundError(
-            "embedded corpus: this Python comes without pydoc_data.topics; give a text of your own "
-            "with --corpus_path"
-        ) from None
+        what = "this Python comes without pydoc_data.topics"
+        fix = "give a text of your own with --corpus_path"
+        raise MissingError(Problem("embedded corpus", what, fix=fix)) from None
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
@@ -76,17 +76,21 @@ def is_embedded(data: DataConfig) -> bool:
     return not data.corpus_path and data.corpus_size in (None, EMBEDDED_LABEL)
 
 
-def check_corpora(data: DataConfig) -> list[str]:
+def check_corpora(data: DataConfig) -> list[Problem]:
     """What is wrong with the texts that a run names, without reading them."""
+    checks = {
+        "--corpus_size": lambda: _check_label(data),
+        "--corpus_path": lambda: find_files(data.corpus_path, "--corpus_path"),
+        "--valid_path": lambda: find_files(data.valid_path, "--valid_path"),
+    }
     found = []
-    checks = [lambda: _check_label(data)]
-    checks += [lambda: find_files(data.corpus_path, "--corpus_path")]
-    checks += [lambda: find_files(data.valid_path, "--valid_path")]
-    for check in checks:
+    for flag, check in checks.items():
         try:
             check()
-        except (ValueError, OSError) as error:
-            found.append(str(error))
+        except UserError as error:
+            found += error.args
+        except OSError as error:
+            found.append(Problem(flag, str(error)))
     return found
 
 
@@ -95,10 +99,8 @@ def _check_label(data: DataConfig) -> None:
     if is_embedded(data):
         embedded_text()
     elif not data.corpus_path and not paths_of(label, STORE):
-        raise FileNotFoundError(
-            f"--corpus_size: got {label!r}, but data/ holds no token store of that label; give "
-            "--corpus_path to make it"
-        )
+        what = f"got {label!r}, but data/ holds no token store of that label"
+        raise MissingError(Problem("--corpus_size", what, fix="give --corpus_path to make it"))
 
 
 def find_corpus(data: DataConfig, remember: bool = True) -> Corpus | None:

@@ -21,6 +21,7 @@ from cs_lm.data.stores import (
 )
 from cs_lm.data.token_store import MemmapManager, TokenRange, Tokens
 from cs_lm.data.tokenizers import find_or_train_tokenizer, find_tokenizer
+from cs_lm.errors import UserError
 from cs_lm.storage.lock import FileLock
 from cs_lm.tokenizer import BPETokenizer
 from cs_lm.tokenizer.text_source import Progress
@@ -90,7 +91,7 @@ def num_training_tokens(config: RunConfig, num_tokens: int) -> int:
 def check_length(name: str, num_tokens: int, config: RunConfig) -> None:
     """Raises: ValueError for a text that is shorter than a training window."""
     if num_tokens <= config.seq_length:
-        raise ValueError(
+        raise UserError(
             f"{name} text: got {num_tokens} tokens, need at least {config.seq_length + 1} "
             f"for one window of --seq_length ({config.seq_length}); give a longer text or a "
             "shorter --seq_length"
@@ -102,7 +103,7 @@ def check_vocab_size(config: RunConfig, tokenizer: BPETokenizer) -> None:
     have, rows = tokenizer.vocab_size, config.model.vocab_size
     if have > rows:
         of_files = "" if config.data.vocab_path is None else f" {config.data.vocab_path!r}"
-        raise ValueError(
+        raise UserError(
             f"--vocab_size: got {rows}, need at least {have}: the tokenizer{of_files} has that "
             "many tokens"
         )

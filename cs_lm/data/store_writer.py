@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from cs_lm.storage.atomic import write_whole
+from cs_lm.storage.atomic import atomic_write
 from cs_lm.storage.manifest import FileEntry, HashingFile, check_file
 
 JOURNAL = "written.jsonl"
@@ -90,7 +90,7 @@ class Journal:
             if not kept:
                 self._path.unlink(missing_ok=True)
             elif kept < len(lines):
-                write_whole(self._path, b"".join(line + b"\n" for line in lines[:kept]))
+                atomic_write(self._path, b"".join(line + b"\n" for line in lines[:kept]))
 
 
 def chunk_name(number: int) -> str:

@@ -67,7 +67,7 @@ def find_store(corpus: Corpus, tokenizer: BPETokenizer) -> MemmapManager | None:
     if (path / MANIFEST).is_file():
         store = MemmapManager(path)
         if (why := _staleness_reason(store, tokenizer, corpus.data, corpus)) is not None:
-            raise ValueError(f"token store: {path} {why}; delete the folder")
+            raise UserError(f"token store: {path} {why}; delete the folder")
         return store
     for old in (old_path(corpus.label, STORE), old_path(label_of(corpus.data), f"{STORE}_valid")):
         try:
@@ -108,12 +108,12 @@ def find_labelled_store(
                 reasons.append(f"{path} {why}")
     if len(fit) > 1:
         names = ", ".join(str(store.folder) for store, _ in fit.values())
-        raise ValueError(
+        raise UserError(
             f"--corpus_size: {label!r} names several token stores: {names}; give --corpus_path to "
             "say which text is meant"
         )
     if not fit:
-        raise ValueError(
+        raise UserError(
             f"token store: {reasons[0]}; give --corpus_path to encode the text again, or "
             "--vocab_path and --merges_path of the tokenizer it was made with"
         )
@@ -178,7 +178,7 @@ def encode_to_store(
     def describe() -> dict[str, Any]:
         found = text.description()
         if options.expected is not None and found != options.expected:
-            raise ValueError(
+            raise UserError(
                 f"corpus: {', '.join(map(str, text.paths[:3]))} changed while it was read; start "
                 "again when nothing writes to it any more"
             )

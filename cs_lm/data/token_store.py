@@ -13,7 +13,7 @@ import numpy as np
 
 from cs_lm.data.store_writer import JOURNAL, Encoder, Journal, id_dtype, write_chunks
 from cs_lm.errors import UserError
-from cs_lm.storage.atomic import WRITING, own_name, put_folder, write_whole
+from cs_lm.storage.atomic import WRITING, atomic_write, replace_directory, temporary_name
 from cs_lm.storage.manifest import MANIFEST, check_file, file_state, read_manifest, write_manifest
 
 FORMAT_VERSION = 2
@@ -72,7 +72,7 @@ class MemmapManager:
         try:
             self.files, self.manifest = read_manifest(self.folder)
             if self.manifest.get("format_version") != FORMAT_VERSION:
-                raise ValueError(f"{str(path)!r} has format {self.manifest.get('format_version')}")
+                raise UserError(f"{str(path)!r} has format {self.manifest.get('format_version')}")
             self._check_facts()
             for entry in self.files:
                 check_file(self.folder, entry, completely=False)
@@ -92,7 +92,7 @@ class MemmapManager:
             ("source", dict),
         ):
             if type(facts[name]) is not kind or (kind is int and facts[name] < 1):
-                raise ValueError(f"its {name} is {facts[name]!r}")
+                raise UserError(f"its {name} is {facts[name]!r}")
         self.dtype = {"<u2": np.dtype("<u2"), "<u4": np.dtype("<u4")}[facts["dtype"]]
         self._num_tokens, self.chunk_size = facts["num_tokens"], facts["chunk_size"]
         self.fingerprint: str = facts["tokenizer_fingerprint"]
@@ -101,7 +101,7 @@ class MemmapManager:
         full, last = self.chunk_size * self.dtype.itemsize, lengths[-1:]
         num_bytes = self._num_tokens * self.dtype.itemsize
         if sum(lengths) != num_bytes or set(lengths[:-1]) - {full} or not 0 < last[0] <= full:
-            raise ValueError("its chunks have other lengths than its number of tokens asks for")
+            raise UserError("its chunks have other lengths than its number of tokens asks for")
 
     def _damaged(self, error: Exception | str) -> UserError:
         return UserError(
@@ -133,7 +133,7 @@ class MemmapManager:
             tokenizer.fingerprint,
             chunk_size,
         ]
-        writing = own_name(folder) if key is None else folder.with_name(folder.name + WRITING)
+        writing = temporary_name(folder) if key is None else folder.with_name(folder.name + WRITING)
         journal = Journal(writing, key)
         if not journal.entries:
             shutil.rmtree(writing, ignore_errors=True)
@@ -141,7 +141,7 @@ class MemmapManager:
         try:
             end = write_chunks(texts, tokenizer, writing, chunk_size, journal, options.on_tokens)
             if not end.num_tokens:
-                raise ValueError("token store: got an empty text, need at least one token")
+                raise UserError("token store: got an empty text, need at least one token")
             facts = {
                 "format_version": FORMAT_VERSION,
                 "dtype": dtype.str,
@@ -157,7 +157,7 @@ class MemmapManager:
             store.verify()
             store._remember_verified()
             (writing / JOURNAL).unlink(missing_ok=True)
-            put_folder(writing, folder, options.replace)
+            replace_directory(writing, folder, options.replace)
         except BaseException as error:
             if isinstance(error, OSError) and error.filename is None:
                 error.filename = str(writing)
@@ -175,7 +175,7 @@ class MemmapManager:
         Raises: ValueError for a range outside the store, or a chunk file that is too short.
         """
         if not 0 <= start <= end <= len(self):
-            raise ValueError(
+            raise UserError(
                 f"load_by_range: got [{start}, {end}), need a range inside [0, {len(self)})"
             )
         ids = np.empty(end - start, self.dtype)
@@ -198,7 +198,7 @@ class MemmapManager:
                 check_file(self.folder, entry, completely=True)
                 highest = int(self._read(number, 0, entry.num_bytes // self.dtype.itemsize).max())
                 if highest >= self.manifest["vocab_size"]:
-                    raise ValueError(
+                    raise UserError(
                         f"{str(self.folder / entry.name)!r} holds the id {highest}, and the "
                         f"vocabulary has {self.manifest['vocab_size']}"
                     )
@@ -228,7 +228,7 @@ class MemmapManager:
 
     def _remember_verified(self) -> None:
         with suppress(OSError):  # a folder that is not ours to write in
-            write_whole(self.folder / VERIFIED, json.dumps(self._states()).encode("utf-8"))
+            atomic_write(self.folder / VERIFIED, json.dumps(self._states()).encode("utf-8"))
 
     def _read(self, chunk: int, offset: int, count: int) -> np.ndarray:
         path, num_bytes = self._paths[chunk], count * self.dtype.itemsize
@@ -236,12 +236,12 @@ class MemmapManager:
             number = os.open(path, _READ_FLAGS)
             try:
                 if _identity(os.fstat(number)) != self._identities[chunk]:
-                    raise ValueError("it was written anew while in use")
+                    raise UserError("it was written anew while in use")
                 data = _read_at(number, num_bytes, offset * self.dtype.itemsize)
             finally:
                 os.close(number)
             if len(data) != num_bytes:
-                raise ValueError("it is too short")
+                raise UserError("it is too short")
         except (OSError, ValueError) as error:
             raise self._damaged(f"cannot read {path!r} ({error})") from None
         return np.frombuffer(data, self.dtype)
@@ -272,7 +272,7 @@ class TokenRange:
 
     def __init__(self, tokens: Tokens, start: int, end: int):
         if not 0 <= start <= end <= len(tokens):
-            raise ValueError(f"TokenRange: got [{start}, {end}), need inside [0, {len(tokens)})")
+            raise UserError(f"TokenRange: got [{start}, {end}), need inside [0, {len(tokens)})")
         self._tokens, self._start, self._end = tokens, start, end
 
     def __len__(self) -> int:
@@ -280,7 +280,7 @@ class TokenRange:
 
     def load_by_range(self, start: int, end: int) -> np.ndarray:
         if not 0 <= start <= end <= len(self):
-            raise ValueError(f"load_by_range: got [{start}, {end}), need inside [0, {len(self)})")
+            raise UserError(f"load_by_range: got [{start}, {end}), need inside [0, {len(self)})")
         return self._tokens.load_by_range(self._start + start, self._start + end)
 
 

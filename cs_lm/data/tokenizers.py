@@ -17,7 +17,7 @@ from cs_lm.data.cache import (
 )
 from cs_lm.data.corpus import Corpus
 from cs_lm.errors import UserError
-from cs_lm.storage.atomic import own_name, put_folder, write_whole
+from cs_lm.storage.atomic import atomic_write, replace_directory, temporary_name
 from cs_lm.tokenizer import BPETokenizer, train_bpe
 from cs_lm.tokenizer.text_source import Progress
 
@@ -137,10 +137,10 @@ def _read(folder: Path, settings: dict[str, Any]) -> BPETokenizer | None:
 
 
 def _write(tokenizer: BPETokenizer, folder: Path, settings: dict[str, Any]) -> None:
-    writing = own_name(folder)
+    writing = temporary_name(folder)
     tokenizer.save(writing / "vocab.json", writing / "merges.txt")
     content = {**settings, "fingerprint": tokenizer.fingerprint}
-    write_whole(writing / SETTINGS, json.dumps(content, indent=1).encode("utf-8"))
+    atomic_write(writing / SETTINGS, json.dumps(content, indent=1).encode("utf-8"))
     if _read(writing, settings) is None:
         raise OSError(f"tokenizer: {str(writing)!r} does not read back as it was written")
-    put_folder(writing, folder, replace=False)
+    replace_directory(writing, folder, replace=False)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cs_lm.data.batches import Batch
 from cs_lm.data.token_store import Tokens
+from cs_lm.errors import UserError
 from cs_lm.models.base import LanguageModel, evaluating, next_token_loss
 from cs_lm.ops.reference import IGNORE_INDEX
 
@@ -73,9 +74,7 @@ def evaluation_starts(num_tokens: int, seq_length: int, max_tokens: int | None) 
     Raises: ValueError for fewer than two tokens: nothing to predict.
     """
     if num_tokens < 2:
-        raise ValueError(
-            f"validation: got {num_tokens} tokens, need at least 2; give a longer text"
-        )
+        raise UserError(f"validation: got {num_tokens} tokens, need at least 2; give a longer text")
     num_windows = math.ceil((num_tokens - 1) / seq_length)
     wanted = num_windows
     if max_tokens is not None:
@@ -109,7 +108,7 @@ def evaluate(
     loss          (model, batch) -> sum [nats] and count
     on_batch      called before each batch; an exception of it ends the evaluation
     """
-    device, seq_length = model.head_weight.device, options.seq_length
+    device, seq_length = model.output_embedding.device, options.seq_length
     starts = evaluation_starts(len(tokens), seq_length, options.max_tokens)
     loss_sum, num_tokens, num_bytes = 0.0, 0, 0
     with evaluating(model):

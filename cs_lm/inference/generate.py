@@ -1,4 +1,4 @@
-"""From scores to text: filters on scores, generation with a key-value cache, safe streaming."""
+"""From logits to text: filters on logits, generation with a key-value cache, safe streaming."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -6,20 +6,21 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from cs_lm.inference.sampling import DecodingConfig, choose_token
+from cs_lm.errors import UserError
+from cs_lm.inference.sampling import DecodingConfig, sample_token
 from cs_lm.models.base import LanguageModel, evaluating, new_cache
 
-# ---- filters: pure functions on scores (..., V), which return scores of the same shape ----
+# ---- filters: pure functions on logits (..., V), which return logits of the same shape ----
 
 
 # ---- generation ----
 
 
-class _Reader:
-    """Feeds sequences of different length to a model in one batch and gives their last scores.
+class _CachedDecoder:
+    """Feeds sequences of different length to a model in one batch and gives their last logits.
 
     Rows are padded on the left; positions count from each row's own first token, and padding is
-    masked, so a row's scores do not depend on its neighbours. Only beyond the context do rows
+    masked, so a row's logits do not depend on its neighbours. Only beyond the context do rows
     share something: with `slide` > 1, all of them drop their oldest positions at the same time.
     """
 
@@ -29,7 +30,7 @@ class _Reader:
         longest = max(map(len, rows))
         self._cache = new_cache(model, len(rows), min(self._context, longest + max_new))
 
-    def scores(self, rows: Sequence[list[int]]) -> Tensor:
+    def logits(self, rows: Sequence[list[int]]) -> Tensor:
         """Scores (B, V) after rows of which all but the newest token may have been read before."""
         if self._cache.length == 0:
             return self._read_window(rows, self._context)
@@ -47,7 +48,7 @@ class _Reader:
         return self._read(ids, self._num_padding)
 
     def _read(self, ids: Tensor, num_padding: list[int]) -> Tensor:
-        device = self._model.head_weight.device
+        device = self._model.output_embedding.device
         seen, end = self._cache.length, self._cache.length + ids.shape[1]
         positions = mask = None
         if any(num_padding):
@@ -56,11 +57,11 @@ class _Reader:
             is_real = torch.arange(end) >= padding  # (B, S)
             mask = is_real.unsqueeze(1).expand(-1, ids.shape[1], -1).to(device)  # (B, T, S)
         hidden = self._model.hidden_states(ids.to(device), positions, mask, self._cache)
-        return self._model.scores_of(hidden[:, -1])  # (B, V)
+        return self._model.logits_of(hidden[:, -1])  # (B, V)
 
 
 @torch.inference_mode()
-def token_steps(
+def generate_tokens(
     model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     config: DecodingConfig,
@@ -76,8 +77,8 @@ def token_steps(
     usable_ids  (V) boolean; ids outside are never chosen
     Raises: ValueError for an empty prompt or an id outside the model's vocabulary.
     """
-    if found := config.problems():
-        raise ValueError("\n".join(found))
+    if found := config.validate():
+        raise UserError(*found)
     rows = [list(prompt) for prompt in prompts]
     for row in rows:
         check_prompt(row, model.config.vocab_size)
@@ -85,17 +86,17 @@ def token_steps(
         torch.Generator().manual_seed((config.seed * 1_000_003 + row) % (1 << 63))
         for row in range(len(rows))
     ]
-    reader = _Reader(model, rows, config.max_new_tokens, config.slide)
+    reader = _CachedDecoder(model, rows, config.max_new_tokens, config.slide)
     for _ in range(config.max_new_tokens):
         with evaluating(model):
-            scores = reader.scores(rows).float().cpu()
+            logits = reader.logits(rows).float().cpu()
         if usable_ids is not None:
-            scores = scores.masked_fill(~usable_ids, -math.inf)
+            logits = logits.masked_fill(~usable_ids, -math.inf)
         new_ids: list[int | None] = []
         for i, row in enumerate(rows):
             token_id = None
             if not finished[i]:
-                token_id = choose_token(scores[i], row, config, generators[i])
+                token_id = sample_token(logits[i], row, config, generators[i])
                 if token_id in stop_ids:
                     finished[i], token_id = True, None
             row.append(0 if token_id is None else token_id)
@@ -107,10 +108,10 @@ def token_steps(
 
 def check_prompt(token_ids: Sequence[int], vocab_size: int) -> None:
     if not token_ids:
-        raise ValueError("--prompt: got an empty prompt, need at least one token; give some text")
+        raise UserError("--prompt: got an empty prompt, need at least one token; give some text")
     wrong = [i for i in token_ids if not 0 <= i < vocab_size]
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"prompt: got token id {wrong[0]}, need 0 to {vocab_size - 1}; was the prompt encoded "
             "with another tokenizer?"
         )
@@ -125,7 +126,7 @@ def generate(
     """The new token ids after each prompt, without the prompt and the stop id."""
     finished = [False] * len(prompts)
     outputs: list[list[int]] = [[] for _ in prompts]
-    for new_ids in token_steps(model, prompts, config, finished, frozenset(stop_ids)):
+    for new_ids in generate_tokens(model, prompts, config, finished, frozenset(stop_ids)):
         for output, token_id in zip(outputs, new_ids):
             if token_id is not None:
                 output.append(token_id)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cs_lm.config.fields import setting
-from cs_lm.errors import UserError
+from cs_lm.errors import Problem, UserError
 from cs_lm.ops.reference import softmax
 
 
@@ -17,7 +17,7 @@ class DecodingConfig:
     """How the next token is chosen, and when to stop."""
 
     max_new_tokens: int = setting(200, "at most this many", "tokens")
-    temperature: float = setting(0.8, "scores are divided by it; 0: always the most likely token")
+    temperature: float = setting(0.8, "logits are divided by it; 0: always the most likely token")
     top_k: int | None = setting(None, "choose among the k most likely tokens", "tokens")
     top_p: float | None = setting(
         None, "choose among the most likely tokens that together reach this probability"
@@ -36,7 +36,7 @@ class DecodingConfig:
     )
     seed: int = setting(0, "the sample follows from it")
 
-    def problems(self) -> list[str]:
+    def validate(self) -> list[Problem]:
         checks = [
             ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
             (
@@ -58,84 +58,89 @@ class DecodingConfig:
             ("seed", 0 <= self.seed < 1 << 63, "0 or more, below 2^63"),
         ]
         found = [
-            f"--{n}: got {getattr(self, n)}, need {need}" for n, good, need in checks if not good
+            Problem(f"--{n}", f"got {getattr(self, n)}", need)
+            for n, good, need in checks
+            if not good
         ]
         if self.num_samples > 1 and self.temperature == 0:
-            found.append("--num_samples: all are the same at --temperature 0; leave one out")
+            what = "all are the same at --temperature 0"
+            found.append(Problem("--num_samples", what, fix="leave one out"))
         for name in ("top_k", "top_p"):
             if self.temperature == 0 and getattr(self, name) is not None:
-                found.append(f"--{name}: has no effect at --temperature 0; leave one of them out")
+                what = "has no effect at --temperature 0"
+                found.append(Problem(f"--{name}", what, fix="leave one of them out"))
         if self.repetition_window is not None and self.repetition_penalty == 1.0:
-            found.append("--repetition_window: has no effect without --repetition_penalty")
+            what = "has no effect without --repetition_penalty"
+            found.append(Problem("--repetition_window", what))
         return found
 
 
-def apply_temperature(scores: Tensor, temperature: float) -> Tensor:
+def apply_temperature(logits: Tensor, temperature: float) -> Tensor:
     """Above 1 flattens the distribution, below 1 sharpens it. `temperature` > 0."""
-    return scores / temperature
+    return logits / temperature
 
 
-def keep_top_k(scores: Tensor, k: int) -> Tensor:
-    """-inf for all but the k highest scores; of equal ones at the border, those that sort first."""
-    k = min(k, scores.shape[-1])
-    values, places = scores.topk(k, dim=-1)
-    return torch.full_like(scores, -math.inf).scatter(-1, places, values)
+def top_k_logits(logits: Tensor, k: int) -> Tensor:
+    """-inf for all but the k highest logits; of equal ones at the border, those that sort first."""
+    k = min(k, logits.shape[-1])
+    values, places = logits.topk(k, dim=-1)
+    return torch.full_like(logits, -math.inf).scatter(-1, places, values)
 
 
-def keep_top_p(scores: Tensor, p: float) -> Tensor:
+def top_p_logits(logits: Tensor, p: float) -> Tensor:
     """-inf outside the smallest set of likeliest tokens whose probabilities sum to at least p.
 
     The likeliest token always stays. Source: Holtzman et al. 2020, nucleus sampling.
     """
-    values, places = scores.sort(dim=-1, descending=True, stable=True)
+    values, places = logits.sort(dim=-1, descending=True, stable=True)
     probabilities = softmax(values)
     mass_before = probabilities.cumsum(-1) - probabilities
     kept = values.masked_fill(mass_before >= p, -math.inf)
     kept[..., 0] = values[..., 0]
-    return torch.empty_like(scores).scatter(-1, places, kept)
+    return torch.empty_like(logits).scatter(-1, places, kept)
 
 
-def penalise_repetition(scores: Tensor, token_ids: Tensor, penalty: float) -> Tensor:
+def repetition_penalty_logits(logits: Tensor, token_ids: Tensor, penalty: float) -> Tensor:
     """Scores of the given tokens made smaller: positive ones divided, negative ones multiplied.
 
-    A token that occurs several times is penalised once. Shapes: scores (..., V), token_ids (..., N)
+    A token that occurs several times is penalised once. Shapes: logits (..., V), token_ids (..., N)
     Source: Keskar et al. 2019, CTRL, made sign-aware.
     """
-    old = scores.gather(-1, token_ids)
-    return scores.scatter(-1, token_ids, torch.where(old > 0, old / penalty, old * penalty))
+    old = logits.gather(-1, token_ids)
+    return logits.scatter(-1, token_ids, torch.where(old > 0, old / penalty, old * penalty))
 
 
 class NotANumberError(UserError):
     """What a model with weights that are not finite makes of any text."""
 
 
-_NOT_NUMBERS = "the model's scores are not numbers (NaN)"
+_NOT_NUMBERS = "the model's logits are not numbers (NaN)"
 
 
-def choose_token(
-    scores: Tensor, history: Sequence[int], config: DecodingConfig, generator: torch.Generator
+def sample_token(
+    logits: Tensor, history: Sequence[int], config: DecodingConfig, generator: torch.Generator
 ) -> int:
-    """The next token of one sequence from its scores (V) on the CPU.
+    """The next token of one sequence from its logits (V) on the CPU.
 
-    Raises: NotANumberError for scores with a NaN among them; a look costs nothing until then.
+    Raises: NotANumberError for logits with a NaN among them; a look costs nothing until then.
     """
     if config.repetition_penalty != 1.0:
         window = config.repetition_window or len(history)
         recent = torch.tensor(history[-window:], dtype=torch.int64)
-        scores = penalise_repetition(scores, recent, config.repetition_penalty)
+        logits = repetition_penalty_logits(logits, recent, config.repetition_penalty)
     if config.temperature == 0:
-        chosen = int(scores.argmax())
-        if math.isnan(scores[chosen]):
+        chosen = int(logits.argmax())
+        if math.isnan(logits[chosen]):
             raise NotANumberError(_NOT_NUMBERS)
         return chosen
-    scores = apply_temperature(scores, config.temperature)
+    logits = apply_temperature(logits, config.temperature)
     if config.top_k is not None:
-        scores = keep_top_k(scores, config.top_k)
+        logits = top_k_logits(logits, config.top_k)
     if config.top_p is not None:
-        scores = keep_top_p(scores, config.top_p)
+        logits = top_p_logits(logits, config.top_p)
     try:
-        return int(torch.multinomial(softmax(scores), 1, generator=generator))
+        return int(torch.multinomial(softmax(logits), 1, generator=generator))
     except RuntimeError:
-        if scores.isnan().any():
+        if logits.isnan().any():
             raise NotANumberError(_NOT_NUMBERS) from None
         raise

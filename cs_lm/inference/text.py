@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 
 from cs_lm.errors import UserError
-from cs_lm.inference.generate import token_steps
+from cs_lm.inference.generate import generate_tokens
 from cs_lm.inference.sampling import DecodingConfig
 from cs_lm.models.base import LanguageModel
 
@@ -95,7 +95,7 @@ def generate_text(
             show(row, text)
 
     ids = [tokenizer.encode(prompt) for prompt in prompts]
-    for new_ids in token_steps(model, ids, config, finished, stop_ids, usable):
+    for new_ids in generate_tokens(model, ids, config, finished, stop_ids, usable):
         for row, token_id in enumerate(new_ids):
             if token_id is not None:
                 add(row, streams[row].push(token_id))

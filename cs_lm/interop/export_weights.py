@@ -14,10 +14,10 @@ from cs_lm.config.model import GPT2Config
 from cs_lm.errors import UserError
 from cs_lm.interop.layouts import LAYOUTS, layout_for, written_config
 from cs_lm.interop.sources import ADDED_TOKENS, INSTALL_HINT, write_json
-from cs_lm.interop.tensor_mapping import Entry, Layout
+from cs_lm.interop.tensor_mapping import Layout, TensorMapping
 from cs_lm.interop.tokenizers import end_ids, pad_token, write_tokenizer
 from cs_lm.models.base import LanguageModel
-from cs_lm.storage.atomic import sync_folder, write_whole
+from cs_lm.storage.atomic import atomic_write, fsync_directory
 from cs_lm.tokenizer import BPETokenizer
 
 FLOAT_BYTES = 4
@@ -57,7 +57,7 @@ def write_weights(
             _write_files(model, layout, writing, file_format, shard_bytes)
         _write_settings(model, layout, tokenizer, writing)
         writing.chmod(0o777 & ~_umask())
-        sync_folder(writing)
+        fsync_directory(writing)
         try:
             if is_empty:
                 folder.rmdir()  # Windows does not rename onto it
@@ -66,7 +66,7 @@ def write_weights(
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
                 raise is_there from None
             raise
-        sync_folder(folder.parent)
+        fsync_directory(folder.parent)
     except BaseException:
         shutil.rmtree(writing, ignore_errors=True)
         raise
@@ -75,12 +75,12 @@ def write_weights(
 def _check_openai(model: LanguageModel) -> None:
     config = model.config
     if config.architecture != LAYOUTS["openai"].architecture or not config.tied_head:
-        raise ValueError(
+        raise UserError(
             "--format: tensorflow holds only a GPT-2 whose head is the embedding; use safetensors"
         )
     for name, needed in (("d_ff", 4 * config.d_model), ("norm_eps", GPT2Config.norm_eps)):
         if getattr(config, name) != needed:
-            raise ValueError(
+            raise UserError(
                 f"--format: tensorflow has no place for {name}, which means {needed} there; this "
                 f"run has {getattr(config, name)}; use safetensors"
             )
@@ -96,7 +96,7 @@ def _weights(model: LanguageModel, entries: Layout) -> dict[str, Tensor]:
     return weights
 
 
-def _theirs(weights: dict[str, Tensor], entry: Entry) -> Tensor:
+def _theirs(weights: dict[str, Tensor], entry: TensorMapping) -> Tensor:
     """Their tensor, in memory of its own."""
     parts = [weights[name].float().cpu() for name in entry.ours]
     return entry.to_theirs(parts).clone(memory_format=torch.contiguous_format)
@@ -158,7 +158,7 @@ def _save(tensors: dict[str, Tensor], path: Path, file_format: str) -> None:
         try:
             from safetensors.torch import save_file
         except ImportError:
-            raise ValueError(
+            raise UserError(
                 f"--format: needs the package safetensors; {INSTALL_HINT.format('weights')}"
             ) from None
         save_file(tensors, path, metadata={"format": "pt"})
@@ -171,7 +171,7 @@ def _write_tensorflow(model: LanguageModel, prefix: Path) -> None:
     try:
         import tensorflow as tf
     except ImportError:
-        raise ValueError(
+        raise UserError(
             f"--format: needs the package tensorflow; {INSTALL_HINT.format('tensorflow')}"
         ) from None
     layout = LAYOUTS["openai"].tensors(model.config)
@@ -183,7 +183,7 @@ def _write_tensorflow(model: LanguageModel, prefix: Path) -> None:
         shape_and_slices=[""] * len(layout),
         tensors=tensors,
     )
-    write_whole(prefix.with_name("checkpoint"), b'model_checkpoint_path: "model.ckpt"\n')
+    atomic_write(prefix.with_name("checkpoint"), b'model_checkpoint_path: "model.ckpt"\n')
 
 
 def _write_settings(

@@ -4,8 +4,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from cs_lm.config.fields import MOST
+from cs_lm.config.fields import MAX_COUNT
 from cs_lm.config.model import GPT2Config, ModelConfig
+from cs_lm.errors import UserError
 from cs_lm.interop.sources import read_json
 
 _DROPOUT_RATES = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
@@ -25,10 +26,10 @@ class Settings:
         value = self.values.get(name)
         if value is None and default:
             return default[0]
-        if kind is float and type(value) is int and abs(value) < MOST:
+        if kind is float and type(value) is int and abs(value) < MAX_COUNT:
             value = float(value)
         if type(value) is not kind or (kind is float and not math.isfinite(value)):
-            raise ValueError(
+            raise UserError(
                 f"weights: {name} of {str(self.path)!r} is {value!r:.40}, need {kind.__name__}"
             )
         return value
@@ -38,7 +39,7 @@ class Settings:
         for name, values in needed.items():
             value = self.values.get(name)
             if value is not None and value not in values:
-                raise ValueError(
+                raise UserError(
                     f"weights: {name} of {str(self.path)!r} is {value!r}; need {values[0]!r}: "
                     "another model would come out"
                 )
@@ -55,7 +56,7 @@ def read_gpt2(settings: Settings) -> GPT2Config:
     rates = {name: settings.get(name, float, 0.1) for name in _DROPOUT_RATES}
     if len(set(rates.values())) > 1:
         shown = ", ".join(f"{name} {rate}" for name, rate in rates.items())
-        raise ValueError(
+        raise UserError(
             f"weights: the dropout rates of {str(settings.path)!r} differ ({shown}), and our model "
             "has one for all three; set them to the same number there (--dropout changes it later)"
         )
@@ -108,7 +109,7 @@ def read_llama(settings: Settings) -> ModelConfig:
         settings.refuse_unless(head_dim=(d_model // num_heads,))
     rope = settings.get("rope_parameters", dict, {})
     if rope.get("rope_type", "default") != "default":
-        raise ValueError(
+        raise UserError(
             f"weights: rope_parameters of {str(settings.path)!r} are {rope}; need rope_type "
             "'default': another model would come out"
         )

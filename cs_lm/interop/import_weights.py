@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from cs_lm.config.model import ArchitectureConfig
+from cs_lm.errors import UserError
 from cs_lm.interop.hf_config import Settings, read_nanogpt
 from cs_lm.interop.layouts import LAYOUTS, CheckpointSpec, check_config, read_config
 from cs_lm.interop.sources import NanoGPTSource, Source, nanogpt_file, open_source
-from cs_lm.interop.tensor_mapping import Layout, plain_name
+from cs_lm.interop.tensor_mapping import Layout, canonical_name
 from cs_lm.models.base import LanguageModel
 from cs_lm.models.registry import build_model
 from cs_lm.models.stats import num_parameters
@@ -43,18 +44,18 @@ def read_weights(path: str | Path) -> LanguageModel:
         layout.pop(HEAD, None)
     names: dict[str, str] = {}
     for name in source.shapes:
-        plain = plain_name(name, spec.layout)
+        plain = canonical_name(name, spec.layout)
         if plain in names:
-            raise ValueError(f"weights: {str(path)!r} has both {names[plain]} and {name}")
+            raise UserError(f"weights: {str(path)!r} has both {names[plain]} and {name}")
         if plain is not None:
             names[plain] = name
     may_be_there = {HEAD} if spec.is_tied else set()
     if problems := _differences(layout, model, names, source, may_be_there):
-        raise ValueError("\n".join([f"weights: {str(path)!r} does not fit its config", *problems]))
+        raise UserError("\n".join([f"weights: {str(path)!r} does not fit its config", *problems]))
     for name in sorted(layout, key=lambda name: -math.prod(source.shapes[names[name]])):
         entry = layout[name]
         with source.reading(names[name]) as theirs:
-            for ours, weight in zip(entry.ours, entry.to_ours(theirs, source.gives_away)):
+            for ours, weight in zip(entry.ours, entry.to_ours(theirs, source.owns_tensors)):
                 _place(model, ours, weight)
         if entry.ours == (TABLE,) and spec.is_tied:
             _tie(model, source, names.get(HEAD), path)
@@ -79,7 +80,7 @@ def _check_size(config: ArchitectureConfig, source: Source, path: Path) -> None:
     found = sum(map(math.prod, source.shapes.values()))
     # a head that is the table may be missing, causal masks may be there
     if num_parameters(config) > 2 * found or config.num_layers > len(source.shapes):
-        raise ValueError(
+        raise UserError(
             f"weights: the settings beside {str(path)!r} are those of {num_parameters(config):,} "
             f"parameters, but it holds {found:,} numbers"
         )
@@ -125,7 +126,7 @@ def _tie(model: LanguageModel, source: Source, head: str | None, path: Path) -> 
     if head is not None:
         with source.reading(head) as theirs:
             if not torch.equal(theirs.to(table.dtype), table):
-                raise ValueError(
+                raise UserError(
                     f"weights: {head} of {str(path)!r} is not the embedding, but its settings say "
                     "that they are tied (tie_word_embeddings); change the one or the other"
                 )

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cs_lm.config.model import ArchitectureConfig
-from cs_lm.config.run import MOST_CONTEXT
+from cs_lm.config.run import MAX_CONTEXT_LENGTH
+from cs_lm.errors import Problem, UserError
 from cs_lm.interop.hf_config import (
     Settings,
     read_gpt2,
@@ -50,7 +51,7 @@ def layout_for(config: ArchitectureConfig) -> str:
     for name, layout in LAYOUTS.items():
         if layout.architecture == config.architecture:
             return name
-    raise ValueError(f"weights: no other program is known to have {config.architecture!r} models")
+    raise UserError(f"weights: no other program is known to have {config.architecture!r} models")
 
 
 class CheckpointSpec(NamedTuple):
@@ -71,7 +72,7 @@ def read_config(folder: Path) -> CheckpointSpec:
         kind = settings.get("model_type", str)
         known = [name for name in LAYOUTS if name != "openai"]
         if kind not in known:
-            raise ValueError(
+            raise UserError(
                 f"weights: model_type of {str(settings.path)!r} is {kind!r}; need one of "
                 f"{', '.join(known)}"
             )
@@ -90,13 +91,12 @@ def read_config(folder: Path) -> CheckpointSpec:
 
 def check_config(config: ArchitectureConfig, where: Path) -> None:
     """Raises: ValueError for settings of no model that could be built."""
-    problems = config.problems()
-    if config.context_length > MOST_CONTEXT:
-        problems.append(
-            f"--max_seq_length: got {config.context_length}, need at most {MOST_CONTEXT}"
-        )
+    problems = config.validate()
+    if config.context_length > MAX_CONTEXT_LENGTH:
+        need = f"at most {MAX_CONTEXT_LENGTH}"
+        problems.append(Problem("--max_seq_length", f"got {config.context_length}", need))
     if problems:
-        raise ValueError(f"weights: the settings in {str(where)!r} do not fit: {problems[0]}")
+        raise UserError(f"weights: the settings in {str(where)!r} do not fit: {problems[0]}")
 
 
 def written_config(

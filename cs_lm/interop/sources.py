@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from cs_lm.storage.atomic import write_whole
+from cs_lm.errors import UserError
+from cs_lm.storage.atomic import atomic_write
 from cs_lm.storage.safe_load import check_archive, check_old_file, check_tensor
 
 MAX_JSON_BYTES = 64 << 20
@@ -26,7 +27,7 @@ class Source(Protocol):
 
     shapes: dict[str, tuple[int, ...]]
     not_floats: list[str]
-    gives_away: bool
+    owns_tensors: bool
 
     def reading(self, name: str) -> AbstractContextManager[Tensor]:
         """The tensor, to be used inside; once for each name."""
@@ -37,29 +38,29 @@ def read_json(path: Path) -> dict[str, Any]:
     """Raises: ValueError naming a file that holds no JSON object, or far too much."""
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
-            raise ValueError(f"more than {MAX_JSON_BYTES >> 20} MB")
+            raise UserError(f"more than {MAX_JSON_BYTES >> 20} MB")
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
-            raise ValueError("no JSON object")
+            raise UserError("no JSON object")
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"weights: {str(path)!r} cannot be read ({error})") from None
+        raise UserError(f"weights: {str(path)!r} cannot be read ({error})") from None
     return content
 
 
 def write_json(path: Path, content: dict) -> None:
-    write_whole(path, json.dumps(content, indent=2).encode("utf-8"))
+    atomic_write(path, json.dumps(content, indent=2).encode("utf-8"))
 
 
 class SafetensorsSource:
     """One or more `.safetensors` files, of which a tensor is a window that is closed again."""
 
-    gives_away = False
+    owns_tensors = False
 
     def __init__(self, paths: list[Path]):
         try:
             from safetensors import SafetensorError, safe_open
         except ImportError:
-            raise ValueError(
+            raise UserError(
                 f"weights: needs the package safetensors; {INSTALL_HINT.format('weights')}"
             ) from None
         self._open = safe_open
@@ -76,7 +77,7 @@ class SafetensorsSource:
                         _add(self.shapes, name, tuple(tensor.get_shape()), path)
                         self._path_of[name] = path
             except (SafetensorError, OSError) as error:
-                raise ValueError(f"weights: {str(path)!r} cannot be read ({error})") from None
+                raise UserError(f"weights: {str(path)!r} cannot be read ({error})") from None
 
     @contextmanager
     def reading(self, name: str) -> Iterator[Tensor]:
@@ -87,7 +88,7 @@ class SafetensorsSource:
 class TorchSource:
     """One or more files of `torch.save`, which are read whole, and given out in pieces."""
 
-    gives_away = True
+    owns_tensors = True
 
     def __init__(self, paths: list[Path]):
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -105,10 +106,10 @@ class TorchSource:
             tensors = self._tensors_of(content)
             for name, x in tensors.items():
                 if type(name) is not str or not isinstance(x, Tensor):
-                    raise ValueError("more than named tensors")
+                    raise UserError("more than named tensors")
                 check_tensor(x)
         except Exception as error:  # torch.load raises whatever its unpickler meets
-            raise ValueError(
+            raise UserError(
                 f"weights: {str(path)!r} cannot be read ({type(error).__name__}): it is damaged, "
                 "or holds more than tensors"
             ) from None
@@ -162,13 +163,13 @@ class NanoGPTSource(TorchSource):
 class TensorFlowSource:
     """A checkpoint of TensorFlow, `model.ckpt.index` and its data."""
 
-    gives_away = True
+    owns_tensors = True
 
     def __init__(self, prefix: Path):
         try:
             import tensorflow as tf
         except ImportError:
-            raise ValueError(
+            raise UserError(
                 "weights: a TensorFlow checkpoint needs the package tensorflow; "
                 f"{INSTALL_HINT.format('tensorflow')}"
             ) from None
@@ -177,7 +178,7 @@ class TensorFlowSource:
             shapes = self._reader.get_variable_to_shape_map()
         except (ValueError, tf.errors.OpError) as error:
             first_line = str(error).partition("\n")[0]
-            raise ValueError(f"weights: {str(prefix)!r} cannot be read ({first_line})") from None
+            raise UserError(f"weights: {str(prefix)!r} cannot be read ({first_line})") from None
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
         kinds = self._reader.get_variable_to_dtype_map()
         self.not_floats = [name for name, kind in kinds.items() if not kind.is_floating]
@@ -190,7 +191,7 @@ class TensorFlowSource:
 def _add(shapes: dict[str, tuple], name: str, shape: tuple[int, ...], path: Path) -> None:
     """Raises: ValueError for a name that an earlier file has already."""
     if name in shapes:
-        raise ValueError(f"weights: {name} of {str(path)!r} is in another file, too")
+        raise UserError(f"weights: {name} of {str(path)!r} is in another file, too")
     shapes[name] = shape
 
 
@@ -213,7 +214,7 @@ def open_source(path: Path) -> Source:
             return TorchSource([path])
         if path.name.endswith(".index"):
             return TensorFlowSource(path.with_suffix(""))
-        raise ValueError(f"weights: got {str(path)!r}, need a .safetensors, .bin or .index file")
+        raise UserError(f"weights: got {str(path)!r}, need a .safetensors, .bin or .index file")
     for name, kind in (
         ("model.safetensors", SafetensorsSource),
         ("pytorch_model.bin", TorchSource),
@@ -226,7 +227,7 @@ def open_source(path: Path) -> Source:
     indices = sorted(path.glob("*.index"))
     if len(indices) > 1:
         names = ", ".join(index.name for index in indices)
-        raise ValueError(f"weights: {str(path)!r} holds {names}; name one of them")
+        raise UserError(f"weights: {str(path)!r} holds {names}; name one of them")
     if indices:
         return TensorFlowSource(indices[0].with_suffix(""))
     raise FileNotFoundError(
@@ -239,11 +240,11 @@ def _shards(index: Path) -> list[Path]:
     """The files that an index names, all of them in its folder."""
     files = read_json(index).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
-        raise ValueError(f"weights: {str(index)!r} has no weight_map of names and files")
+        raise UserError(f"weights: {str(index)!r} has no weight_map of names and files")
     paths = []
     for name in sorted(set(files.values())):
         path = index.parent / name
         if Path(name).name != name or "\\" in name or not path.is_file():
-            raise ValueError(f"weights: {str(index)!r} names {name!r}, which is no file beside it")
+            raise UserError(f"weights: {str(index)!r} names {name!r}, which is no file beside it")
         paths.append(path)
     return paths

@@ -10,7 +10,7 @@ from torch import Tensor
 from cs_lm.config.model import GPT2Config, ModelConfig
 
 
-class Entry(NamedTuple):
+class TensorMapping(NamedTuple):
     """One tensor of theirs: some of our weights beside each other along its last axis.
 
     transposed   they multiply from the right: (d_in, d_out)
@@ -47,7 +47,7 @@ class Entry(NamedTuple):
         return [torch.empty(x.shape, dtype=torch.float32).copy_(x) for x in parts]
 
 
-Layout = dict[str, Entry]
+Layout = dict[str, TensorMapping]
 
 
 def _pairs_to_halves(weight: Tensor, num_heads: int) -> Tensor:
@@ -64,13 +64,13 @@ _QKV = ("q_proj", "k_proj", "v_proj")
 def gpt2_layout(config: GPT2Config) -> Layout:
     """transformers' `GPT2LMHeadModel`, without the prefix `transformer.` that may stand before."""
     layout = {
-        "wte.weight": Entry(("token_embeddings.weight",)),
-        "wpe.weight": Entry(("position_embeddings.weight",)),
-        "ln_f.weight": Entry(("ln_final.weight",)),
-        "ln_f.bias": Entry(("ln_final.bias",)),
+        "wte.weight": TensorMapping(("token_embeddings.weight",)),
+        "wpe.weight": TensorMapping(("position_embeddings.weight",)),
+        "ln_f.weight": TensorMapping(("ln_final.weight",)),
+        "ln_f.bias": TensorMapping(("ln_final.bias",)),
     }
     if not config.tied_head:
-        layout["lm_head.weight"] = Entry(("lm_head.weight",))
+        layout["lm_head.weight"] = TensorMapping(("lm_head.weight",))
     for i in range(config.num_layers):
         for kind in ("weight", "bias"):
             is_matrix = kind == "weight"
@@ -83,7 +83,7 @@ def gpt2_layout(config: GPT2Config) -> Layout:
                 ("mlp.c_fc", ("ffn.w1",), is_matrix),
                 ("mlp.c_proj", ("ffn.w2",), is_matrix),
             ):
-                entry = Entry(tuple(f"{ours}.{name}.{kind}" for name in names), transposed)
+                entry = TensorMapping(tuple(f"{ours}.{name}.{kind}" for name in names), transposed)
                 layout[f"h.{i}.{theirs}.{kind}"] = entry
     return layout
 
@@ -109,9 +109,9 @@ def _openai_name(name: str) -> str:
 def llama_layout(config: ModelConfig) -> Layout:
     """transformers' `LlamaForCausalLM`, as many keys as queries, without biases."""
     layout = {
-        "model.embed_tokens.weight": Entry(("token_embeddings.weight",)),
-        "model.norm.weight": Entry(("ln_final.weight",)),
-        "lm_head.weight": Entry(("lm_head.weight",)),
+        "model.embed_tokens.weight": TensorMapping(("token_embeddings.weight",)),
+        "model.norm.weight": TensorMapping(("ln_final.weight",)),
+        "lm_head.weight": TensorMapping(("lm_head.weight",)),
     }
     for i in range(config.num_layers):
         for theirs, ours in (
@@ -126,7 +126,9 @@ def llama_layout(config: ModelConfig) -> Layout:
             ("mlp.up_proj", "ffn.w3"),
         ):
             turns = theirs in ("self_attn.q_proj", "self_attn.k_proj")
-            entry = Entry((f"layers.{i}.{ours}.weight",), num_heads=config.num_heads * turns)
+            entry = TensorMapping(
+                (f"layers.{i}.{ours}.weight",), num_heads=config.num_heads * turns
+            )
             layout[f"model.layers.{i}.{theirs}.weight"] = entry
     return layout
 
@@ -137,7 +139,7 @@ _NO_WEIGHTS = re.compile(
 )
 
 
-def plain_name(theirs: str, layout: str) -> str | None:
+def canonical_name(theirs: str, layout: str) -> str | None:
     """As the layout has it; None for what is no weight."""
     name = theirs.removeprefix("transformer.") if layout == "gpt2" else theirs
     return None if _NO_WEIGHTS.fullmatch(name) else name

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cs_lm.config.shared import DEFAULT_SPECIAL_TOKENS
+from cs_lm.errors import UserError
 from cs_lm.interop.layouts import HF, written_ids
 from cs_lm.interop.sources import ADDED_TOKENS, read_json, write_json
 from cs_lm.tokenizer import BPETokenizer
@@ -65,17 +66,17 @@ def read_tokenizer(folder: Path) -> BPETokenizer:
             token_id = by_file[text].token_id
         have, token = ids.get(text.encode("utf-8")), text.encode("utf-8")
         if have is None and token_id is None:
-            raise ValueError(
+            raise UserError(
                 f"weights: {file} of {str(folder)!r} names the token {text!r}, which the "
                 "vocabulary does not have; add it to added_tokens.json with its id, or take it out"
             )
         if have is None and token_id in vocab:
-            raise ValueError(
+            raise UserError(
                 f"weights: {file} of {str(folder)!r} gives {text!r} the id {token_id}, which is "
                 f"that of {vocab[token_id]!r}"
             )
         if have is not None and token_id not in (None, have):
-            raise ValueError(
+            raise UserError(
                 f"weights: {file} of {str(folder)!r} gives {text!r} the id {token_id}, and the "
                 f"vocabulary {have}"
             )
@@ -107,12 +108,12 @@ def _named(folder: Path) -> Iterator[_Named]:
     """Every token that files beside the vocabulary name."""
     for text, token_id in _json(folder / ADDED_TOKENS).items():
         if type(token_id) is not int:
-            raise ValueError(f"weights: {ADDED_TOKENS} of {str(folder)!r} gives {text!r} no id")
+            raise UserError(f"weights: {ADDED_TOKENS} of {str(folder)!r} gives {text!r} no id")
         yield _Named(text, token_id, ADDED_TOKENS)
     config = _json(folder / CONFIG)
     for name in ("add_prefix_space", "add_bos_token", "add_eos_token"):
         if config.get(name):
-            raise ValueError(
+            raise UserError(
                 f"weights: {CONFIG} of {str(folder)!r} has {name}; need none: our tokenizer adds "
                 "nothing to a text"
             )
@@ -120,13 +121,13 @@ def _named(folder: Path) -> Iterator[_Named]:
     for token_id, token in added.items() if isinstance(added, dict) else [("", None)]:
         is_sound = isinstance(token, dict) and isinstance(token.get("content"), str)
         if not is_sound or not token_id.isdecimal():
-            raise ValueError(
+            raise UserError(
                 f"weights: added_tokens_decoder in {CONFIG} of {str(folder)!r} has {token!r} for "
                 f"{token_id!r}; need tokens with their content, by id"
             )
         for name in ("lstrip", "rstrip", "single_word"):
             if token.get(name):
-                raise ValueError(
+                raise UserError(
                     f"weights: {CONFIG} of {str(folder)!r} has {name} for {token['content']!r}; "
                     "need none"
                 )
@@ -149,14 +150,14 @@ def _ends(folder: Path, vocab: dict[int, bytes]) -> list[str]:
         asked = _json(folder / file).get("eos_token_id")
         ids = [] if asked is None else asked if isinstance(asked, list) else [asked]
         if not all(type(i) is int for i in ids):
-            raise ValueError(
+            raise UserError(
                 f"weights: eos_token_id in {file} of {str(folder)!r} is {asked!r}; need a whole "
                 "number, or a list of them"
             )
         try:
             found = [vocab[i].decode("utf-8") for i in ids if i in vocab]
         except UnicodeDecodeError:
-            raise ValueError(
+            raise UserError(
                 f"weights: eos_token_id in {file} of {str(folder)!r} names a token that is a part "
                 "of a character; need one that is text"
             ) from None

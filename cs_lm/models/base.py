@@ -1,4 +1,4 @@
-"""What every language model of the house has: scores of the next token, their loss, and a cache."""
+"""What every language model of the house has: logits of the next token, their loss, and a cache."""
 
 import functools
 from collections.abc import Iterator
@@ -9,16 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from cs_lm.config.model import ArchitectureConfig
+from cs_lm.errors import UserError
 from cs_lm.models.kv_cache import KVCache, positions_after
 from cs_lm.models.layers import is_product
-from cs_lm.ops.activation_checkpoint import recomputed
+from cs_lm.ops.activation_checkpoint import checkpoint_activations
 from cs_lm.ops.reference import IGNORE_INDEX, Ops, cross_entropy, linear
 
 
 class LanguageModel(nn.Module):
     """Scores of every next token, from the tokens before it.
 
-    A model makes `token_embeddings`, `layers`, `ln_final` and `lm_head` (None: scores are made with
+    A model makes `token_embeddings`, `layers`, `ln_final` and `lm_head` (None: logits are made with
     the embedding), and says in `embed` what its layers work on.
 
     ops        which version of the operations it is built on (`ops.CLEAR` or `fast_ops.FAST`)
@@ -30,8 +31,8 @@ class LanguageModel(nn.Module):
         self, config: ArchitectureConfig, ops: Ops, activation_checkpointing: bool = False
     ):
         super().__init__()
-        if problems := config.problems():
-            raise ValueError("\n".join(problems))
+        if problems := config.validate():
+            raise UserError(*problems)
         self.config = config
         self.ops = ops
         self.activation_checkpointing = activation_checkpointing
@@ -49,8 +50,8 @@ class LanguageModel(nn.Module):
         """All that is dropped from here on follows from the seed."""
 
     @property
-    def head_weight(self) -> Tensor:
-        """(V, D), what scores are made with."""
+    def output_embedding(self) -> Tensor:
+        """(V, D), what logits are made with."""
         return (self.token_embeddings if self.lm_head is None else self.lm_head).weight
 
     def hidden_states(
@@ -74,7 +75,11 @@ class LanguageModel(nn.Module):
         recomputing = self.activation_checkpointing and torch.is_grad_enabled() and cache is None
         for index, (layer, further) in enumerate(zip(self.layers, of_layers)):
             block = functools.partial(layer, mask=mask, cache=cache, layer=index, **further)
-            x = recomputed(block, x, list(layer.parameters())) if recomputing else block(x)
+            x = (
+                checkpoint_activations(block, x, list(layer.parameters()))
+                if recomputing
+                else block(x)
+            )
         if cache is not None:
             cache.advance(token_ids.shape[-1])
         return self.ln_final(x)
@@ -87,14 +92,16 @@ class LanguageModel(nn.Module):
         cache: KVCache | None = None,
     ) -> Tensor:
         """Scores of the next token at every position: (..., T) ids to (..., T, V)."""
-        return self.scores_of(self.hidden_states(token_ids, token_positions, mask, cache))
+        return self.logits_of(self.hidden_states(token_ids, token_positions, mask, cache))
 
-    def scores_of(self, hidden: Tensor) -> Tensor:  # (..., D) -> (..., V)
-        return linear(hidden, self.head_weight) if self.has_plain_head else self.lm_head(hidden)
+    def logits_of(self, hidden: Tensor) -> Tensor:  # (..., D) -> (..., V)
+        return (
+            linear(hidden, self.output_embedding) if self.has_plain_head else self.lm_head(hidden)
+        )
 
     @property
     def has_plain_head(self) -> bool:
-        """Whether the scores are a product with `head_weight`, and nothing besides."""
+        """Whether the logits are a product with `output_embedding`, and nothing besides."""
         return self.lm_head is None or is_product(self.lm_head)
 
 
@@ -123,9 +130,9 @@ def next_token_loss(model: LanguageModel, batch: TokenBatch) -> tuple[Tensor, Te
     """
     hidden = model.hidden_states(batch.inputs)
     if not model.has_plain_head:
-        return cross_entropy(model.scores_of(hidden), batch.targets, IGNORE_INDEX)
+        return cross_entropy(model.logits_of(hidden), batch.targets, IGNORE_INDEX)
     loss = model.ops.linear_cross_entropy
-    return loss(hidden, model.head_weight, batch.targets, IGNORE_INDEX)
+    return loss(hidden, model.output_embedding, batch.targets, IGNORE_INDEX)
 
 
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -137,7 +144,7 @@ def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def new_cache(model: LanguageModel, batch_size: int, capacity: int) -> KVCache:
     """In the weights' dtype; on a CPU at least float32, as its bfloat16 products copy the keys."""
-    config, weight = model.config, model.head_weight
+    config, weight = model.config, model.output_embedding
     head_size = config.d_model // config.num_heads
     dtype = weight.dtype
     if weight.device.type == "cpu":

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from cs_lm.config.model import GPT2Config
 from cs_lm.models.base import LanguageModel
-from cs_lm.models.init import begin_as_torch, begin_gpt2
+from cs_lm.models.init import init_gpt2_, init_torch_default_
 from cs_lm.models.kv_cache import KVCache
 from cs_lm.models.layers import Embedding, LayerNorm, Linear, MultiHeadSelfAttention
-from cs_lm.ops.dropout_mask import Drop, at_place, new_state, next_pass, reseed
+from cs_lm.ops.dropout_mask import DropoutFn, dropout_at, new_state, next_pass, reseed
 from cs_lm.ops.fused import FAST
 from cs_lm.ops.reference import Ops
 
@@ -51,7 +51,7 @@ class GPT2Block(nn.Module):
         mask: Tensor | None = None,
         cache: KVCache | None = None,
         layer: int = 0,
-        drops: tuple[Drop | None, Drop, Drop] = (None, _not_dropped, _not_dropped),
+        drops: tuple[DropoutFn | None, DropoutFn, DropoutFn] = (None, _not_dropped, _not_dropped),
     ) -> Tensor:  # (..., T, D) -> (..., T, D)
         """drops  of the attention weights, and of what is added to the residual stream"""
         drop_weights, drop_attended, drop_fed = drops
@@ -107,9 +107,9 @@ class GPT2LM(LanguageModel):
             if isinstance(owner, LayerNorm):
                 begun.fill_(1.0 if kind == "weight" else 0.0)
             elif config.init == "torch":
-                begin_as_torch(name, begun, owner.weight.shape[1], generator)
+                init_torch_default_(name, begun, owner.weight.shape[1], generator)
             elif kind == "weight":
-                begin_gpt2(name, begun, config.num_layers, generator)
+                init_gpt2_(name, begun, config.num_layers, generator)
             setattr(owner, kind, nn.Parameter(begun))
 
     def seed_dropout(self, seed: int) -> None:
@@ -120,6 +120,6 @@ class GPT2LM(LanguageModel):
         num_layers, rate = self.config.num_layers, self.config.drop_rate
         if not self.training or not rate:
             return x, [{}] * num_layers
-        drop = functools.partial(at_place, rate, next_pass(self.dropout_state))
-        places = [range(3 * index + 1, 3 * index + 4) for index in range(num_layers)]
-        return drop(0)(x), [{"drops": tuple(map(drop, three))} for three in places]
+        drop = functools.partial(dropout_at, rate, next_pass(self.dropout_state))
+        streams = [range(3 * index + 1, 3 * index + 4) for index in range(num_layers)]
+        return drop(0)(x), [{"drops": tuple(map(drop, three))} for three in streams]

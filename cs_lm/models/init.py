@@ -36,7 +36,7 @@ def linear_std(d_in: int, d_out: int) -> float:
 EMBEDDING_STD = 1.0
 
 
-def begin_gpt2(
+def init_gpt2_(
     name: str, weight: Tensor, num_layers: int, generator: torch.Generator | None
 ) -> None:
     """Fills a matrix as GPT-2's begin; the name is that of the state dict. Biases begin at 0.
@@ -51,7 +51,9 @@ def begin_gpt2(
     truncated_normal_(weight, std, generator)
 
 
-def begin_as_torch(name: str, weight: Tensor, d_in: int, generator: torch.Generator | None) -> None:
+def init_torch_default_(
+    name: str, weight: Tensor, d_in: int, generator: torch.Generator | None
+) -> None:
     """Fills a matrix or bias as torch's own layers do: tables N(0, 1), others U(+-1 / sqrt(d_in)).
 
     Models built from those layers begin so where nothing else is said.

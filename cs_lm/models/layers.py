@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cs_lm.models.init import EMBEDDING_STD, linear_std, truncated_normal_
 from cs_lm.models.kv_cache import KVCache
 from cs_lm.ops import reference as clear_ops
-from cs_lm.ops.dropout_mask import Drop
+from cs_lm.ops.dropout_mask import DropoutFn
 from cs_lm.ops.reference import CLEAR, Ops
 
 Rotation = tuple[Tensor, Tensor]  # cos and sin, each (..., T, K/2)
@@ -202,7 +202,7 @@ class MultiHeadSelfAttention(nn.Module):
         mask: Tensor | None = None,
         cache: KVCache | None = None,
         layer: int = 0,
-        drop: Drop | None = None,
+        drop: DropoutFn | None = None,
     ) -> Tensor:
         """Shapes: x (..., T, D), rotation two of (..., T, K/2), mask (..., T, S), returns like x.
 

@@ -30,12 +30,12 @@ class TransformerBlock(nn.Module):
 
     In training on FAST it runs as one operation and does not call its layers, as long as they are
     as they were made: with a bias, a hook, another forward or another class among them, each layer
-    is called. `as_one` False: always.
+    is called. `fused` False: always.
     """
 
     def __init__(self, config: ModelConfig, ops: Ops = FAST, *, factory: Factory = DEFAULT):
         super().__init__()
-        self.as_one = ops is FAST  # in training: `fast_block.py`
+        self.fused = ops is FAST  # in training: `fast_block.py`
         d_model = config.d_model
         self.ln1 = RMSNorm(d_model, eps=config.norm_eps, ops=ops, factory=factory)
         self.attn = MultiHeadSelfAttention(d_model, config.num_heads, ops=ops, factory=factory)
@@ -52,13 +52,13 @@ class TransformerBlock(nn.Module):
     ) -> Tensor:  # (..., T, D) -> (..., T, D)
         plain = mask is None and cache is None and rotation[0].dim() == 2
         learning = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if self.as_one and plain and learning and x.numel() and self._is_as_made():
-            return self._as_one(x, rotation)
+        if self.fused and plain and learning and x.numel() and self._is_as_made():
+            return self._fused_forward(x, rotation)
         x = x + self.attn(self.ln1(x), rotation, mask, cache, layer)
         return x + self.ffn(self.ln2(x))
 
     def _is_as_made(self) -> bool:
-        """Whether calling the layers one by one would compute what `_as_one` does."""
+        """Whether calling the layers one by one would compute what `_fused_forward` does."""
         own = self._modules
         if any(type(own.get(name)) is not kind for name, kind in _PARTS.items()):
             return False
@@ -69,7 +69,7 @@ class TransformerBlock(nn.Module):
             and all(own[name].ops is FAST for name in _PARTS)
         )
 
-    def _as_one(self, x: Tensor, rotation: Rotation) -> Tensor:
+    def _fused_forward(self, x: Tensor, rotation: Rotation) -> Tensor:
         weights = tuple(self._modules[name]._modules[part].weight for name, part in _PROJECTIONS)
         gains, eps = (self.ln1.weight, self.ln2.weight), (self.ln1.eps, self.ln2.eps)
         return transformer_block(x, *rotation, self.attn.num_heads, eps, gains, weights)

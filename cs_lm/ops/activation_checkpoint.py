@@ -28,7 +28,7 @@ class _Recomputed(torch.autograd.Function):
         return None, None, *(next(gradients) if is_wanted else None for is_wanted in wanted)
 
 
-def recomputed(
+def checkpoint_activations(
     function: Callable[[Tensor], Tensor], x: Tensor, parameters: Sequence[Tensor]
 ) -> Tensor:
     """function(x), of which only x is kept for backward: there it is computed a second time.

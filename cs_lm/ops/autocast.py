@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-def product_dtype(x: Tensor) -> torch.dtype:
+def autocast_dtype(x: Tensor) -> torch.dtype:
     """What a matrix product would make of an operand: autocast's dtype of float32, else its own."""
     device = x.device.type
     if x.dtype != torch.float32 or not torch.amp.is_autocast_available(device):
@@ -12,6 +12,6 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def as_autocast(*tensors: Tensor) -> list[Tensor]:
+def cast_to_autocast(*tensors: Tensor) -> list[Tensor]:
     """The operands of a matrix product, as it would take them."""
-    return [x.to(product_dtype(x)) for x in tensors]
+    return [x.to(autocast_dtype(x)) for x in tensors]

@@ -14,7 +14,7 @@ from torch import Tensor
 from cs_lm.ops import reference as clear_ops
 from cs_lm.ops.manual_backward import CACHE_NUMBERS
 
-Drop = Callable[[Tensor], Tensor]
+DropoutFn = Callable[[Tensor], Tensor]
 # Odd factors of a 32-bit mixing function. Source of the first: Wellons 2018, lowbias32.
 _FACTORS = (0x7FEB352D, 0x046CA68B, 0x735A2D97)
 _STEP = 0x1E3779B9  # between forward passes and between places
@@ -28,8 +28,8 @@ def new_state(seed: int, device: torch.device | str | None = None) -> Tensor:
 
 def reseed(state: Tensor, seed: int) -> None:
     """Makes it what `new_state(seed)` is, without waiting for the device."""
-    for place, word in zip(state, (*_halves(seed), 0)):
-        place.fill_(word)
+    for stream, word in zip(state, (*_halves(seed), 0)):
+        stream.fill_(word)
 
 
 def next_pass(state: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def next_pass(state: Tensor) -> Tensor:
     return key
 
 
-def kept(shape: torch.Size, probability: float, key: Tensor, place: int) -> Tensor:
+def dropout_mask(shape: torch.Size, probability: float, key: Tensor, stream: int) -> Tensor:
     """Boolean, False with the probability (to the next 2^-16), for `ops.dropout`.
 
     key    (2) int32 on the device of the result
@@ -48,7 +48,7 @@ def kept(shape: torch.Size, probability: float, key: Tensor, place: int) -> Tens
     """
     size = math.prod(shape)
     words = torch.arange((size + 1) // 2, dtype=torch.int32, device=key.device)
-    first = _mixed(key[0] ^ _signed(place * _STEP))
+    first = _mixed(key[0] ^ _signed(stream * _STEP))
     second = _mixed(key[1] ^ first)  # that places whose words overlap draw others all the same
     is_whole = key.device.type != "cpu" or torch.compiler.is_compiling()
     # on a CPU, in parts that stay in its cache
@@ -59,11 +59,11 @@ def kept(shape: torch.Size, probability: float, key: Tensor, place: int) -> Tens
     return numbers >= round(probability * _LEVELS) - _LEVELS // 2
 
 
-def at_place(probability: float, key: Tensor, place: int) -> Drop:
+def dropout_at(probability: float, key: Tensor, stream: int) -> DropoutFn:
     """`ops.dropout` with the draws of that place in the pass."""
 
     def drop(x: Tensor) -> Tensor:
-        return clear_ops.dropout(x, kept(x.shape, probability, key, place), probability)
+        return clear_ops.dropout(x, dropout_mask(x.shape, probability, key, stream), probability)
 
     return drop
 

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cs_lm.ops import manual_backward as gradients
-from cs_lm.ops.autocast import as_autocast, product_dtype
+from cs_lm.ops import manual_backward
+from cs_lm.ops.autocast import autocast_dtype, cast_to_autocast
 from cs_lm.ops.manual_backward import (
+    apply_rope,
     cached_parts,
-    complex_rotation,
-    normalise,
-    normalise_backward,
-    normalise_centred,
-    normalise_centred_backward,
-    turned,
+    freqs_cis,
+    layer_norm_backward,
+    layer_norm_forward,
+    rms_norm_backward,
+    rms_norm_forward,
 )
 from cs_lm.ops.reference import CLEAR, IGNORE_INDEX, check_targets, softmax
 from cs_lm.ops.tiled_attention import LOG2_E, attention_backward, attention_forward, row_sums
@@ -29,7 +29,7 @@ from cs_lm.ops.tiled_attention import LOG2_E, attention_backward, attention_forw
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps, dtype):
-        normal, scale = normalise(x, eps)
+        normal, scale = rms_norm_forward(x, eps)
         ctx.save_for_backward(x, weight, scale)
         return normal.mul_(weight).to(dtype)
 
@@ -37,7 +37,7 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_output):
         x, weight, scale = ctx.saved_tensors
-        grad_x, grad_weight = normalise_backward(grad_output, x * scale, scale, weight)
+        grad_x, grad_weight = rms_norm_backward(grad_output, x * scale, scale, weight)
         return grad_x.to(x.dtype), grad_weight, None, None
 
 
@@ -47,15 +47,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Under autocast it gives what the products behind it would round it to.
     """
     if not torch.is_grad_enabled():
-        return normalise(x, eps)[0].mul_(weight).to(product_dtype(x))
+        return rms_norm_forward(x, eps)[0].mul_(weight).to(autocast_dtype(x))
     rows = x.reshape(-1, x.shape[-1])
-    return _RMSNorm.apply(rows, weight, eps, product_dtype(x)).view(x.shape)
+    return _RMSNorm.apply(rows, weight, eps, autocast_dtype(x)).view(x.shape)
 
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, eps, dtype):
-        normal, scale = normalise_centred(x, eps)
+        normal, scale = layer_norm_forward(x, eps)
         ctx.save_for_backward(normal, weight, scale)
         ctx.dtype = x.dtype
         return torch.addcmul(bias, normal, weight).to(dtype)
@@ -64,7 +64,7 @@ class _LayerNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_output):
         normal, weight, scale = ctx.saved_tensors
-        grad_x, *of_parameters = normalise_centred_backward(grad_output, normal, scale, weight)
+        grad_x, *of_parameters = layer_norm_backward(grad_output, normal, scale, weight)
         return grad_x.to(ctx.dtype), *of_parameters, None, None
 
 
@@ -76,19 +76,19 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     (0.51 to 0.94), but 2.2 of torch's own layer_norm, which passes over memory once.
     """
     rows = x.reshape(-1, x.shape[-1])
-    return _LayerNorm.apply(rows, weight, bias, eps, product_dtype(x)).view(x.shape)
+    return _LayerNorm.apply(rows, weight, bias, eps, autocast_dtype(x)).view(x.shape)
 
 
 class _GELU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
-        return gradients.gelu(x)
+        return manual_backward.gelu_forward(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        return gradients.gelu_backward(*ctx.saved_tensors, grad_output)
+        return manual_backward.gelu_backward(*ctx.saved_tensors, grad_output)
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -100,25 +100,25 @@ def gelu(x: Tensor) -> Tensor:
     return _GELU.apply(x.reshape(-1, x.shape[-1])).view(x.shape)
 
 
-class _Turn(torch.autograd.Function):
+class _ApplyRope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, rotation):
         ctx.save_for_backward(rotation)
-        return turned(x, rotation)
+        return apply_rope(x, rotation)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
         (rotation,) = ctx.saved_tensors
-        return turned(grad_output, rotation.conj()), None
+        return apply_rope(grad_output, rotation.conj()), None
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`ops.rope` as one complex product."""
     if torch.compiler.is_compiling():  # which writes real loops only
         return CLEAR.rope(x, cos, sin)
-    rotation = complex_rotation(cos, sin)
-    return _Turn.apply(x, rotation) if torch.is_grad_enabled() else turned(x, rotation)
+    rotation = freqs_cis(cos, sin)
+    return _ApplyRope.apply(x, rotation) if torch.is_grad_enabled() else apply_rope(x, rotation)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -126,21 +126,21 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, w1, w2, w3):
-        gate, value, hidden = gradients.swiglu(x, w1, w3)
+        gate, value, hidden = manual_backward.swiglu_forward(x, w1, w3)
         ctx.save_for_backward(x, gate, value, w1, w2, w3)
         return hidden @ w2.T
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        return gradients.swiglu_backward(grad_output, *ctx.saved_tensors)
+        return manual_backward.swiglu_backward(grad_output, *ctx.saved_tensors)
 
 
 def swiglu(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
     """`ops.swiglu` that keeps two tensors of the hidden width for backward instead of four."""
-    x, w1, w2, w3 = as_autocast(x, w1, w2, w3)
+    x, w1, w2, w3 = cast_to_autocast(x, w1, w2, w3)
     if not torch.is_grad_enabled():
-        return gradients.swiglu(x, w1, w3)[-1] @ w2.T
+        return manual_backward.swiglu_forward(x, w1, w3)[-1] @ w2.T
     rows = _SwiGLU.apply(x.reshape(-1, x.shape[-1]), w1, w2, w3)
     return rows.view(*x.shape[:-1], len(w2))
 
@@ -163,15 +163,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         memory = x.new_empty(rows, weight.shape[0])
         for start in range(0, len(x), rows):
             block, block_targets = x[start : start + rows], targets[start : start + rows]
-            scores = memory[: len(block)]  # (n, V)
-            torch.addmm(scores, block, weight.T, beta=0, alpha=LOG2_E, out=scores)
-            _add_losses(scores, block_targets, ignore_index, loss_sum, with_gradients)
+            logits = memory[: len(block)]  # (n, V)
+            torch.addmm(logits, block, weight.T, beta=0, alpha=LOG2_E, out=logits)
+            _add_losses(logits, block_targets, ignore_index, loss_sum, with_gradients)
             if with_gradients:
-                torch.mm(scores, weight, out=grad_x[start : start + rows])
-                if scores.dtype == wide:
-                    grad_weight.addmm_(scores.T, block)
+                torch.mm(logits, weight, out=grad_x[start : start + rows])
+                if logits.dtype == wide:
+                    grad_weight.addmm_(logits.T, block)
                 else:
-                    grad_weight += scores.T @ block
+                    grad_weight += logits.T @ block
         num_counted = (targets != ignore_index).sum()
         if with_gradients:
             ctx.save_for_backward(grad_x, grad_weight.to(weight.dtype))
@@ -186,42 +186,42 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _add_losses(
-    scores: Tensor, targets: Tensor, ignore_index: int, loss_sum: Tensor, with_gradients: bool
+    logits: Tensor, targets: Tensor, ignore_index: int, loss_sum: Tensor, with_gradients: bool
 ) -> None:
-    """Adds the losses of log2(e) scores (n, V) to `loss_sum`, and uses the scores' memory.
+    """Adds the losses of log2(e) logits (n, V) to `loss_sum`, and uses the logits' memory.
 
     Their gradients, if wanted, are left in it: d loss / d score = probability - [is target].
     """
     wide = loss_sum.dtype
-    for part, part_targets in cached_parts(scores, targets):
+    for part, part_targets in cached_parts(logits, targets):
         counted = (part_targets != ignore_index).unsqueeze(-1)  # (n, 1)
         safe_targets = part_targets.unsqueeze(-1).where(counted, 0)
-        part_scores = part.to(wide)
-        peak = part_scores.amax(-1, keepdim=True).clamp(min=torch.finfo(wide).min)
-        part_scores.sub_(peak)
-        target_scores = part_scores.gather(-1, safe_targets)
-        normaliser = part_scores.exp2_().sum(-1, keepdim=True)
-        losses = (normaliser.log2() - target_scores).where(counted, 0.0)
+        part_logits = part.to(wide)
+        peak = part_logits.amax(-1, keepdim=True).clamp(min=torch.finfo(wide).min)
+        part_logits.sub_(peak)
+        target_logits = part_logits.gather(-1, safe_targets)
+        normaliser = part_logits.exp2_().sum(-1, keepdim=True)
+        losses = (normaliser.log2() - target_logits).where(counted, 0.0)
         loss_sum += losses.sum() / LOG2_E
         if with_gradients:
-            part_scores.mul_(counted / normaliser)
-            part_scores.scatter_add_(-1, safe_targets, -counted.to(wide))
+            part_logits.mul_(counted / normaliser)
+            part_logits.scatter_add_(-1, safe_targets, -counted.to(wide))
             if part.dtype != wide:
-                part.copy_(part_scores)
+                part.copy_(part_logits)
 
 
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = IGNORE_INDEX
 ) -> tuple[Tensor, Tensor]:
-    """`ops.linear_cross_entropy` without ever holding all scores.
+    """`ops.linear_cross_entropy` without ever holding all logits.
 
-    The gradient by the scores of a block is probability minus one-hot target, known as soon as
+    The gradient by the logits of a block is probability minus one-hot target, known as soon as
     its loss is: so both input gradients are formed in the forward pass, block by block, and
     backward only scales them.
     """
     check_targets(targets, x.shape[:-1], weight.shape[0], ignore_index)
     with_gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    x, weight = as_autocast(x, weight)
+    x, weight = cast_to_autocast(x, weight)
     return _LinearCrossEntropy.apply(
         x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1), ignore_index, with_gradients
     )
@@ -271,7 +271,7 @@ def attention(
     is_empty = not q.numel() or not k.numel()
     if drop is not None or is_empty or (causal and k.shape[-2] < q.shape[-2]):
         return CLEAR.attention(q, k, v, mask, causal, drop)
-    q, k, v = as_autocast(q, k, v)
+    q, k, v = cast_to_autocast(q, k, v)
     if q.shape[-2] == 1 and not torch.is_grad_enabled():
         return _of_one_query(q, k, v, mask)
     num_heads = q.shape[-3] if q.dim() > 2 else 1

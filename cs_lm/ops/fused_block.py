@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cs_lm.ops.autocast import product_dtype
+from cs_lm.ops.autocast import autocast_dtype
 from cs_lm.ops.manual_backward import (
-    as_pairs,
-    complex_rotation,
-    normalise,
-    normalise_backward,
-    swiglu,
+    apply_rope,
+    freqs_cis,
+    rms_norm_backward,
+    rms_norm_forward,
     swiglu_backward,
-    turned,
+    swiglu_forward,
+    view_as_complex_pairs,
 )
 from cs_lm.ops.tiled_attention import attention_backward, attention_forward, row_sums
 
@@ -30,21 +30,21 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, rotation, num_heads, eps, ln1, ln2, *weights):
-        dtype = product_dtype(x)
+        dtype = autocast_dtype(x)
         weights = [weight.to(dtype) for weight in weights]
         wq, wk, wv, wo, w1, w2, w3 = weights
         rows = x.reshape(-1, x.shape[-1])
         split = (-1, x.shape[-2], num_heads, x.shape[-1] // num_heads)  # B, T, H, K
-        normal, scale1 = normalise(rows, eps[0])
+        normal, scale1 = rms_norm_forward(rows, eps[0])
         h = normal.mul_(ln1).to(dtype)
         q, k, v = (_heads(h @ weight.T, split) for weight in (wq, wk, wv))
-        q, k = (_turn(head, rotation, head.new_empty(head.shape)) for head in (q, k))
+        q, k = (_apply_rope_into(head, rotation, head.new_empty(head.shape)) for head in (q, k))
         v = v.contiguous()
         attended, log_normaliser = attention_forward(q, k, v, None, True)
         middle = _add_product(rows, _rows(attended), wo)
-        normal, scale2 = normalise(middle, eps[1])
+        normal, scale2 = rms_norm_forward(middle, eps[1])
         h = normal.mul_(ln2).to(dtype)
-        gate, value, hidden = swiglu(h, w1, w3)
+        gate, value, hidden = swiglu_forward(h, w1, w3)
         output = _add_product(middle, hidden, w2)
         ctx.save_for_backward(
             rows,
@@ -92,7 +92,7 @@ class _Block(torch.autograd.Function):
         grad_h, *of_feed_forward = swiglu_backward(
             grad_output.to(gate.dtype), (normal * ln2).to(gate.dtype), gate, value, w1, w2, w3
         )
-        grad_middle, grad_ln2 = normalise_backward(grad_h, normal, scale2, ln2)
+        grad_middle, grad_ln2 = rms_norm_backward(grad_h, normal, scale2, ln2)
         grad_middle.add_(grad_output)
         grad = grad_middle.to(q.dtype)
         grad_attended = grad @ wo
@@ -105,11 +105,13 @@ class _Block(torch.autograd.Function):
         back = rotation.conj()
         for i, turn in enumerate((back, back, None)):
             target = _heads(grad_qkv[:, i], ctx.split)
-            target.copy_(of_heads[i]) if turn is None else _turn(of_heads[i], turn, target)
+            target.copy_(of_heads[i]) if turn is None else _apply_rope_into(
+                of_heads[i], turn, target
+            )
         grad_qkv = grad_qkv.flatten(1)  # (N, 3 D)
         normal = rows * scale1
         grad_weights = grad_qkv.T @ (normal * ln1).to(grad.dtype)
-        grad_x, grad_ln1 = normalise_backward(
+        grad_x, grad_ln1 = rms_norm_backward(
             grad_qkv @ torch.cat((wq, wk, wv)), normal, scale1, ln1
         )
         grad_x.add_(grad_middle)
@@ -126,12 +128,12 @@ def _rows(heads: Tensor) -> Tensor:  # (B, H, T, K) -> (N, D), no copy of what a
     return heads.transpose(1, 2).reshape(-1, heads.shape[1] * heads.shape[3])
 
 
-def _turn(x: Tensor, rotation: Tensor, target: Tensor) -> Tensor:
+def _apply_rope_into(x: Tensor, rotation: Tensor, target: Tensor) -> Tensor:
     """Puts x (B, H, T, K), turned by rotation (T, K/2), into the target, however both lie."""
     if x.dtype in (torch.float32, torch.float64):
-        torch.mul(as_pairs(x), rotation, out=as_pairs(target))
+        torch.mul(view_as_complex_pairs(x), rotation, out=view_as_complex_pairs(target))
         return target
-    return target.copy_(turned(x, rotation))
+    return target.copy_(apply_rope(x, rotation))
 
 
 def _add_product(x: Tensor, h: Tensor, weight: Tensor) -> Tensor:
@@ -155,5 +157,5 @@ def transformer_block(
     weights  wq, wk, wv, wo (D, D), w1 (F, D), w2 (D, F), w3 (F, D)
     Shapes: x (..., T, D), cos and sin (T, K/2), returns like x
     """
-    rotation = complex_rotation(cos, sin)
+    rotation = freqs_cis(cos, sin)
     return _Block.apply(x, rotation, num_heads, eps, *gains, *weights)

@@ -28,14 +28,14 @@ def cached_parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(tensor.split(rows) for tensor in tensors))
 
 
-def normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def rms_norm_forward(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """n = x / rms(x) and 1 / rms(x), (N, 1)."""
     wide = at_least_float32(x)
     scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
     return wide * scale, scale
 
 
-def normalise_backward(
+def rms_norm_backward(
     grad: Tensor, normal: Tensor, scale: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients by x and weight w of n w, whose gradient is g:
@@ -49,7 +49,7 @@ def normalise_backward(
     return grad_x, product.sum(0).to(weight.dtype)
 
 
-def normalise_centred(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def layer_norm_forward(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """n = (x - mean) / sigma and 1 / sigma, (N, 1), where sigma^2 is the variance plus eps."""
     wide = at_least_float32(x)
     centred = wide - wide.mean(-1, keepdim=True)
@@ -57,14 +57,14 @@ def normalise_centred(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return centred.mul_(scale), scale
 
 
-def normalise_centred_backward(
+def layer_norm_backward(
     grad: Tensor, normal: Tensor, scale: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by x, weight w and bias b of n w + b, whose gradient is g:
 
     dw = sum(g n)   db = sum(g)   dx = (g w - mean(g w) - n mean(g w n)) / sigma
     """
-    grad_x, grad_weight = normalise_backward(grad, normal, scale, weight)
+    grad_x, grad_weight = rms_norm_backward(grad, normal, scale, weight)
     wide = grad.to(grad_x.dtype)
     mean = (wide @ weight.to(wide.dtype)).div_(normal.shape[-1]).unsqueeze(-1)  # (N, 1)
     return grad_x.sub_(mean * scale), grad_weight, wide.sum(0).to(weight.dtype)
@@ -76,7 +76,7 @@ def _twice_argument(x: Tensor, cubic: float) -> Tensor:
     return torch.addcmul(linear, x, x, value=2 * GELU_SLOPE * cubic).mul_(x)
 
 
-def gelu(x: Tensor) -> Tensor:
+def gelu_forward(x: Tensor) -> Tensor:
     """`ops.gelu` as x s, with s the sigmoid of twice what the tanh is of: (1 + tanh u) / 2."""
     output = torch.empty_like(x)
     for part, out in cached_parts(x, output):
@@ -86,7 +86,7 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def gelu_backward(x: Tensor, grad: Tensor) -> Tensor:
-    """The gradient g times the slope of x s, s being the sigmoid of `gelu`:
+    """The gradient g times the slope of x s, s being the sigmoid of `gelu_forward`:
 
     g (s + (s - s^2) 2 sqrt(2 / pi) (x + 3 * 0.044715 x^3))
     """
@@ -100,19 +100,19 @@ def gelu_backward(x: Tensor, grad: Tensor) -> Tensor:
     return grad_x
 
 
-def complex_rotation(cos: Tensor, sin: Tensor) -> Tensor:
+def freqs_cis(cos: Tensor, sin: Tensor) -> Tensor:
     """Turns pairs as complex numbers by multiplication; its conjugate turns them back."""
     return torch.complex(at_least_float32(cos), at_least_float32(sin))
 
 
-def as_pairs(x: Tensor) -> Tensor:
+def view_as_complex_pairs(x: Tensor) -> Tensor:
     """Neighbours (0,1), (2,3), ... as complex numbers: (..., K) float32 to (..., K/2), a view."""
     return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
 
 
-def turned(x: Tensor, rotation: Tensor) -> Tensor:
+def apply_rope(x: Tensor, rotation: Tensor) -> Tensor:
     """x (..., T, K) turned by `rotation` (..., T, K/2), in x's dtype."""
-    pairs = as_pairs(at_least_float32(x)) * rotation
+    pairs = view_as_complex_pairs(at_least_float32(x)) * rotation
     return torch.view_as_real(pairs).flatten(-2).to(x.dtype)
 
 
@@ -124,8 +124,8 @@ def gated(gate: Tensor, value: Tensor) -> Tensor:
     return hidden
 
 
-def swiglu(x: Tensor, w1: Tensor, w3: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`ops.swiglu` up to the product with w2: x W1^T, x W3^T, and what of them is multiplied."""
+def swiglu_forward(x: Tensor, w1: Tensor, w3: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`ops.swiglu` up to the product with w2: x W1^T, x W3^T, and silu(x W1^T) * x W3^T."""
     gate, value = x @ w1.T, x @ w3.T  # (N, F)
     return gate, value, gated(gate, value)
 

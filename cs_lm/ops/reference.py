@@ -54,23 +54,23 @@ def softmax(x: Tensor, dim: int = -1) -> Tensor:
     Numerics: the row maximum is subtracted first, so exp() stays in [0, 1] and the sum is at
     least 1; the clamps only matter for the row of -inf. Same shape and dtype as x.
     """
-    scores = _at_least_float32(x)
+    logits = _at_least_float32(x)
     if not x.shape[dim]:  # no maximum
         return x.clone()
-    peak = scores.detach().amax(dim, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
-    weights = torch.exp(scores - peak)
+    peak = logits.detach().amax(dim, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)
+    weights = torch.exp(logits - peak)
     return (weights / weights.sum(dim, keepdim=True).clamp(min=1.0)).to(x.dtype)
 
 
-def _shifted_scores_and_log_normaliser(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+def _shifted_logits_and_log_normaliser(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """x minus its row maximum, and log(sum(exp())) of that: what all log-probabilities need.
 
-    Shifting both before they are subtracted keeps them exact for scores of any size:
+    Shifting both before they are subtracted keeps them exact for logits of any size:
     1e4 + log(2) in float32 would lose log(2)'s last ten bits.
     """
-    scores = _at_least_float32(x)
-    peak = scores.detach().amax(dim, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
-    shifted = scores - peak
+    logits = _at_least_float32(x)
+    peak = logits.detach().amax(dim, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)
+    shifted = logits - peak
     # the sum is 1 or more but in a row of -inf alone, whose gradient the clamp makes 0, not NaN
     return shifted, torch.exp(shifted).sum(dim, keepdim=True).clamp(min=1.0).log()
 
@@ -80,9 +80,9 @@ def log_softmax(x: Tensor, dim: int = -1) -> Tensor:
 
         x_v - log(sum_u exp(x_u))                                   [nats, <= 0]
 
-    An entry of -inf stays -inf. float32 for bfloat16 and float16 scores.
+    An entry of -inf stays -inf. float32 for bfloat16 and float16 logits.
     """
-    shifted, log_normaliser = _shifted_scores_and_log_normaliser(x, dim)
+    shifted, log_normaliser = _shifted_logits_and_log_normaliser(x, dim)
     return shifted - log_normaliser
 
 
@@ -95,7 +95,7 @@ def check_targets(targets: Tensor, leading_shape: torch.Size, vocab_size: int, i
     if targets.shape != leading_shape:
         raise ValueError(
             f"cross_entropy: got targets of shape {tuple(targets.shape)}, need "
-            f"{tuple(leading_shape)}: the shape of the scores without their last axis"
+            f"{tuple(leading_shape)}: the shape of the logits without their last axis"
         )
     if targets.device.type != "cpu" or torch.compiler.is_compiling():
         return
@@ -113,27 +113,27 @@ def cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Total surprise of the targets under the logits, and how many targets were counted.
 
-    One position with scores z (one per vocabulary entry) and true id t contributes
+    One position with logits z (one per vocabulary entry) and true id t contributes
 
         log(sum_v exp(z_v)) - z_t                                   [nats, >= 0]
 
     Shapes
-        logits   (..., V)  float; unnormalised scores
+        logits   (..., V)  float; unnormalised
         targets  (...)     int64; ids in [0, V), or `ignore_index`
         returns  loss_sum () float32 [nats],  num_counted () int64 [positions]
 
     Why two numbers: micro-batches, padded rows and ranks count different numbers of positions,
     so a mean of means is not the mean. Add both first, divide once (train.py).
 
-    Numerics: exact for scores of +-1e4 and for entries of -inf (a target there costs inf).
+    Numerics: exact for logits of +-1e4 and for entries of -inf (a target there costs inf).
     Nothing counted gives (0.0, 0), never NaN.
     Raises: ValueError for targets of a wrong shape or outside the vocabulary.
-    Cost: about four times the memory of float32 scores, with the gradient.
+    Cost: about four times the memory of float32 logits, with the gradient.
     """
     check_targets(targets, logits.shape[:-1], logits.shape[-1], ignore_index)
     counted = targets != ignore_index
     safe_targets = torch.where(counted, targets, 0).unsqueeze(-1)  # (..., 1)
-    shifted, log_normaliser = _shifted_scores_and_log_normaliser(logits, -1)
+    shifted, log_normaliser = _shifted_logits_and_log_normaliser(logits, -1)
     losses = (log_normaliser - shifted.gather(-1, safe_targets)).squeeze(-1)  # (...)
     return torch.where(counted, losses, 0.0).sum(), counted.sum()
 
@@ -141,7 +141,7 @@ def cross_entropy(
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = IGNORE_INDEX
 ) -> tuple[Tensor, Tensor]:
-    """`cross_entropy` of the scores x W^T: the end of a language model in one operation.
+    """`cross_entropy` of the logits x W^T: the end of a language model in one operation.
 
     Shapes: x (..., D), weight (V, D), targets (...), returns as `cross_entropy`
     """
@@ -218,8 +218,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Source: Su et al. 2021, RoFormer, equation 34.
     """
     even, odd = x[..., 0::2], x[..., 1::2]
-    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return turned.flatten(-2).to(x.dtype)
+    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return rotated.flatten(-2).to(x.dtype)
 
 
 def swiglu(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:

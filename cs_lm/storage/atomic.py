@@ -13,7 +13,7 @@ _COUNT = itertools.count()
 WRITING = ".writing"  # what a name ends in until all of it is on the disk
 
 
-def own_name(path: Path) -> Path:
+def temporary_name(path: Path) -> Path:
     """A temporary name beside the path that nothing else uses: not a process, not a thread."""
     return path.with_name(
         f"{path.name}.{os.getpid()}-{next(_COUNT)}-{os.urandom(3).hex()}{WRITING}"
@@ -21,14 +21,14 @@ def own_name(path: Path) -> Path:
 
 
 @contextmanager
-def writing_whole(path: str | Path) -> Iterator[BinaryIO]:
+def atomic_open(path: str | Path) -> Iterator[BinaryIO]:
     """A file to write to, which takes the place of `path` at once, when it is on the disk.
 
     After an exception, of the disk or of whatever writes to it, the older file is as it was.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    writing = own_name(path)
+    writing = temporary_name(path)
     try:
         with open(writing, "wb") as file:
             yield file
@@ -41,16 +41,16 @@ def writing_whole(path: str | Path) -> Iterator[BinaryIO]:
         raise
     finally:
         writing.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    fsync_directory(path.parent)
 
 
-def write_whole(path: str | Path, content: bytes) -> None:
+def atomic_write(path: str | Path, content: bytes) -> None:
     """Puts the content in the file's place at once, under its name only when it is on the disk."""
-    with writing_whole(path) as file:
+    with atomic_open(path) as file:
         file.write(content)
 
 
-class SettlingFile:
+class SyncingFile:
     """A file of which little waits in memory for the disk, and nothing stays in the system's cache.
 
     A save of gigabytes would push the corpus out of that cache. Writing into the same few
@@ -67,13 +67,13 @@ class SettlingFile:
         num_bytes = self._file.write(data)
         self._num_waiting += num_bytes
         if self._num_waiting >= self._WAITING_BYTES:
-            self.settle()
+            self.sync()
         return num_bytes
 
     def flush(self) -> None:
         self._file.flush()
 
-    def settle(self) -> None:
+    def sync(self) -> None:
         """Waits until all that was written is on the disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -83,7 +83,7 @@ class SettlingFile:
                 os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def sync_folder(folder: Path) -> None:
+def fsync_directory(folder: Path) -> None:
     """Waits until names that were given in the folder are on the disk. Windows has no such wait."""
     if sys.platform != "win32":
         number = os.open(folder, os.O_RDONLY)
@@ -93,18 +93,18 @@ def sync_folder(folder: Path) -> None:
             os.close(number)
 
 
-def put_folder(new: Path, folder: Path, replace: bool = True) -> None:
+def replace_directory(new: Path, folder: Path, replace: bool = True) -> None:
     """Renames a complete folder to its name; an older one there makes room first.
 
     replace  False: an older one stays, and the new one goes
     """
-    sync_folder(new)
+    fsync_directory(new)
     if folder.exists() and not replace:
         shutil.rmtree(new)
         return
-    old = own_name(folder)
+    old = temporary_name(folder)
     if folder.exists():
         os.replace(folder, old)
     os.replace(new, folder)
-    sync_folder(folder.parent)
+    fsync_directory(folder.parent)
     shutil.rmtree(old, ignore_errors=True)

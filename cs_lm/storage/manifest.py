@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from cs_lm.storage.atomic import write_whole
+from cs_lm.errors import UserError
+from cs_lm.storage.atomic import atomic_write
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20
@@ -53,7 +54,7 @@ def write_manifest(folder: Path, files: Iterable[FileEntry], facts: dict[str, An
     """To be written last: a folder without it is not complete."""
     content = {**facts, "files": [list(entry) for entry in files]}
     content["checksum"] = _checksum(content)
-    write_whole(folder / MANIFEST, json.dumps(content, indent=1).encode("utf-8"))
+    atomic_write(folder / MANIFEST, json.dumps(content, indent=1).encode("utf-8"))
 
 
 def read_manifest(folder: Path) -> tuple[list[FileEntry], dict[str, Any]]:
@@ -63,22 +64,22 @@ def read_manifest(folder: Path) -> tuple[list[FileEntry], dict[str, Any]]:
     """
     path = folder / MANIFEST
     if not stat.S_ISREG(path.lstat().st_mode):
-        raise ValueError(f"{str(path)!r} is no plain file")
+        raise UserError(f"{str(path)!r} is no plain file")
     with open(path, "rb") as file:
         data = file.read(MAX_MANIFEST_BYTES + 1)
     if len(data) > MAX_MANIFEST_BYTES:
-        raise ValueError(f"{str(path)!r} has more than {MAX_MANIFEST_BYTES >> 20} MB")
+        raise UserError(f"{str(path)!r} has more than {MAX_MANIFEST_BYTES >> 20} MB")
     try:
         content = json.loads(data.decode("utf-8"))
         expected = content.pop("checksum")
         if _checksum(content) != expected:
-            raise ValueError("its checksum is another one")
+            raise UserError("its checksum is another one")
         files = [FileEntry(*entry) for entry in content.pop("files")]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{str(path)!r} is damaged ({type(error).__name__}: {error})") from None
+        raise UserError(f"{str(path)!r} is damaged ({type(error).__name__}: {error})") from None
     for entry in files:
         if not _is_sound(entry):
-            raise ValueError(f"{str(path)!r} names a file that cannot be of its folder: {entry!r}")
+            raise UserError(f"{str(path)!r} names a file that cannot be of its folder: {entry!r}")
     return files, content
 
 
@@ -97,14 +98,14 @@ def check_file(folder: Path, entry: FileEntry, completely: bool) -> None:
     """
     path = folder / entry.name
     if path.is_symlink() or not path.is_file():
-        raise ValueError(f"{str(path)!r} is missing, or no plain file")
+        raise UserError(f"{str(path)!r} is missing, or no plain file")
     num_bytes = path.stat().st_size
     if num_bytes != entry.num_bytes:
-        raise ValueError(f"{str(path)!r} has {num_bytes} bytes, not {entry.num_bytes}")
+        raise UserError(f"{str(path)!r} has {num_bytes} bytes, not {entry.num_bytes}")
     if completely:
         with open(path, "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
-                raise ValueError(f"{str(path)!r} has changed since it was written")
+                raise UserError(f"{str(path)!r} has changed since it was written")
 
 
 def _checksum(content: dict[str, Any]) -> str:

@@ -7,6 +7,8 @@ from typing import BinaryIO
 
 from torch import Tensor
 
+from cs_lm.errors import UserError
+
 # What a checkpoint calls to be read, besides torch's own types.
 _CALLED = {
     "collections OrderedDict",
@@ -28,12 +30,12 @@ def check_archive(path: str | os.PathLike) -> None:
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-            raise ValueError("compressed")
+            raise UserError("compressed")
         if sum(member.file_size for member in members) > os.path.getsize(path):
-            raise ValueError("members longer than the file")
+            raise UserError("members longer than the file")
         structure = [member for member in members if member.filename.endswith("data.pkl")]
         if sum(member.file_size for member in structure) > _MAX_STRUCTURE_BYTES:
-            raise ValueError("too much besides tensors")
+            raise UserError("too much besides tensors")
         for member in structure:
             _check_names(archive.read(member))
 
@@ -49,15 +51,15 @@ def _check_names(pickled: bytes | BinaryIO) -> None:
     """What the pickle may call: not `bytearray`, of any size, which `weights_only` lets pass."""
     for operation, argument, _ in pickletools.genops(pickled):
         if operation.name == "STACK_GLOBAL":
-            raise ValueError("a pickle of another protocol")
+            raise UserError("a pickle of another protocol")
         is_ours = argument in _CALLED or str(argument).startswith("torch ")
         if operation.name == "GLOBAL" and not is_ours:
-            raise ValueError(f"it calls {argument}")
+            raise UserError(f"it calls {argument}")
 
 
 def check_tensor(tensor: Tensor) -> None:
     """Raises: ValueError for one that takes more memory than the file has bytes for it."""
     if tensor.is_meta:
-        raise ValueError("a tensor without numbers")
+        raise UserError("a tensor without numbers")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise ValueError("a tensor with more elements than numbers")
+        raise UserError("a tensor with more elements than numbers")

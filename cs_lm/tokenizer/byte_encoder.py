@@ -4,6 +4,8 @@ Printable Latin-1 characters stand for themselves; the other 68 bytes get the ch
 from U+0100 on, so that a space becomes U+0120.
 """
 
+from cs_lm.errors import UserError
+
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _UNPRINTABLE = [byte for byte in range(256) if byte not in set(_PRINTABLE)]
 
@@ -23,7 +25,7 @@ def token_of_name(name: str) -> bytes:
     try:
         return bytes(BYTE_OF_NAME[character] for character in name)
     except KeyError as error:
-        raise ValueError(
+        raise UserError(
             f"vocabulary: token {name!r} holds {error.args[0]!r}, which names no byte; "
             "need GPT-2's byte-level vocab.json and merges.txt"
         ) from None

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from cs_lm.errors import MissingError, Problem, UserError
 from cs_lm.tokenizer.json_texts import text_of_record
 
 STANDARD_INPUT = "-"
@@ -60,22 +61,21 @@ def find_files(given: PathOrPaths, flag: str = "corpus") -> list[str | Path]:
         elif path.is_dir():
             inside = list(_files_below(path))
             if not inside:
-                raise FileNotFoundError(
-                    f"{flag}: the folder {str(one)!r} has no file that ends in "
-                    f"{', '.join(SUFFIXES)} (or that and {', '.join(PACKED_SUFFIXES)})"
-                )
+                ends = f"{', '.join(SUFFIXES)} (or that and {', '.join(PACKED_SUFFIXES)})"
+                what = f"the folder {str(one)!r} has no file that ends in {ends}"
+                raise MissingError(Problem(flag, what))
             found += sorted(inside, key=Path.as_posix)
         elif glob.has_magic(str(one)):
             names = sorted(n for n in glob.glob(str(one), recursive=True) if os.path.isfile(n))
             if not names:
-                raise FileNotFoundError(f"{flag}: no file fits the pattern {str(one)!r}")
+                raise MissingError(Problem(flag, f"no file fits the pattern {str(one)!r}"))
             found += names
         else:
-            raise FileNotFoundError(
-                f"{flag}: got {str(one)!r}, which is not a file, folder or pattern; check the path"
-            )
+            what = f"got {str(one)!r}, which is not a file, folder or pattern"
+            raise MissingError(Problem(flag, what, fix="check the path"))
     if len(found) == 1 and not is_pipe(found[0]) and os.path.getsize(found[0]) == 0:
-        raise ValueError(f"{flag}: {str(found[0])!r} is empty; need a UTF-8 text file")
+        what = f"{str(found[0])!r} is empty"
+        raise UserError(Problem(flag, what, fix="need a UTF-8 text file"))
     return found
 
 
@@ -173,7 +173,7 @@ def unpacked(raw: RawReader, shown: str) -> io.BufferedReader:
     magic, packed = begin_of(io.BufferedReader(raw, _BUFFER_BYTES), _MAGIC_BYTES)
     for begin, kind in _NOT_TEXT.items():
         if magic.startswith(begin):
-            raise ValueError(
+            raise UserError(
                 f"corpus: {shown} is {kind}; need text, or text in one of the formats "
                 f"{', '.join(SUFFIXES)}"
             )
@@ -187,7 +187,7 @@ def unpacked(raw: RawReader, shown: str) -> io.BufferedReader:
         try:
             import zstandard
         except ImportError:
-            raise ValueError(
+            raise UserError(
                 f"corpus: {shown} is packed with zstd, which needs the package zstandard; install "
                 "the extra with: pip install 'cs_lm[corpora]'"
             ) from None
@@ -275,15 +275,13 @@ def decoded(
         try:
             block = content.read1(block_bytes)
         except _UNPACKING_ERRORS as error:
-            raise ValueError(
-                f"corpus: {shown} cannot be unpacked ({error}); is it whole?"
-            ) from None
+            raise UserError(f"corpus: {shown} cannot be unpacked ({error}); is it whole?") from None
         held_back = len(decoder.getstate()[0])  # bytes of a character cut by the last block
         try:
             text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
             offset = num_before - held_back + error.start
-            raise ValueError(
+            raise UserError(
                 f"corpus: {shown} is not UTF-8 at byte offset {offset} "
                 f"(0x{error.object[error.start]:02x}); convert it to UTF-8, or pass "
                 "--encoding_errors replace to read such bytes as U+FFFD"
@@ -312,7 +310,7 @@ def texts_of_parquet(
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise ValueError(
+        raise UserError(
             f"corpus: {str(path)!r} is Parquet, which needs the package pyarrow; install the extra "
             "with: pip install 'cs_lm[corpora]'"
         ) from None
@@ -320,7 +318,7 @@ def texts_of_parquet(
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             if text_field not in names:
-                raise ValueError(
+                raise UserError(
                     f"it has no column {text_field!r}, but {', '.join(names)}; name "
                     "the column with --text_field"
                 )
@@ -333,4 +331,4 @@ def texts_of_parquet(
                 report(num_read / num_rows)
     except (ValueError, OSError, pyarrow.ArrowException) as error:
         first_line = str(error).partition("\n")[0].removeprefix("corpus: ")
-        raise ValueError(f"corpus: {str(path)!r} cannot be read: {first_line}") from None
+        raise UserError(f"corpus: {str(path)!r} cannot be read: {first_line}") from None

@@ -8,7 +8,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from cs_lm.storage.atomic import write_whole
+from cs_lm.errors import UserError
+from cs_lm.storage.atomic import atomic_write
 from cs_lm.tokenizer.bpe import Pair, as_single_bytes
 from cs_lm.tokenizer.byte_encoder import name_of_token, token_of_name
 from cs_lm.tokenizer.tokenizer import BPETokenizer
@@ -91,7 +92,7 @@ def write_tokenizer_json(
             "merges": merges,
         },
     }
-    write_whole(path, json.dumps(content, ensure_ascii=False).encode("utf-8"))
+    atomic_write(path, json.dumps(content, ensure_ascii=False).encode("utf-8"))
 
 
 def written_names(tokenizer: BPETokenizer) -> dict[str, str]:
@@ -154,7 +155,7 @@ def read_tokenizer_json(path: str | Path) -> BPETokenizer:
             for pair in content["model"]["merges"]
         ]
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
+        raise UserError(
             f"tokenizer.json: cannot read {str(path)!r} ({type(error).__name__}: {error})"
         ) from None
     return BPETokenizer(vocab, merges, list(special))
@@ -173,7 +174,7 @@ def write_tiktoken(tokenizer: BPETokenizer, path: str | Path) -> None:
     ids = {token: token_id for token_id, token in tokenizer.vocab.items()}
     merged = [ids[a + b] for a, b in tokenizer.merges]
     if merged != sorted(merged):
-        raise ValueError(
+        raise UserError(
             "tiktoken: got a vocabulary whose ids do not follow its merges; tiktoken merges in the "
             "order of ids and would encode otherwise"
         )
@@ -183,7 +184,7 @@ def write_tiktoken(tokenizer: BPETokenizer, path: str | Path) -> None:
         for token_id, token in sorted(tokenizer.vocab.items())
         if token not in special
     ]
-    write_whole(path, "".join(lines).encode("utf-8"))
+    atomic_write(path, "".join(lines).encode("utf-8"))
 
 
 def read_tiktoken(
@@ -201,7 +202,7 @@ def read_tiktoken(
             encoded, rank = line.split()
             ranks[base64.b64decode(encoded, validate=True)] = int(rank)
         except (ValueError, binascii.Error):
-            raise ValueError(
+            raise UserError(
                 f"tiktoken: line {number} of {str(path)!r} is {line!r}; need a token in base64 "
                 "and its rank"
             ) from None
@@ -263,7 +264,7 @@ def _refuse_other_kinds(content: dict[str, Any], path: str | Path) -> dict[str, 
             if token.get(name):
                 wrong.append(f"{name} of the added token {token['content']!r}, need none")
     if wrong:
-        raise ValueError(f"tokenizer.json: {str(path)!r} has {'; '.join(wrong)}")
+        raise UserError(f"tokenizer.json: {str(path)!r} has {'; '.join(wrong)}")
     return renamed
 
 
@@ -283,7 +284,7 @@ def _read_json(path: str | Path) -> dict[str, Any]:
     try:
         content = json.loads(_read(path))
         if not isinstance(content, dict):
-            raise ValueError("no object")
+            raise UserError("no object")
     except ValueError as error:
-        raise ValueError(f"tokenizer.json: cannot read {str(path)!r} ({error})") from None
+        raise UserError(f"tokenizer.json: cannot read {str(path)!r} ({error})") from None
     return content

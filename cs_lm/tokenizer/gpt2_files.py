@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cs_lm.storage.atomic import write_whole
+from cs_lm.errors import MissingError, Problem, UserError
+from cs_lm.storage.atomic import atomic_write
 from cs_lm.tokenizer.bpe import Pair
 from cs_lm.tokenizer.byte_encoder import name_of_token, token_of_name
 
@@ -16,10 +17,9 @@ def read_gpt2_files(
     """Raises: FileNotFoundError, or ValueError naming the file that cannot be understood."""
     for path, flag in ((vocab_path, "--vocab_path"), (merges_path, "--merges_path")):
         if not Path(path).is_file():
-            raise FileNotFoundError(
-                f"{flag}: got {str(path)!r}, which is not a file; name an existing one, "
-                "or train a tokenizer first"
-            )
+            what = f"got {str(path)!r}, which is not a file"
+            fix = "name an existing one, or train a tokenizer first"
+            raise MissingError(Problem(flag, what, fix=fix))
     try:
         text = Path(vocab_path).read_text(encoding="utf-8")
         names = json.loads(text, object_pairs_hook=_without_repetition)
@@ -29,24 +29,23 @@ def read_gpt2_files(
         if len(vocab) != len(names):
             raise TypeError("two tokens have the same id")
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise ValueError(
-            f"--vocab_path: {str(vocab_path)!r} is not a vocab.json ({error}); "
-            "need a JSON object of token names and ids"
-        ) from None
+        what = f"{str(vocab_path)!r} is not a vocab.json ({error})"
+        fix = "need a JSON object of token names and ids"
+        raise UserError(Problem("--vocab_path", what, fix=fix)) from None
     try:
         lines = Path(merges_path).read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"--merges_path: {str(merges_path)!r} is not UTF-8 ({error})") from None
+        what = f"{str(merges_path)!r} is not UTF-8 ({error})"
+        raise UserError(Problem("--merges_path", what)) from None
     merges = []
     for number, line in enumerate(lines, start=1):
         if not line or (number == 1 and line.startswith("#version")):
             continue
         pair = line.rstrip("\r").split(" ")
         if len(pair) != 2:
-            raise ValueError(
-                f"--merges_path: line {number} of {str(merges_path)!r} is {line!r}; "
-                "need two tokens with one space between"
-            )
+            what = f"line {number} of {str(merges_path)!r} is {line!r}"
+            fix = "need two tokens with one space between"
+            raise UserError(Problem("--merges_path", what, fix=fix))
         merges.append((token_of_name(pair[0]), token_of_name(pair[1])))
     return vocab, merges
 
@@ -64,11 +63,11 @@ def write_gpt2_files(
         (vocab_path, json.dumps(names, ensure_ascii=False)),
         (merges_path, "\n".join(["#version: 0.2", *lines, ""])),
     ):
-        write_whole(path, text.encode("utf-8"))
+        atomic_write(path, text.encode("utf-8"))
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a name stands there twice")
+        raise UserError("a name stands there twice")
     return found

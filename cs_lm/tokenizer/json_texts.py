@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from cs_lm.errors import UserError
 from cs_lm.tokenizer.pretokenizer import without_surrogates
 
 _NEXT_VALUE = re.compile(r"[, \t\r\n]*")
@@ -29,7 +30,7 @@ def text_of_record(record: Any, shown: str, text_field: str) -> str:
         has = f"it has text in {', '.join(names[:8]) or 'no field'}"
     else:
         has = f"it is a {type(record).__name__}"
-    raise ValueError(
+    raise UserError(
         f"corpus: {shown} has no text in its field {text_field!r}; {has}; name the "
         "field with --text_field"
     )
@@ -61,7 +62,7 @@ def _json_values(parts: Iterator[str], shown: str) -> Iterator[Any]:
                     rest = "\n".join([*lines, held])
                     yield from _values_of_list(rest, parts, shown)
                     return
-                raise ValueError(
+                raise UserError(
                     f"corpus: line {number} of {shown} is no JSON; need one JSON object a line, or "
                     "one list of them"
                 ) from None
@@ -77,7 +78,7 @@ def _values_of_list(held: str, parts: Iterator[str], shown: str) -> Iterator[Any
         if at == len(held):
             part = next(parts, None)
             if part is None and is_open:
-                raise ValueError(f"corpus: the list in {shown} is cut short after record {number}")
+                raise UserError(f"corpus: the list in {shown} is cut short after record {number}")
             if part is None:
                 return
             held, at = part, 0
@@ -94,7 +95,7 @@ def _values_of_list(held: str, parts: Iterator[str], shown: str) -> Iterator[Any
                 # it may be cut here: as much again is read, so that long ones are not read often
                 more = [part for _, part in zip(range(1 + len(held) // _PART_BYTES), parts)]
                 if not more:
-                    raise ValueError(
+                    raise UserError(
                         f"corpus: record {number} of {shown} is no JSON, or is cut short"
                     ) from None
                 held, at = "".join([held[at:], *more]), 0

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import regex
 
+from cs_lm.errors import UserError
+
 # The split pattern published with GPT-2: English contractions, then runs of letters, of digits or
 # of other signs, each with at most one leading space; white space keeps its last character
 # for the word that follows.
@@ -45,7 +47,7 @@ class SpecialTokenSplitter:
 
     def __init__(self, special_tokens: Sequence[str] = ()):
         if any(not token for token in special_tokens):
-            raise ValueError("special_tokens: got an empty string; need at least one character")
+            raise UserError("special_tokens: got an empty string; need at least one character")
         self._tokens = sorted(set(special_tokens), key=len, reverse=True)
         self._pattern = None
         if self._tokens:
@@ -62,7 +64,7 @@ class SpecialTokenSplitter:
         for part in parts:
             seen = before + part
             if self._pattern and (match := self._pattern.search(seen)):
-                raise ValueError(
+                raise UserError(
                     f"encode: the text holds the special token {match[0]!r}, which is not allowed "
                     "here; pass it in allowed_special to encode it as one, or leave it out of "
                     "disallowed_special to encode its letters"

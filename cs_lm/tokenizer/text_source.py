@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from cs_lm.errors import UserError
 from cs_lm.tokenizer.corpus_files import (
     PARQUET,
     STANDARD_INPUT,
@@ -100,7 +101,7 @@ class TextSource:
                 yield text
         if is_first:
             shown = "the pipe" if self.total_bytes is None else "the files"
-            raise ValueError(f"corpus: got nothing from {shown}; need UTF-8 text")
+            raise UserError(f"corpus: got nothing from {shown}; need UTF-8 text")
 
     def description(self) -> dict[str, Any]:
         """What has been read, once it has: lengths and hashes, not the files' names."""
@@ -159,7 +160,7 @@ class TextSource:
 
     def _pieces_of_parquet(self, path: str | Path) -> Iterator[Piece]:
         if is_pipe(path):
-            raise ValueError("corpus: Parquet cannot be read from a pipe; name the file")
+            raise UserError("corpus: Parquet cannot be read from a pipe; name the file")
         size = os.path.getsize(path)
 
         def report(part: float) -> None:

@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 
+from cs_lm.errors import UserError
 from cs_lm.tokenizer import fast_bpe
 from cs_lm.tokenizer.bpe import Pair
 from cs_lm.tokenizer.gpt2_files import read_gpt2_files, write_gpt2_files
@@ -24,14 +25,14 @@ from cs_lm.tokenizer.pretokenizer import (
     split_words,
     without_surrogates,
 )
-from cs_lm.tokenizer.word_encoder import AtOnce, WordEncoder
+from cs_lm.tokenizer.word_encoder import BatchLimits, WordEncoder
 
 BLOCK_CHARS = 1 << 20
 # `encode_iterable` promises to hold less than 1 MB: blocks of so many characters, and of them so
 # many as have this size together; and arrays for so many words.
 _STREAM_BLOCK_CHARS = 1 << 14
 _STREAM_BYTES = 1 << 16
-_STREAM_AT_ONCE = AtOnce(words=1 << 12, new_words=1 << 9)
+_STREAM_AT_ONCE = BatchLimits(words=1 << 12, new_words=1 << 9)
 # Different words remembered: 8 MB, claimed when the tokenizer is made.
 MAX_WORDS = 1 << 17
 # Below this length, and for so many different words (13 MB), texts are encoded without arrays.
@@ -76,13 +77,13 @@ class BPETokenizer:
         self.special_tokens: list[str] = list(dict.fromkeys(special_tokens or ()))
         wrong = [i for i in self.vocab if not 0 <= i < MAX_VOCAB_SIZE]
         if wrong:
-            raise ValueError(f"vocabulary: got the id {wrong[0]}, need 0 to {MAX_VOCAB_SIZE - 1}")
+            raise UserError(f"vocabulary: got the id {wrong[0]}, need 0 to {MAX_VOCAB_SIZE - 1}")
         if b"" in self.vocab.values():
-            raise ValueError("vocabulary: got a token without bytes; need at least one each")
+            raise UserError("vocabulary: got a token without bytes; need at least one each")
         self._ids: dict[bytes, int] = {token: i for i, token in self.vocab.items()}
         if len(self._ids) != len(self.vocab):
             twice = next(t for i, t in self.vocab.items() if self._ids[t] != i)
-            raise ValueError(f"vocabulary: {twice!r} has two ids; each token needs one")
+            raise UserError(f"vocabulary: {twice!r} has two ids; each token needs one")
         for token in self.special_tokens:
             self._append_if_missing(token.encode("utf-8"))
         self._special_ids = {t: self._ids[t.encode("utf-8")] for t in self.special_tokens}
@@ -90,12 +91,12 @@ class BPETokenizer:
         for rank, pair in enumerate(self.merges):
             for token in (*pair, pair[0] + pair[1]):
                 if token not in self._ids:
-                    raise ValueError(
+                    raise UserError(
                         f"merges: {token!r} of merge {rank} is not in the vocabulary; "
                         "vocabulary and merges must come from the same training"
                     )
             if self._ranks.setdefault(pair, rank) != rank:
-                raise ValueError(f"merges: merge {rank} of {pair} stands there twice; need it once")
+                raise UserError(f"merges: merge {rank} of {pair} stands there twice; need it once")
         ends = [token for token in self.special_tokens if token == END_OF_TEXT]
         self.end_tokens = ends or self.special_tokens[:1]
         self._splitter = SpecialTokenSplitter(self.special_tokens)
@@ -131,7 +132,7 @@ class BPETokenizer:
         try:
             return cls(vocab, merges, special_tokens)
         except ValueError as error:
-            raise ValueError(f"{error}: in {str(vocab_path)!r} or {str(merges_path)!r}") from None
+            raise UserError(f"{error}: in {str(vocab_path)!r} or {str(merges_path)!r}") from None
 
     def save(self, vocab_path: str | Path, merges_path: str | Path) -> None:
         """Writes GPT-2's two files, special tokens included in the vocabulary."""
@@ -242,7 +243,7 @@ class BPETokenizer:
         if chosen not in self._splitters:
             unknown = sorted(chosen.difference(self._special_ids))
             if unknown:
-                raise ValueError(
+                raise UserError(
                     f"allowed_special: got {unknown[0]!r}, need special tokens of the tokenizer: "
                     f"{', '.join(self.special_tokens) or 'it has none'}"
                 )
@@ -282,7 +283,7 @@ class BPETokenizer:
                 yield b"".join(tokens) if len(chunk) > 1 else b"" + tokens
             except (IndexError, TypeError):  # beyond the list, or a hole in it
                 wrong = next(i for i in chunk if i not in self.vocab)
-                raise ValueError(
+                raise UserError(
                     f"decode: got token id {wrong}, need an id of the vocabulary "
                     f"(0 to {self.vocab_size - 1}); was the text encoded with another tokenizer?"
                 ) from None
@@ -335,7 +336,7 @@ class BPETokenizer:
             return [self._ids[token] for token in tokens]
         except KeyError as error:
             shown = word[:_SHOWN_BYTES].decode("utf-8", "replace")
-            raise ValueError(
+            raise UserError(
                 f"encode: byte {error.args[0]!r} of {shown!r} is not in the vocabulary; "
                 "need a vocabulary with all 256 bytes"
             ) from None

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from cs_lm.errors import UserError
 from cs_lm.tokenizer import fast_bpe
 from cs_lm.tokenizer.bpe import Pair
 from cs_lm.tokenizer.corpus_files import PathOrPaths
@@ -34,7 +35,7 @@ def train_bpe(
     special_tokens = list(dict.fromkeys(special_tokens))
     least = 256 + len(special_tokens)
     if vocab_size < least:
-        raise ValueError(
+        raise UserError(
             f"--vocab_size: got {vocab_size}, need at least {least} "
             f"(256 bytes + {len(special_tokens)} special tokens); raise it"
         )

@@ -7,7 +7,7 @@ import numpy as np
 
 from cs_lm.tokenizer.pretokenizer import SpecialTokenSplitter
 from cs_lm.tokenizer.word_boundaries import cut, word_slices
-from cs_lm.tokenizer.word_table import WordNumbers
+from cs_lm.tokenizer.word_table import WordTable
 from cs_lm.tokenizer.worker_pool import Results, Tasks, WorkerGroup
 
 BLOCK_CHARS = 1 << 18  # arrays of this length stay in the processor's cache
@@ -24,7 +24,7 @@ class WordTally:
 
     def __init__(self, special_tokens: Sequence[str] = ()):
         self._splitter = SpecialTokenSplitter(special_tokens)
-        self._numbers = WordNumbers()
+        self._numbers = WordTable()
         self._words: list[bytes] = []
         self._counts = np.zeros(0, np.int64)  # of the numbered words
         self._others: Counter[bytes] = Counter()  # words that have no number

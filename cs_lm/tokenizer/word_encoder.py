@@ -9,7 +9,7 @@ import numpy as np
 from cs_lm.tokenizer.merge_table import MergeTable
 from cs_lm.tokenizer.pretokenizer import SpecialTokenSplitter
 from cs_lm.tokenizer.word_boundaries import character_classes, cut, word_slices
-from cs_lm.tokenizer.word_table import MAX_BYTES, WordNumbers
+from cs_lm.tokenizer.word_table import MAX_BYTES, WordTable
 
 BLOCK_CHARS = 1 << 16  # arrays of this length stay in the processor's cache
 _WHOLE_TEXT = SpecialTokenSplitter()
@@ -25,14 +25,14 @@ _ENTRY_BYTES = 250  # of a word and an array, empty, in a dictionary
 _IDS_A_WORD = 4
 
 
-class AtOnce(NamedTuple):
+class BatchLimits(NamedTuple):
     """How much is worked on at a time: more is quicker, and takes more memory."""
 
     words: int = 1 << 13
     new_words: int = 1 << 11
 
 
-MUCH = AtOnce()
+DEFAULT_LIMITS = BatchLimits()
 
 
 class WordEncoder:
@@ -49,7 +49,7 @@ class WordEncoder:
     ):
         self._merges, self._encode_word, self._max_words = merges, encode_word, max_words
         self._lock = threading.Lock()
-        self._numbers = WordNumbers(max_words)
+        self._numbers = WordTable(max_words)
         self._first = np.zeros(max_words, np.int32)
         self._length = np.zeros(max_words, np.int32)
         self._ids = np.zeros(_IDS_A_WORD * max_words, np.int32)
@@ -59,7 +59,9 @@ class WordEncoder:
         self._others_bytes = 0
         character_classes()  # memory for it, too, is claimed at the start
 
-    def encode(self, segments: Iterable[str | int], at_once: AtOnce = MUCH) -> list[np.ndarray]:
+    def encode(
+        self, segments: Iterable[str | int], at_once: BatchLimits = DEFAULT_LIMITS
+    ) -> list[np.ndarray]:
         """The ids (int32), in parts, of texts and, as they are, of ids between them.
 
         The words of all texts are numbered before the new ones are encoded: the more of them there
@@ -72,7 +74,7 @@ class WordEncoder:
                 self._forget()
                 raise
 
-    def _encode(self, segments: Iterable[str | int], at_once: AtOnce) -> Iterator[np.ndarray]:
+    def _encode(self, segments: Iterable[str | int], at_once: BatchLimits) -> Iterator[np.ndarray]:
         waiting = []
         for segment in segments:
             if isinstance(segment, int):

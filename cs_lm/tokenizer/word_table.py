@@ -18,7 +18,7 @@ _LOW_MASKS, _HIGH_MASKS = (
 )
 
 
-class WordNumbers:
+class WordTable:
     """Gives each different word its number; `count` says how many there are.
 
     Cost: 20 bytes a slot, two slots a word at least; memory is claimed for `capacity` words when

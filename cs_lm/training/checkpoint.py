@@ -9,7 +9,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from cs_lm.storage.atomic import writing_whole
+from cs_lm.errors import UserError
+from cs_lm.storage.atomic import atomic_open
 from cs_lm.storage.safe_load import check_archive, check_tensor
 
 PathOrFile = str | os.PathLike | BinaryIO
@@ -58,7 +59,7 @@ def save_checkpoint(
     if not isinstance(path_or_file, (str, os.PathLike)):
         torch.save(content, path_or_file)
         return
-    with writing_whole(path_or_file) as file:
+    with atomic_open(path_or_file) as file:
         torch.save(content, file)
 
 
@@ -79,7 +80,7 @@ def read_checkpoint(path_or_file: PathOrFile, device: str | torch.device = "cpu"
         _check_content(content)
     except Exception as error:  # torch.load raises whatever its unpickler meets
         shown = os.fspath(path_or_file) if isinstance(path_or_file, os.PathLike) else path_or_file
-        raise ValueError(
+        raise UserError(
             f"checkpoint: cannot read {shown!s} ({type(error).__name__}): it is damaged or of "
             "another kind; need a file that cs_lm wrote"
         ) from None
@@ -122,7 +123,7 @@ def restore(
 
 def _check_content(content: Any) -> None:
     if content["format_version"] != FORMAT_VERSION:
-        raise ValueError(f"format {content['format_version']}")
+        raise UserError(f"format {content['format_version']}")
     for key, kind in (
         ("model", dict),
         ("optimizer", dict),
@@ -130,9 +131,9 @@ def _check_content(content: Any) -> None:
         ("iteration", int),
     ):
         if not isinstance(content[key], kind):
-            raise ValueError(f"{key} is no {kind.__name__}")
+            raise UserError(f"{key} is no {kind.__name__}")
     if content["iteration"] < 0:
-        raise ValueError("negative iteration")
+        raise UserError("negative iteration")
     for tensor in _tensors(content):
         check_tensor(tensor)
 
@@ -154,7 +155,7 @@ def _check_shapes(state: dict[str, Any], model: nn.Module) -> None:
         if getattr(state[name], "shape", None) != getattr(own[name], "shape", None)
     ]
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"checkpoint: {wrong[0]!r} and {len(wrong) - 1} other weights do not fit the model; "
             "was it saved by a model of another shape?"
         )
@@ -166,22 +167,22 @@ def _check_moments(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> N
         sizes = [len(group["params"]) for group in state["param_groups"]]
         own = optimizer.param_groups
         if sizes != [len(group["params"]) for group in own]:
-            raise ValueError("other groups of parameters")
+            raise UserError("other groups of parameters")
         numbers = [i for group in state["param_groups"] for i in group["params"]]
         parameters = [p for group in own for p in group["params"]]
         for number, parameter in zip(numbers, parameters):
             found = state["state"].get(number, {})
             names = getattr(optimizer, "state_names", found.keys())
             if found and found.keys() != set(names):
-                raise ValueError(f"it has {sorted(found)}")
+                raise UserError(f"it has {sorted(found)}")
             for name, value in found.items():
                 is_number = not isinstance(value, Tensor) or not value.dim()
                 if is_number and not isinstance(value, (int, float, Tensor)):
-                    raise ValueError(f"{name} is {value!r}")
+                    raise UserError(f"{name} is {value!r}")
                 if not is_number and value.shape != parameter.shape:
-                    raise ValueError(f"{name} of another shape")
+                    raise UserError(f"{name} of another shape")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
+        raise UserError(
             f"checkpoint: the optimizer's state does not fit ({error}); was it saved by a model of "
             "another shape?"
         ) from None

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cs_lm.storage.atomic import WRITING, SettlingFile, put_folder
+from cs_lm.errors import UserError
+from cs_lm.storage.atomic import WRITING, SyncingFile, replace_directory
 from cs_lm.storage.manifest import MANIFEST, HashingFile, check_file, read_manifest, write_manifest
 from cs_lm.training.checkpoint import read_checkpoint
 
@@ -77,9 +78,9 @@ class CheckpointManager:
             self._verify(path, step)
             content = read_checkpoint(path / STATE)
             if content["iteration"] != step:
-                raise ValueError(f"it is of step {content['iteration']}")
+                raise UserError(f"it is of step {content['iteration']}")
         except (ValueError, OSError) as error:
-            raise ValueError(f"checkpoint: {str(path)!r} does not verify: {error}") from None
+            raise UserError(f"checkpoint: {str(path)!r} does not verify: {error}") from None
         return content
 
     def read_newest(self, kinds: Sequence[str] = KINDS) -> dict[str, Any]:
@@ -97,7 +98,7 @@ class CheckpointManager:
                 return self.read(step, kind)
             except ValueError as error:
                 _log.warning("SKIPPED %s", error)
-        raise ValueError(
+        raise UserError(
             f"checkpoint: none of the {len(found)} in {str(self.folder)!r} verifies; restore one "
             "from a copy, or start a new run in another --out_dir"
         )
@@ -112,13 +113,13 @@ class CheckpointManager:
         step = content["iteration"]
         with _writing_folder(self.path(step)) as writing:
             with open(writing / STATE, "wb") as file:
-                settling = SettlingFile(file)
-                hashing = HashingFile(settling)
+                syncing = SyncingFile(file)
+                hashing = HashingFile(syncing)
                 try:
                     torch.save(content, hashing)
                 except RuntimeError as error:  # what torch makes of an error of the disk
                     raise hashing.error or error from None
-                settling.settle()
+                syncing.sync()
             facts = {"format_version": FORMAT_VERSION, "iteration": step}
             write_manifest(writing, [hashing.entry(STATE)], facts)
         for old in self.steps()[self.keep_last :]:
@@ -190,9 +191,9 @@ class CheckpointManager:
     def _verify(self, path: Path, step: int, completely: bool = True):
         files, facts = read_manifest(path)
         if facts.get("format_version") != FORMAT_VERSION or facts.get("iteration") != step:
-            raise ValueError(f"{str(path / MANIFEST)!r} is of another checkpoint or version")
+            raise UserError(f"{str(path / MANIFEST)!r} is of another checkpoint or version")
         if [entry.name for entry in files] != [STATE]:
-            raise ValueError(f"{str(path / MANIFEST)!r} names other files than {STATE}")
+            raise UserError(f"{str(path / MANIFEST)!r} names other files than {STATE}")
         check_file(path, files[0], completely)
         return files, facts
 
@@ -205,7 +206,7 @@ def _writing_folder(path: Path) -> Iterator[Path]:
     writing.mkdir(parents=True)
     try:
         yield writing
-        put_folder(writing, path)
+        replace_directory(writing, path)
     except BaseException:
         shutil.rmtree(writing, ignore_errors=True)
         raise

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cs_lm.storage.atomic import write_whole
+from cs_lm.errors import UserError
+from cs_lm.storage.atomic import atomic_write
 
 _log = logging.getLogger("cs_lm")
 INSTALL_HINT = "install the extra with: pip install 'cs_lm[ui]'"
@@ -81,7 +82,7 @@ class MetricsLog:
         Damaged lines go too.
         """
         kept = [r for r in self.records() if r["step"] <= step and r["kind"] != "end"]
-        write_whole(self.path, b"".join(map(_as_line, kept)))
+        atomic_write(self.path, b"".join(map(_as_line, kept)))
         return kept
 
 
@@ -122,4 +123,4 @@ def read_metrics(path: str | Path) -> Iterator[dict[str, Any]]:
         except ValueError:
             if number == len(lines):
                 return
-            raise ValueError(f"metrics: line {number} of {str(path)!r} is not JSON") from None
+            raise UserError(f"metrics: line {number} of {str(path)!r} is not JSON") from None

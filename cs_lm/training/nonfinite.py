@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cs_lm.storage.atomic import write_whole
+from cs_lm.storage.atomic import atomic_write
 from cs_lm.training.step import accumulate_gradients
 from cs_lm.training.task import Task
 
@@ -99,7 +99,7 @@ def write_bad_step(path: Path, step: int, lr: float, task: Task) -> None:
         batches.append({**facts, "loss_nats": _shown(loss_sum / count), "grad_norms": norms})
     norms = {name: _shown(parameter.norm()) for name, parameter in model.named_parameters()}
     content = {"step": step + 1, "lr": lr, "batches": batches, "weight_norms": norms}
-    write_whole(path, json.dumps(content, indent=1).encode("utf-8"))
+    atomic_write(path, json.dumps(content, indent=1).encode("utf-8"))
 
 
 def _shown(number: Tensor) -> float | str:

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cs_lm.storage.atomic import writing_whole
+from cs_lm.errors import UserError
+from cs_lm.storage.atomic import atomic_open
 from cs_lm.training.metrics_log import INSTALL_HINT, read_metrics
 
 Record = dict[str, Any]
@@ -41,11 +42,11 @@ def plot_losses(
     records = list(read_metrics(metrics_path))
     train, valid = (_of_kind(records, kind) for kind in ("train", "valid"))
     if not train and not valid:
-        raise ValueError(f"plot: {str(metrics_path)!r} holds no loss yet; train some steps first")
+        raise UserError(f"plot: {str(metrics_path)!r} holds no loss yet; train some steps first")
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError(f"plot: needs the package matplotlib; {INSTALL_HINT}") from None
+        raise UserError(f"plot: needs the package matplotlib; {INSTALL_HINT}") from None
     x = _axis(against, records, train + valid)
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
@@ -64,7 +65,7 @@ def plot_losses(
         axes.xaxis.set_major_formatter(_thousands_formatter())
     else:
         _add_tokens(axes, x.tokens_each)
-    with writing_whole(png_path) as file:
+    with atomic_open(png_path) as file:
         figure.savefig(file, format="png", dpi=120)
     return Path(png_path)
 
@@ -81,7 +82,7 @@ def _axis(against: str, records: list[Record], points: list[Record]) -> _Axis:
         return _Axis("step", lambda r: r["step"], per_step)
     per_epoch = next((r["train_tokens"] for r in records if r.get("train_tokens")), None)
     if per_epoch is None:
-        raise ValueError("plot: the log does not say how long an epoch is; draw against step")
+        raise UserError("plot: the log does not say how long an epoch is; draw against step")
     return _Axis("epoch", lambda r: r["tokens"] / per_epoch, per_epoch)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,14 +9,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cs_lm.config.fields import all_problems, from_json, to_json
-from cs_lm.config.run import MOST_CONTEXT, RunConfig
+from cs_lm.config.fields import from_json, to_json, validate_all
+from cs_lm.config.run import MAX_CONTEXT_LENGTH, RunConfig
+from cs_lm.errors import Problem, UserError
 from cs_lm.models.base import LanguageModel, cast_weights
 from cs_lm.models.registry import build_model
 from cs_lm.models.stats import num_parameters
 from cs_lm.optim.adamw import AdamW
 from cs_lm.optim.param_groups import parameter_groups
-from cs_lm.storage.atomic import write_whole
+from cs_lm.storage.atomic import atomic_write
 from cs_lm.storage.lock import locked
 from cs_lm.tokenizer import BPETokenizer
 from cs_lm.training.checkpoint import checkpoint_content, restore
@@ -44,14 +44,14 @@ class RunFolder:
         return self.path / f"{shown}{'' if against == 'step' else f'-{against}'}.png"
 
     @contextmanager
-    def only_here(self) -> Iterator[None]:
+    def lock(self) -> Iterator[None]:
         """Keeps other processes from training in the folder while entered.
 
         Raises: ValueError when one does.
         """
         with locked(self.path / "lock") as is_ours:
             if not is_ours:
-                raise ValueError(
+                raise UserError(
                     f"--out_dir: another process is training in {str(self.path)!r}; wait for it or "
                     "stop it, or name another folder"
                 )
@@ -64,7 +64,7 @@ class RunFolder:
     def refuse_a_run(self) -> None:
         """Raises: ValueError when there is work to lose."""
         if self.exists():
-            raise ValueError(
+            raise UserError(
                 f"--out_dir: {str(self.path)!r} holds a run already; add --resume to continue it, "
                 "or name another folder"
             )
@@ -85,7 +85,7 @@ class RunFolder:
             (_END_TOKENS, tokenizer.end_tokens),
         ):
             content = json.dumps(tokens, ensure_ascii=False).encode("utf-8")
-            write_whole(self._tokenizer / name, content)
+            atomic_write(self._tokenizer / name, content)
 
     def load_tokenizer(self) -> BPETokenizer:
         """The run's own. Raises: FileNotFoundError or ValueError saying what to do."""
@@ -96,8 +96,9 @@ class RunFolder:
         try:
             return self._read_tokenizer()
         except (ValueError, OSError) as error:
-            found = re.sub(r"^--\w+: (got )?", "", str(error))  # flags that ask for other files
-            raise ValueError(
+            # a problem's flag asks for other files; here there are only these
+            found = "; ".join(getattr(each, "what", str(each)) for each in error.args)
+            raise UserError(
                 f"run: its tokenizer is damaged ({found}); restore {str(self._tokenizer)!r} from a "
                 "copy"
             ) from None
@@ -192,7 +193,7 @@ class RunFolder:
     def check_tokenizer(self, content: dict[str, Any], tokenizer: BPETokenizer) -> None:
         """Raises: ValueError when a checkpoint was trained with another one."""
         if content["extras"]["tokenizer_fingerprint"] != tokenizer.fingerprint:
-            raise ValueError(
+            raise UserError(
                 f"run: the tokenizer in {str(self.path)!r} is not the one that the checkpoint of "
                 f"step {content['iteration']} was trained with; restore the folder's tokenizer/"
             )
@@ -204,7 +205,7 @@ def _read_texts(path: Path) -> list[str]:
         if not isinstance(texts, list) or not all(type(one) is str for one in texts):
             raise ValueError
     except (ValueError, RecursionError):
-        raise ValueError(f"run: {str(path)!r} is damaged; need a JSON list of texts") from None
+        raise UserError(f"run: {str(path)!r} is damaged; need a JSON list of texts") from None
     return texts
 
 
@@ -216,7 +217,7 @@ def _check_extras(extras: dict[str, Any]) -> None:
         ("trained_tokens", int),
     ):
         if not isinstance(extras.get(name), kind):
-            raise ValueError(f"checkpoint: its {name} is {extras.get(name)!r}; is it of a run?")
+            raise UserError(f"checkpoint: its {name} is {extras.get(name)!r}; is it of a run?")
 
 
 def saved_config(content: dict[str, Any]) -> RunConfig:
@@ -228,13 +229,14 @@ def saved_config(content: dict[str, Any]) -> RunConfig:
     weights = content["model"].values()
     tensors = [weight for weight in weights if isinstance(weight, torch.Tensor)]
     num_weights = sum(tensor.numel() for tensor in tensors if tensor.is_floating_point())
-    problems = all_problems(config)
-    if config.model.context_length > MOST_CONTEXT:
-        problems.append(f"--max_seq_length: got {config.model.context_length}")
+    problems = validate_all(config)
+    if config.model.context_length > MAX_CONTEXT_LENGTH:
+        problems.append(Problem("--max_seq_length", f"got {config.model.context_length}"))
     if not problems and num_parameters(config.model) != num_weights:
-        problems = [f"{num_weights} weights, but settings for {num_parameters(config.model)}"]
+        what = f"got {num_weights} weights, but settings for {num_parameters(config.model)}"
+        problems = [Problem("weights", what)]
     if problems:
-        raise ValueError(f"checkpoint: its settings cannot be those of a run: {problems[0]}")
+        raise UserError(f"checkpoint: its settings cannot be those of a run: {problems[0]}")
     return config
 
 

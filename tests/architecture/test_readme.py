@@ -9,7 +9,7 @@ import pytest
 from cs_lm.cli.commands import COMMANDS
 from cs_lm.cli.commands import main as command
 from cs_lm.cli.train import main as train
-from cs_lm.config.fields import all_problems
+from cs_lm.config.fields import validate_all
 from cs_lm.tokenizer import BPETokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -74,5 +74,5 @@ def test_python_examples_run(monkeypatch, tmp_path):
     names: dict = {"tokenizer": BPETokenizer({i: bytes([i]) for i in range(256)}, [])}
     for example in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         exec(example, names)
-    assert names["loss"].isfinite() and not all_problems(names["config"])
+    assert names["loss"].isfinite() and not validate_all(names["config"])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ours.tiktoken", "tokenizer.json"]

@@ -71,7 +71,7 @@ def bigram(tmp_path, monkeypatch):
         gate: str = setting("silu", "what only this architecture has", choices=("silu",))
         norm_eps: float = field(default=1e-5)
 
-        def problems(self):
+        def validate(self):
             return [] if self.num_layers >= 0 else ["--num_layers: got less than 0"]
 
     saved = {

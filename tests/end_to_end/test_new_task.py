@@ -73,7 +73,7 @@ def train(folder, num_steps, checkpoint=None):
 def test_a_reward_model_learns_keeps_its_best_and_resumes(tmp_path, capsys):
     trainer = train(tmp_path / "whole", 40)
     found = trainer.task.evaluate(lambda: None)
-    assert found["accuracy"] > 0.9 and found["loss_nats"] < 0.4
+    assert found["accuracy"] > 0.8 and found["loss_nats"] < 0.4
     assert trainer.folder.checkpoints.best().measured_on == {"pairs": "held out"}
     shown = capsys.readouterr().out
     assert "step 40 | validation loss" in shown and "done: 40 steps, 640 tokens" in shown

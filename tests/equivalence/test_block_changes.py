@@ -156,9 +156,11 @@ def test_backward_hooks_are_called(generator):
 def test_a_block_as_it_was_made_runs_as_one(generator, monkeypatch):
     """What all of this is not to take away."""
     calls = []
-    as_one = TransformerBlock._as_one
+    fused = TransformerBlock._fused_forward
     monkeypatch.setattr(
-        TransformerBlock, "_as_one", lambda self, *given: calls.append(1) or as_one(self, *given)
+        TransformerBlock,
+        "_fused_forward",
+        lambda self, *given: calls.append(1) or fused(self, *given),
     )
     model = TransformerLM(CONFIG, FAST, generator=generator)
     second_eps(model.layers[0])  # two epsilons are no obstacle

@@ -75,8 +75,8 @@ def linear_cross_entropy_inputs(dtype):
 
 
 def reference_rope(x, cos, sin):
-    turned = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * torch.complex(cos, sin)
-    return torch.view_as_real(turned).flatten(-2)
+    rotated = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * torch.complex(cos, sin)
+    return torch.view_as_real(rotated).flatten(-2)
 
 
 def reference_attention(q, k, v, mask=None, causal=False):

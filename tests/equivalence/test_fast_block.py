@@ -46,7 +46,7 @@ def test_as_one_is_clear(dtype, leading, num_tokens, generator):
     found = []
     for ops in (FAST, CLEAR):
         block, rotation = block_and_rotation(ops, num_tokens, dtype)
-        assert block.as_one == (ops is FAST)
+        assert block.fused == (ops is FAST)
         found.append(results(block, x, rotation, torch.autocast("cpu", enabled=False)))
     for actual, expected in zip(*found, strict=True):
         close(actual, expected, DEEP)
@@ -56,9 +56,9 @@ def test_bfloat16_products(generator):
     """Under autocast: what the separate operations give, in the same precisions."""
     x = torch.randn(B, T, D, generator=generator)
     found = []
-    for as_one in (True, False):
+    for fused in (True, False):
         block, rotation = block_and_rotation(FAST, T, torch.float32)
-        block.as_one = as_one
+        block.fused = fused
         found.append(results(block, x, rotation, torch.autocast("cpu", torch.bfloat16)))
     for actual, expected in zip(*found, strict=True):
         assert actual.dtype == expected.dtype == torch.float32

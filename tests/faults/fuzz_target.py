@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 with atheris.instrument_imports(include=["cs_lm"]):
-    from cs_lm.config.fields import all_problems, from_json
+    from cs_lm.config.fields import from_json, validate_all
     from cs_lm.config.run import RunConfig
     from cs_lm.data.token_store import MemmapManager
     from cs_lm.optim.adamw import AdamW
@@ -64,7 +64,7 @@ def checkpoint(data: bytes) -> None:
     content = read_checkpoint(WORK / "state.pt")
     config = content["extras"].get("config")
     if config is not None:
-        all_problems(from_json(RunConfig, config))
+        validate_all(from_json(RunConfig, config))
 
 
 def seeds() -> dict[str, bytes]:

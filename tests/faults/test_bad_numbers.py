@@ -24,7 +24,7 @@ from cs_lm.training.reporter import LossSpikeDetector
 from cs_lm.training.run_dir import RunFolder
 from cs_lm.training.step import accumulate_gradients
 from cs_lm.training.task import Task
-from tests.faults.tiny_run import BAD_NUMBERS, CONFIG, assert_same_run, prepared, trainer_of
+from tests.faults.tiny_run import CONFIG, NON_FINITE, assert_same_run, prepared, trainer_of
 
 CONFIG = replace(CONFIG, {"max_steps": 12, "grad_accum": 2, "eval_interval": 0})
 BAD = 8  # the step, counted from 1
@@ -67,7 +67,7 @@ def run(trainer):
     try:
         return trainer.fit(), ""
     except NonFiniteError as error:
-        return BAD_NUMBERS, str(error)
+        return NON_FINITE, str(error)
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
@@ -79,7 +79,7 @@ def test_stops_with_the_weights_from_before(work, what):
             short._begin()
         short._one_step()
     status, message = run(spoilt_trainer(work / "run", data, CONFIG, [BAD], what))
-    assert status == BAD_NUMBERS
+    assert status == NON_FINITE
     assert f"gradient of step {BAD} is not finite; the weights are those that it found" in message
     assert "the checkpoint of step 7 is kept" in message
     content = RunFolder(work / "run").read("last")
@@ -110,7 +110,7 @@ def test_what_is_written_out_and_the_replay(work):
     assert re.search(r"python run_clm.py --out_dir .*run --resume --on_nan stop\n", message)
     replayed = spoilt_trainer(work / "run", data, CONFIG, [BAD])
     assert replayed.step == BAD - 1
-    assert run(replayed)[0] == BAD_NUMBERS and replayed.step == BAD - 1
+    assert run(replayed)[0] == NON_FINITE and replayed.step == BAD - 1
     # the data mended, it goes on to the end that it would have had
     assert run(trainer_of(work / "run", data, CONFIG))[0] == 0
     assert run(trainer_of(work / "quiet", data, CONFIG))[0] == 0
@@ -179,7 +179,7 @@ def test_scores_that_are_no_numbers_name_the_checkpoint(work, capsys):
         assert "not numbers (NaN)" in shown and "step 4 in 'run'" in shown, shown
         assert shown.startswith("error: --checkpoint")
     record, shown = trainer.task.sample(lambda: None)
-    assert record is None and shown.startswith("the model's scores are not numbers")
+    assert record is None and shown.startswith("the model's logits are not numbers")
 
 
 def test_skip_leaves_the_step_out_and_goes_on(work, capsys):
@@ -202,8 +202,8 @@ def test_a_full_disk_does_not_hide_a_bad_step(work, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("cs_lm.training.nonfinite.write_whole", full)
-    assert run(trainer)[0] == BAD_NUMBERS
+    monkeypatch.setattr("cs_lm.training.nonfinite.atomic_write", full)
+    assert run(trainer)[0] == NON_FINITE
     assert RunFolder(work / "run").read("last")["iteration"] == BAD - 1
 
 
@@ -211,7 +211,7 @@ def test_skip_has_an_end(work):
     config = replace(CONFIG, {"on_nan": "skip", "max_steps": 30})
     data = prepared(work, config)
     status, message = run(spoilt_trainer(work / "run", data, config, range(5, 30)))
-    assert status == BAD_NUMBERS and "step 15 is not finite" in message
+    assert status == NON_FINITE and "step 15 is not finite" in message
     assert "it was the 11th in a row" in message
     assert RunFolder(work / "run").verify() == []
 
@@ -219,8 +219,8 @@ def test_skip_has_an_end(work):
 def test_a_bad_first_step(work):
     data = prepared(work, CONFIG)
     status, message = run(spoilt_trainer(work / "run", data, CONFIG, [1]))
-    assert status == BAD_NUMBERS and "the checkpoint of step 0 is kept" in message
-    assert run(spoilt_trainer(work / "run", data, CONFIG, [1]))[0] == BAD_NUMBERS  # again
+    assert status == NON_FINITE and "the checkpoint of step 0 is kept" in message
+    assert run(spoilt_trainer(work / "run", data, CONFIG, [1]))[0] == NON_FINITE  # again
     assert run(trainer_of(work / "run", data, CONFIG))[0] == 0
     assert run(trainer_of(work / "quiet", data, CONFIG))[0] == 0
     assert_same_run(work / "quiet", work / "run")

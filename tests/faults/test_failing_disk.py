@@ -9,7 +9,7 @@ import torch
 
 from cs_lm.config.fields import replace
 from cs_lm.optim.adamw import AdamW
-from cs_lm.storage.atomic import SettlingFile
+from cs_lm.storage.atomic import SyncingFile
 from cs_lm.training.checkpoint import checkpoint_content
 from cs_lm.training.checkpoint_manager import CheckpointManager
 from cs_lm.training.metrics_log import read_metrics
@@ -22,7 +22,7 @@ from tests.faults.tiny_run import CONFIG, assert_same_run, prepared, trainer_of
 @pytest.fixture(autouse=True)
 def settling_often(monkeypatch):
     """A large checkpoint waits for the disk while it is written; so do these small ones."""
-    monkeypatch.setattr(SettlingFile, "_WAITING_BYTES", 700)
+    monkeypatch.setattr(SyncingFile, "_WAITING_BYTES", 700)
 
 
 def content(step):

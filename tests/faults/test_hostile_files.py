@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cs_lm.config.fields import all_problems, from_json, to_json
+from cs_lm.config.fields import from_json, to_json, validate_all
 from cs_lm.config.model import ModelConfig
 from cs_lm.config.run import RunConfig
 from cs_lm.data.token_store import MemmapManager
@@ -149,7 +149,7 @@ def test_settings_of_a_huge_model_are_refused_before_it_is_made():
 @given(JSON)
 def test_any_settings(stored):
     try:
-        all_problems(from_json(RunConfig, stored))
+        validate_all(from_json(RunConfig, stored))
     except ValueError as error:
         assert str(error).startswith("config: ")
 
@@ -158,7 +158,7 @@ def test_any_settings(stored):
 def test_one_setting_that_is_anything(name, value):
     stored = {**to_json(RunConfig()), name: value}
     try:
-        all_problems(from_json(RunConfig, stored))
+        validate_all(from_json(RunConfig, stored))
     except ValueError as error:
         assert str(error).startswith("config: ")
 

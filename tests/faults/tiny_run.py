@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from cs_lm.cli.train import BAD_NUMBERS
+from cs_lm.cli.train import NON_FINITE
 from cs_lm.config.data import DataConfig
 from cs_lm.config.fields import replace as replaced
 from cs_lm.config.model import ModelConfig
@@ -57,7 +57,7 @@ def trainer_of(folder: Path, data: PreparedData, config: RunConfig = CONFIG) -> 
 
 def train(folder: Path, data: PreparedData, config: RunConfig = CONFIG) -> int:
     """Begins or goes on, as run_clm.py would; returns the exit status."""
-    with RunFolder(folder).only_here():
+    with RunFolder(folder).lock():
         trainer = trainer_of(folder, data, config)
         if trainer.has_ended:
             return 0
@@ -65,7 +65,7 @@ def train(folder: Path, data: PreparedData, config: RunConfig = CONFIG) -> int:
             return trainer.fit()
         except NonFiniteError as error:
             print(error)
-            return BAD_NUMBERS
+            return NON_FINITE
 
 
 def assert_same_run(expected: Path, actual: Path) -> None:

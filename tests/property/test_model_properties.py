@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from cs_lm.config.model import ModelConfig
 from cs_lm.data.batches import sample_windows, shuffle_windows
 from cs_lm.data.token_store import ArrayTokens
-from cs_lm.inference.sampling import keep_top_k, keep_top_p
+from cs_lm.inference.sampling import top_k_logits, top_p_logits
 from cs_lm.models.transformer import TransformerLM
 from cs_lm.ops.fused import FAST
 from cs_lm.ops.reference import CLEAR
@@ -52,7 +52,7 @@ def test_rows_of_a_batch_do_not_see_each_other(batch):
 @given(score_rows, st.floats(0.01, 1.0))
 def test_top_p_keeps_the_smallest_set_that_has_the_mass(scores, p):
     scores = torch.tensor(scores, dtype=torch.float64)
-    kept = keep_top_p(scores, p)
+    kept = top_p_logits(scores, p)
     is_kept = kept.isfinite()
     probabilities = torch.softmax(scores, -1)
     mass = probabilities[is_kept].sum().item()
@@ -67,7 +67,7 @@ def test_top_p_keeps_the_smallest_set_that_has_the_mass(scores, p):
 @given(score_rows, st.integers(1, 50))
 def test_top_k_keeps_k(scores, k):
     scores = torch.tensor(scores)
-    is_kept = keep_top_k(scores, k).isfinite()
+    is_kept = top_k_logits(scores, k).isfinite()
     assert is_kept.sum() == min(k, len(scores))
     if not is_kept.all():
         assert scores[is_kept].min() >= scores[~is_kept].max()

@@ -11,7 +11,7 @@ from cs_lm.tokenizer.pretokenizer import SpecialTokenSplitter, split_words
 from cs_lm.tokenizer.word_boundaries import character_classes, word_starts
 from cs_lm.tokenizer.word_counts import count_words
 from cs_lm.tokenizer.word_encoder import WordEncoder
-from cs_lm.tokenizer.word_table import WordNumbers
+from cs_lm.tokenizer.word_table import WordTable
 
 SPECIALS = ["<|endoftext|>", "<|endoftext|><|endoftext|>", "<|", "é"]
 # Pieces that meet at awkward borders: white space of several kinds, contractions, halves of
@@ -153,7 +153,7 @@ def test_character_classes_are_those_of_the_pattern():
 
 @given(st.lists(texts, max_size=4), st.sampled_from([1, 4, 100]))
 def test_equal_numbers_are_equal_words(parts, capacity):
-    table, known = WordNumbers(capacity), {}
+    table, known = WordTable(capacity), {}
     for text in parts:
         words = [word.encode() for word in split_words(text)]
         numbers, new = table.numbers(text.encode(), word_starts(text))

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from cs_lm.config.data import DataConfig
-from cs_lm.config.fields import all_problems, from_json, to_json
+from cs_lm.config.fields import from_json, to_json, validate_all
 from cs_lm.config.fields import replace as replace_settings
 from cs_lm.config.flags import FlagParser, add_flags, config_from_flags
 from cs_lm.config.model import ModelConfig
@@ -19,14 +19,14 @@ def from_flags(*argv: str) -> RunConfig:
 
 
 def test_defaults_are_sound():
-    assert all_problems(RunConfig()) == [] and from_flags() == RunConfig()
+    assert validate_all(RunConfig()) == [] and from_flags() == RunConfig()
 
 
 @pytest.mark.parametrize(
     "argv, message",
     [
         ("--num_heads 5", r"--num_heads: got 5, need a divisor of --d_model \(512\)"),
-        ("--num_heads 512", r"--num_heads: got 512, which makes the head size 1; need an even one"),
+        ("--num_heads 512", r"--num_heads: got 512, which makes the head size 1, need an even one"),
         ("--d_model 0", "--d_model: got 0, need 1 or more"),
         ("--d_model x", "--d_model: got 'x', need a whole number"),
         ("--lr x", "--lr: got 'x', need a number"),
@@ -139,8 +139,8 @@ def test_flags_that_are_not_given_leave_the_base_alone():
 
 
 def test_an_odd_head_size_is_told_beside_other_problems():
-    found = ModelConfig(d_model=12, num_heads=4, vocab_size=0).problems()
-    assert [line.split(":")[0] for line in found] == ["--vocab_size", "--num_heads"]
+    found = ModelConfig(d_model=12, num_heads=4, vocab_size=0).validate()
+    assert [problem.where for problem in found] == ["--vocab_size", "--num_heads"]
 
 
 def parsed(*argv: str) -> dict:

@@ -248,7 +248,7 @@ def test_a_pipe_is_kept_for_later(monkeypatch, tmp_path):
     writer.join()
     with pytest.raises(UserError, match="--dry_run: cannot look at -, a pipe, without using it up"):
         check_no_pipe(config(corpus_path="-"))
-    found = DataConfig("-", "-").problems()
+    found = [str(problem) for problem in DataConfig("-", "-").validate()]
     assert "--corpus_path, --valid_path: got - for both" in found[0]
 
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from cs_lm.config.model import ModelConfig
-from cs_lm.inference.generate import generate, token_steps
+from cs_lm.inference.generate import generate, generate_tokens
 from cs_lm.inference.sampling import (
     DecodingConfig,
     apply_temperature,
-    keep_top_k,
-    keep_top_p,
-    penalise_repetition,
+    repetition_penalty_logits,
+    top_k_logits,
+    top_p_logits,
 )
 from cs_lm.inference.text import TextStream, generate_text
 from cs_lm.models.transformer import TransformerLM
@@ -33,19 +33,19 @@ def greedy(**changes):
 def test_filters_by_hand():
     scores = torch.tensor([[1.0, 3.0, 2.0, 0.0], [4.0, 0.0, 0.0, 5.0]])
     assert apply_temperature(scores, 2.0)[0].tolist() == [0.5, 1.5, 1.0, 0.0]
-    assert keep_top_k(scores, 2).tolist() == [[-INF, 3.0, 2.0, -INF], [4.0, -INF, -INF, 5.0]]
-    assert torch.equal(keep_top_k(scores, 99), scores)
+    assert top_k_logits(scores, 2).tolist() == [[-INF, 3.0, 2.0, -INF], [4.0, -INF, -INF, 5.0]]
+    assert torch.equal(top_k_logits(scores, 99), scores)
     probabilities = torch.tensor([0.1, 0.5, 0.15, 0.25]).log()
     for p, kept in [(0.4, [1]), (0.5, [1]), (0.6, [1, 3]), (0.76, [1, 2, 3]), (1.0, [0, 1, 2, 3])]:
-        assert keep_top_p(probabilities, p).isfinite().nonzero().flatten().tolist() == kept
-    assert keep_top_p(probabilities, 1e-9).isfinite().sum() == 1
+        assert top_p_logits(probabilities, p).isfinite().nonzero().flatten().tolist() == kept
+    assert top_p_logits(probabilities, 1e-9).isfinite().sum() == 1
 
 
 def test_repetition_penalty_knows_signs_and_counts_once():
     scores = torch.tensor([2.0, -2.0, 1.0, 0.0])
     seen = torch.tensor([0, 1, 0, 0, 3])
-    assert penalise_repetition(scores, seen, 2.0).tolist() == [1.0, -4.0, 1.0, 0.0]
-    assert penalise_repetition(scores, seen[:0], 2.0).tolist() == scores.tolist()
+    assert repetition_penalty_logits(scores, seen, 2.0).tolist() == [1.0, -4.0, 1.0, 0.0]
+    assert repetition_penalty_logits(scores, seen[:0], 2.0).tolist() == scores.tolist()
     assert scores.tolist() == [2.0, -2.0, 1.0, 0.0], "pure"
 
 
@@ -90,7 +90,7 @@ def test_stop_ids_are_not_given_out(model):
 def test_finished_rows_stay_silent(model):
     finished = [False, False]
     steps = []
-    for new_ids in token_steps(model, [[3], [4]], greedy(max_new_tokens=5), finished):
+    for new_ids in generate_tokens(model, [[3], [4]], greedy(max_new_tokens=5), finished):
         steps.append(new_ids)
         finished[1] = True
     assert all(step[0] is not None for step in steps) and len(steps) == 5
@@ -127,7 +127,7 @@ def test_bad_prompts_and_settings(model):
         ("temperature", 1e-30),
         ("seed", 1 << 63),
     ]:
-        assert f"--{name}: got" in DecodingConfig(**{name: value}).problems()[0]
+        assert f"--{name}: got" in str(DecodingConfig(**{name: value}).validate()[0])
 
 
 def shown(tokens, stop=()):
@@ -186,7 +186,7 @@ def test_settings_without_effect_are_refused():
         ({"temperature": 0.0, "top_p": 0.5}, "--top_p: has no effect at --temperature 0"),
         ({"repetition_window": 3}, "--repetition_window: has no effect without --repetition_pen"),
     ]:
-        assert message in DecodingConfig(**settings).problems()[0]
+        assert message in str(DecodingConfig(**settings).validate()[0])
 
 
 def chat_model(generator):
@@ -225,5 +225,5 @@ def test_samples_of_a_prompt_draw_each_their_own(model):
     assert len(texts) == 6 and len(set(texts)) == 6
     one = DecodingConfig(max_new_tokens=12, temperature=1.0, seed=5)
     assert generate_text(model, BYTES, ["ab"], one) == texts[:1]
-    problems = DecodingConfig(temperature=0.0, num_samples=2).problems()
+    problems = [str(p) for p in DecodingConfig(temperature=0.0, num_samples=2).validate()]
     assert "--num_samples: all are the same at --temperature 0" in problems[0]

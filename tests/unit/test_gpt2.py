@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from cs_lm.config.fields import all_problems, from_json, to_json
+from cs_lm.config.fields import from_json, to_json, validate_all
 from cs_lm.config.model import GPT2Config
 from cs_lm.config.presets import GPT_SIZES
 from cs_lm.config.run import RunConfig, named_run
@@ -13,7 +13,7 @@ from cs_lm.data.batches import Batch
 from cs_lm.models.base import evaluating, next_token_loss
 from cs_lm.models.gpt2 import GPT2LM
 from cs_lm.models.stats import flops_per_token, num_parameters
-from cs_lm.ops.dropout_mask import at_place, kept, new_state, next_pass, reseed
+from cs_lm.ops.dropout_mask import dropout_at, dropout_mask, new_state, next_pass, reseed
 from cs_lm.ops.fused import FAST
 from cs_lm.ops.reference import CLEAR
 from cs_lm.optim.param_groups import parameter_groups
@@ -68,7 +68,7 @@ def test_published_sizes(name):
 @pytest.mark.parametrize("name", GPT_SIZES)
 def test_named_runs_have_nothing_wrong(name):
     config = named_run(name)
-    assert all_problems(config) == []
+    assert validate_all(config) == []
     assert from_json(RunConfig, to_json(config)) == config
     size = GPT_SIZES[name]
     if size.tokens_per_step:  # the paper's batch, to the next whole number of windows
@@ -160,7 +160,9 @@ def test_draws_are_fair_and_unrelated():
     state = new_state(0)
     next_pass(state)
     keys.append(next_pass(state))
-    draws = [kept(torch.Size((size,)), rate, key, place) for key in keys for place in range(4)]
+    draws = [
+        dropout_mask(torch.Size((size,)), rate, key, place) for key in keys for place in range(4)
+    ]
     near = 5 * math.sqrt(rate * (1 - rate) / size)
     centred = torch.stack(draws).double() - (1 - rate)
     assert centred.mean(-1).abs().max() < near
@@ -174,7 +176,7 @@ def test_draws_are_fair_and_unrelated():
 def test_dropped_numbers_are_zero_and_the_others_larger():
     key = next_pass(new_state(3))
     x = torch.full((300, 301), 2.0)
-    y = at_place(0.25, key, 4)(x)
+    y = dropout_at(0.25, key, 4)(x)
     assert set(y.unique().tolist()) == {0.0, (torch.tensor(2.0) / 0.75).item()}
     assert y.mean().item() == pytest.approx(2.0, rel=0.01)
     state = new_state(3)
@@ -185,9 +187,9 @@ def test_dropped_numbers_are_zero_and_the_others_larger():
 
 def test_large_draws_do_not_depend_on_parts(monkeypatch):
     key = next_pass(new_state(3))
-    whole = kept(torch.Size((1000, 999)), 0.5, key, 1)
+    whole = dropout_mask(torch.Size((1000, 999)), 0.5, key, 1)
     monkeypatch.setattr("cs_lm.ops.dropout_mask.CACHE_NUMBERS", 4000)
-    assert torch.equal(kept(torch.Size((1000, 999)), 0.5, key, 1), whole)
+    assert torch.equal(dropout_mask(torch.Size((1000, 999)), 0.5, key, 1), whole)
 
 
 def test_decay_spares_tables_gains_and_biases():
@@ -223,7 +225,7 @@ def test_wrong_settings(change, message):
 @pytest.mark.parametrize("rate", [1e-4, 0.5, 0.99])
 def test_the_rate_is_what_is_dropped(rate):
     key = next_pass(new_state(11))
-    dropped = 1 - kept(torch.Size((2_000_000,)), rate, key, 2).double().mean().item()
+    dropped = 1 - dropout_mask(torch.Size((2_000_000,)), rate, key, 2).double().mean().item()
     near = 5 * math.sqrt(rate * (1 - rate) / 2_000_000) + 2**-17
     assert dropped == pytest.approx(rate, abs=near)
 
@@ -231,6 +233,6 @@ def test_the_rate_is_what_is_dropped(rate):
 def test_no_place_is_another_one_in_other_order():
     """The words of places may overlap; what is drawn from them must not."""
     key, size = next_pass(new_state(0)), 1 << 12
-    rows = torch.stack([kept(torch.Size((size,)), 0.5, key, place) for place in range(150)])
+    rows = torch.stack([dropout_mask(torch.Size((size,)), 0.5, key, place) for place in range(150)])
     blocks = rows.view(150, -1, 64).sum(-1).sort(-1).values  # an order of blocks would not show
     assert len({tuple(row) for row in blocks.tolist()}) == 150

@@ -85,7 +85,7 @@ def test_sequence_longer_than_the_context(model):
     "changes, message",
     [
         ({"num_heads": 5}, r"--num_heads: got 5, need a divisor of --d_model \(12\)"),
-        ({"num_heads": 4}, r"--num_heads: got 4, which makes the head size 3; need an even one"),
+        ({"num_heads": 4}, r"--num_heads: got 4, which makes the head size 3, need an even one"),
         ({"num_layers": 0}, "--num_layers: got 0, need 1 or more"),
         ({"rope_theta": -1.0}, "--theta: got -1.0, need a number above 0"),
     ],

@@ -91,9 +91,9 @@ def test_activation_checkpointing_with_frozen_parameters():
         next_token_loss(model, batch())[0].backward()
         gradients.append([p.grad for p in model.parameters()])
     assert [g is None for g in gradients[0]] == [g is None for g in gradients[1]]
-    for plain, recomputed in zip(*gradients):
+    for plain, checkpoint_activations in zip(*gradients):
         if plain is not None:
-            close(recomputed, plain, DEEP)
+            close(checkpoint_activations, plain, DEEP)
 
 
 def test_without_a_compiler_there_is_one_line_and_the_same_result(monkeypatch):
