@@ -118,7 +118,8 @@ lecture)
     ;;
 test)
     set_up ui,test,parity,corpora
-    exec "$venv/bin/python" -m pytest "$@"
+    # two processes; tests of one xdist_group run one after the other
+    exec "$venv/bin/python" -m pytest -n 2 --dist loadgroup "$@"
     ;;
 *) fail "got $mode; need default, characters, lecture or test" ;;
 esac

@@ -19,6 +19,7 @@ _HOME = {
     "GPT2LM": "cs_lm.models.gpt2",
     "LanguageModel": "cs_lm.models.base",
     "next_token_loss": "cs_lm.models.base",
+    "Batch": "cs_lm.data.batches",
     "AdamW": "cs_lm.optim.adamw",
     "clip_gradients": "cs_lm.optim.clip",
     "learning_rate": "cs_lm.optim.schedule",

@@ -3,6 +3,10 @@
 import os
 from pathlib import Path
 
+# Models of tests are tiny: two threads would wait for each other most of the time. Processes that
+# tests start take it over: equal bits need an equal number of threads.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 from hypothesis import settings
@@ -11,7 +15,7 @@ from hypothesis import settings
 settings.register_profile("steady", deadline=None, derandomize=True, max_examples=100)
 settings.load_profile("steady")
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ with.
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from cs_lm.models.layers import RoPE
 from cs_lm.ops import reference as ops
 from cs_lm.ops.fused import FAST
 from cs_lm.ops.fused_block import transformer_block
-from cs_lm.ops.reference import CLEAR
+from cs_lm.ops.reference import CLEAR, Ops
 from cs_lm.optim.adamw import AdamW
 from cs_lm.optim.clip import clip_gradients
 
@@ -97,8 +98,9 @@ def _checks(normal, generator: torch.Generator, device: torch.device) -> Iterato
     rotation = rope.rotation(torch.arange(T, device=device))
     swiglu_weights = [normal(FF, D) / 8, normal(D, FF) / 8, normal(FF, D) / 8]
     qkv = [normal(B, H, T, K) for _ in range(3)]
+    inputs = _Inputs(x, gain, ids, table, rotation, swiglu_weights, qkv)
     for label, record in (("clear", CLEAR), ("fast", FAST)):
-        yield from _record_checks(label, record, x, gain, ids, table, rotation, swiglu_weights, qkv)
+        yield from _record_checks(label, record, inputs)
     gains, squares = [gain, normal(D)], [normal(D, D) / 8 for _ in range(4)]
     yield Check(
         "fast block",
@@ -111,7 +113,20 @@ def _checks(normal, generator: torch.Generator, device: torch.device) -> Iterato
     yield Check("clip_gradients", *clipped, [x], with_gradient=False)
 
 
-def _record_checks(label, record, x, gain, ids, table, rotation, weights, qkv) -> Iterator[Check]:
+class _Inputs(NamedTuple):
+    """What the operations of a record are called with."""
+
+    x: Tensor
+    gain: Tensor
+    ids: Tensor
+    table: Tensor
+    rotation: tuple[Tensor, Tensor]
+    weights: list[Tensor]
+    qkv: list[Tensor]
+
+
+def _record_checks(label: str, record: Ops, inputs: _Inputs) -> Iterator[Check]:
+    x, gain, ids, table, rotation, weights, qkv = inputs
     yield Check(
         f"{label} rms_norm",
         lambda a, g: record.rms_norm(a, g, 1e-5),

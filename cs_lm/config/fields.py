@@ -93,9 +93,12 @@ def from_json(config_class: type, stored: dict[str, Any]) -> Any:
     Raises: ValueError for a setting that this version does not know, or of another type.
     """
     hints = typing.get_type_hints(config_class)
+    names = {each.name for each in dataclasses.fields(config_class)}
     if not isinstance(stored, dict):
         raise UserError(f"config: got {stored!r}, need settings by name")
-    unknown = set(stored) - set(hints)
+    if hasattr(config_class, DISCRIMINATOR):
+        _, stored = _chosen([config_class], stored)
+    unknown = set(stored) - names
     if unknown:
         raise UserError(
             f"config: got unknown settings {sorted(map(str, unknown))}; written by a newer version?"
@@ -103,7 +106,7 @@ def from_json(config_class: type, stored: dict[str, Any]) -> Any:
     values = {}
     for name, value in stored.items():
         if configs := configs_of(hints[name]):
-            values[name] = from_json(*_chosen(configs, value))
+            values[name] = from_json(_chosen(configs, value)[0], value)
             continue
         if typing.get_origin(hints[name]) is tuple:  # earlier versions had one path, or none
             value = (value,) if isinstance(value, str) else tuple(value or ())

@@ -1,14 +1,16 @@
 """A text, and a run on it that several tests read."""
 
-import os
+import contextlib
+import io
 import subprocess
-import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cs_lm.cli import train as train_command
 from cs_lm.training.checkpoint_manager import CheckpointManager
 
 ROOT = Path(__file__).parents[2]
@@ -34,17 +36,19 @@ def laid_over(argv: Sequence[str | Path]) -> list[str | Path]:
     return [word for flag, its in values.items() for word in (flag, *its)]
 
 
-def run_script(folder: Path, *argv: str, **options) -> subprocess.CompletedProcess:
-    """`python run_clm.py` as a user starts it, in a folder of its own."""
-    return subprocess.run(
-        [sys.executable, ROOT / "run_clm.py", *laid_over(argv)],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        **options,
-    )
+def run_script(folder: Path, *argv: str) -> subprocess.CompletedProcess:
+    """What `python run_clm.py` does in the folder, in this process: starting one takes seconds.
+
+    Tests of signals, terminals and consoles start processes of their own.
+    """
+    words = [str(word) for word in laid_over(argv)]
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.chdir(folder), redirect_stdout(out), redirect_stderr(err):
+        try:
+            status = train_command.main(words)
+        except SystemExit as end:  # --help
+            status = end.code
+    return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
 
 
 def last_checkpoint(run: Path) -> dict[str, Any]:

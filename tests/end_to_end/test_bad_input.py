@@ -29,7 +29,7 @@ TRAIN_CASES = [
     ("--valid_path no.txt", "--valid_path: got 'no.txt', which is not a file"),
     ("--vocab_size 256", "--vocab_size: got 256, need at least 257 (256 bytes + 1 special tokens)"),
     ("--num_heads 3", "--num_heads: got 3, need a divisor of --d_model (16)"),
-    ("--num_heads 16", "which makes the head size 1; need an even one"),
+    ("--num_heads 16", "which makes the head size 1, need an even one"),
     ("--seq_length 33", "--seq_length: got 33, need at most --max_seq_length (32)"),
     ("--device tpu", "--device: got 'tpu', need one of auto, cuda, cpu, mps"),
     ("--device cuda", "finds no such device here; use --device cpu or auto"),

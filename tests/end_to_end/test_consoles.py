@@ -18,6 +18,7 @@ def environment(encoding):
     return {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_every_command_survives(encoding, tmp_path, finished_run):
     """Samples, prompts, reports and plots with characters that the console does not have."""

@@ -110,7 +110,7 @@ def test_resume_refuses_another_model(finished_run):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for one process")
-@pytest.mark.parametrize("sampling", ["random", "epoch"])
+@pytest.mark.parametrize("sampling", [pytest.param("random", marks=pytest.mark.slow), "epoch"])
 def test_interrupted_and_resumed_is_the_uninterrupted_run(tmp_path, sampling):
     """Weights and moments to the last bit, and a log without gaps or repetitions."""
     write_corpus(tmp_path)
@@ -330,7 +330,7 @@ def test_checkpoints_do_not_tell_whether_a_run_was_compiled(tmp_path, monkeypatc
 HOLDER = """
 import sys, time
 from cs_lm.training.run_dir import RunFolder
-with RunFolder(sys.argv[1]).only_here():
+with RunFolder(sys.argv[1]).lock():
     print("held", flush=True)
     time.sleep(600)
 """

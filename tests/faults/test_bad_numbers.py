@@ -84,9 +84,9 @@ def test_stops_with_the_weights_from_before(work, what):
     assert "the checkpoint of step 7 is kept" in message
     content = RunFolder(work / "run").read("last")
     assert content["iteration"] == BAD - 1
-    for name, weight in short.model.state_dict().items():
+    for name, weight in short.task.model.state_dict().items():
         assert torch.equal(weight, content["model"][name]), name
-    states = zip(short.optimizer.state.values(), content["optimizer"]["state"].values())
+    states = zip(short.task.optimizer.state.values(), content["optimizer"]["state"].values())
     for expected, actual in states:
         assert expected["step"] == actual["step"]
         assert torch.equal(expected["exp_avg_sq"], actual["exp_avg_sq"])

@@ -87,7 +87,6 @@ def checkpoint_files():
         "no model": crafted({**content, "model": [1]}),
         "a list": crafted([1, 2]),
         "memory for nothing": crafted({**content, "extras": {"x": Memory()}}),
-        "no random state": crafted({**content, "rng": {}}),
         "weights without numbers": crafted({**content, "model": {"w": torch.ones(3).to("meta")}}),
         "nothing": b"",
     }

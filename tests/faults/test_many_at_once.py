@@ -13,6 +13,7 @@ from cs_lm.cli.commands import main as command
 from cs_lm.data import cache
 from cs_lm.storage import lock as locks
 from cs_lm.storage.lock import acquire, wait_for
+from cs_lm.training.console import log_to
 from cs_lm.training.run_dir import RunFolder
 from tests.end_to_end.conftest import ROOT, TINY, laid_over, write_corpus
 from tests.faults.tiny_run import CONFIG, prepared, train
@@ -54,6 +55,7 @@ def weights(folder, out_dir):
     return RunFolder(folder / out_dir).read("last")["model"]
 
 
+@pytest.mark.slow
 def test_four_first_starts_at_once(tmp_path):
     for folder in ("together", "alone"):
         for name in ("x", "y"):
@@ -95,15 +97,14 @@ def test_whoever_waits_says_so_and_finds_what_was_made(tmp_path):
 
     found = []
     threads = [
-        threading.Thread(
-            target=lambda: found.append(cache.find_or_make(path, find, make, said.append)[0])
-        )
+        threading.Thread(target=lambda: found.append(cache.find_or_make(path, find, make)[0]))
         for _ in range(4)
     ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=30)
+    with log_to(said.append):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=30)
     assert found == ["made"] * 4 and len(made) == 1
     assert said == [f"waiting: another process is making {path}"] * 3
 

@@ -115,7 +115,7 @@ def test_a_signal_is_seen_in_every_kind_of_work(work, capsys, monkeypatch):
         folder = work / str(number_of_look)
         trainer = trainer_of(folder, data, config)
         stop_at = StopAt(trainer, number_of_look)
-        for name in ("_one_step", "_validate", "_sample"):
+        for name in ("_one_step", "_evaluate", "_sample"):
             method = functools.partial(noted, getattr(trainer, name), stop_at, interrupted, name)
             monkeypatch.setattr(trainer, name, method)
         assert trainer.fit() == 128 + signal.SIGTERM
@@ -123,10 +123,10 @@ def test_a_signal_is_seen_in_every_kind_of_work(work, capsys, monkeypatch):
         if trainer.step:
             assert RunFolder(folder).read("last")["iteration"] == trainer.step
         assert "saved; the same command with --resume goes on" in capsys.readouterr().out
-    assert min(interrupted[name] for name in ("_one_step", "_validate", "_sample")) > 0
+    assert min(interrupted[name] for name in ("_one_step", "_evaluate", "_sample")) > 0
 
 
-@pytest.mark.parametrize("name", ["_validate", "_sample"])
+@pytest.mark.parametrize("name", ["_evaluate", "_sample"])
 def test_saved_before_what_may_fail(name, work, monkeypatch):
     """A mistake of ours in the evaluation, out of memory in the sample: the work is safe."""
     config = replace(SHORT, {"save_interval": 0})

@@ -203,6 +203,7 @@ def test_order_and_separator_are_part_of_the_fingerprint(tmp_path):
     assert len(stores) == 3
 
 
+@pytest.mark.slow
 def test_ten_thousand_small_files(tmp_path):
     (tmp_path / "many").mkdir()
     for i in range(10_000):

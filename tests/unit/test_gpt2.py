@@ -142,10 +142,11 @@ def test_activation_checkpointing_drops_the_same():
         close(first, second, DEEP)
 
 
-def test_compiled_drops_the_same_without_graph_breaks():
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_drops_the_same_without_graph_breaks(backend):
     torch._dynamo.reset()  # what other tests compiled, of other models
     plain, compiled = model_of(), model_of()
-    loss = torch.compile(next_token_loss, fullgraph=True)
+    loss = torch.compile(next_token_loss, fullgraph=True, backend=backend)
     for _ in range(2):  # the second pass draws others
         expected, _ = next_token_loss(plain, Batch(ids_of(), ids_of()))
         actual, _ = loss(compiled, Batch(ids_of(), ids_of()))
