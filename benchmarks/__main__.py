@@ -2,7 +2,7 @@
 
 import argparse
 
-from benchmarks import batches, decoding, importing, parts, saving, tokenizer, training
+from benchmarks import batches, decoding, importing, memory, parts, saving, tokenizer, training
 
 
 def main() -> None:
@@ -13,6 +13,7 @@ def main() -> None:
     rounds = ["--rounds", str(chosen.rounds)]
     training.main(rounds)
     parts.main(rounds)
+    memory.main(rounds)
     batches.main(rounds)
     saving.main(rounds)
     decoding.main(rounds)

@@ -24,7 +24,7 @@ SMALL = "0.82 M, B 12, T 64"
 def sparse_store(folder: Path, num_tokens: int):
     """A store of zeros that takes no room: what `MemmapManager.save_as_memmap` would write."""
     from cs_lm.data.store_writer import id_dtype
-from cs_lm.data.token_store import FORMAT_VERSION, MemmapManager
+    from cs_lm.data.token_store import FORMAT_VERSION, MemmapManager
     from cs_lm.storage.manifest import FileEntry, write_manifest
 
     vocab_size = 32_000
@@ -55,6 +55,7 @@ def waiting(num_tokens: int, is_prepared: bool):
     from cs_lm.config.model import ModelConfig
     from cs_lm.data.batches import BatchSource
     from cs_lm.data.prefetch import Prefetcher
+    from cs_lm.device import World
     from cs_lm.models.base import next_token_loss
     from cs_lm.models.transformer import TransformerLM
 
@@ -62,9 +63,8 @@ def waiting(num_tokens: int, is_prepared: bool):
     model = TransformerLM(ModelConfig(**sizes))
     folder = tempfile.TemporaryDirectory()
     store = sparse_store(Path(folder.name), num_tokens)
-    source = BatchSource(
-        store, batch_size, sizes["context_length"], 0, "random", torch.device("cpu")
-    )
+    world = World(torch.device("cpu"))
+    source = BatchSource(store, batch_size, sizes["context_length"], 0, "random", world)
     received = lambda copied: copied.received()  # noqa: E731
     batches = Prefetcher(source.copied, received) if is_prepared else source
     batches(0)
@@ -74,9 +74,9 @@ def waiting(num_tokens: int, is_prepared: bool):
         start_s = time.perf_counter()
         for step in range(1, NUM_STEPS + 1):
             asked_s = time.perf_counter()
-            x, y = batches(step)
+            batch = batches(step)
             waited_s += time.perf_counter() - asked_s
-            next_token_loss(model, Batch(x, y))[0].backward()
+            next_token_loss(model, batch)[0].backward()
         share = waited_s / (time.perf_counter() - start_s)
         folder.cleanup()
         return Found(waited_us=1e6 * waited_s / NUM_STEPS, share_of_step=share)

@@ -20,6 +20,7 @@ REPEATS = 3
 
 def _trained_one_step():
     from cs_lm.config.model import ModelConfig
+    from cs_lm.data.batches import Batch
     from cs_lm.models.transformer import TransformerLM
     from cs_lm.optim.adamw import AdamW
     from cs_lm.optim.param_groups import parameter_groups
@@ -31,10 +32,10 @@ def _trained_one_step():
     model = TransformerLM(ModelConfig(**sizes))
     groups = parameter_groups(model, SETTINGS["weight_decay"])
     optimizer = AdamW(groups, lr=SETTINGS["lr"], betas=SETTINGS["betas"])
-    x, y = _batch(sizes, batch_size)
+    batch = Batch(*_batch(sizes, batch_size))
 
     def step():
-        train_step(model, optimizer, [Batch(x, y)], 1.0)
+        train_step(model, optimizer, [batch], 1.0)
 
     step()  # creates the moments
     return model, optimizer, step
@@ -72,7 +73,7 @@ def stepping(saves: bool):
 
     model, optimizer, step = _trained_one_step()
     folder = tempfile.TemporaryDirectory()
-    saver = BackgroundSaver(CheckpointManager(folder.name), print)
+    saver = BackgroundSaver(CheckpointManager(folder.name))
 
     def timed() -> Found:
         if saves:

@@ -76,31 +76,32 @@ def ours(
     import torch
 
     from cs_lm.config.model import ModelConfig
+    from cs_lm.data.batches import Batch
     from cs_lm.models.base import next_token_loss
     from cs_lm.models.transformer import TransformerLM
     from cs_lm.ops.compile import CompileWithFallback
     from cs_lm.optim.adamw import AdamW
     from cs_lm.optim.param_groups import parameter_groups
     from cs_lm.training.malloc import keep_freed_memory
-    from cs_lm.training.step import autocast, train_step
+    from cs_lm.training.step import train_step, under_autocast
 
     keep_freed_memory()  # as a run does
     sizes, usual_size, num_steps = MODELS[name]
     batch_size = batch_size or usual_size
     num_steps = num_steps * usual_size // (batch_size * micro_batches)
-    batches = [tuple(_batch(sizes, batch_size)) for _ in range(micro_batches)]
+    batches = [Batch(*_batch(sizes, batch_size)) for _ in range(micro_batches)]
     before_mb = peak_mb()
     model = TransformerLM(ModelConfig(**sizes), activation_checkpointing=checkpointing)
     groups = parameter_groups(model, SETTINGS["weight_decay"])
     optimizer = AdamW(groups, lr=SETTINGS["lr"], betas=SETTINGS["betas"])
-    precision = autocast(torch.device("cpu"), dtype)
-    loss_function = next_token_loss
+    loss = next_token_loss
     if compiled:
-        loss_function = CompileWithFallback(next_token_loss, print)
+        loss = CompileWithFallback(next_token_loss, print)
         optimizer.compile(print)
+    loss = under_autocast(loss, torch.device("cpu"), dtype)
 
     def step():
-        train_step(model, optimizer, batches, 1.0, loss_function, precision)
+        train_step(model, optimizer, batches, 1.0, loss)
 
     return _timed(step, list(model.parameters()), before_mb, num_steps)
 
@@ -159,8 +160,9 @@ def main(argv=None) -> None:
         for dtype in ("float32", "bfloat16"):
             contestants = {
                 "cs_lm": functools.partial(ours, name, dtype),
-                "torch.nn twin": functools.partial(twin, name, dtype),
+                # like for like first: our setting of the allocator lent to the peer
                 "the twin, freed memory kept": functools.partial(twin, name, dtype, True),
+                "torch.nn twin": functools.partial(twin, name, dtype),
             }
             in_turns(f"training step, {name}, {dtype}", contestants, rounds, repeats=num_steps)
     for name, (_, _, num_steps) in MODELS.items():

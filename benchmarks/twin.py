@@ -81,7 +81,7 @@ def twin_step(
 ) -> Tensor:
     """One update, with its loss."""
     optimizer.zero_grad(set_to_none=True)
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
         loss = loss_function(model, x, y)
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), max_norm)

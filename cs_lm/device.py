@@ -1,4 +1,4 @@
-"""Which device a run uses, in which precision its products are, and what it runs on."""
+"""The device of a run, its speed, and the versions of the software."""
 
 import platform
 import time
@@ -14,7 +14,7 @@ from cs_lm.errors import Problem, UserError
 def resolve_device(name: str) -> torch.device:
     """The device of that name; "auto" is CUDA if present, else the CPU.
 
-    Raises: ValueError for an unknown device, or one that this machine does not have.
+    Raises: UserError for an unknown device, or one that this machine does not have.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -27,13 +27,16 @@ def resolve_device(name: str) -> torch.device:
     if kind not in present:
         raise UserError(Problem("--device", f"got {name!r}", "one of auto, cuda, cpu, mps"))
     if not present[kind]:
-        what = f"got {name!r}, but this torch ({torch.__version__}) finds no such device here"
+        what = (
+            f"got {name!r}, but this torch ({torch.__version__}) finds no such device on "
+            f"this machine"
+        )
         raise UserError(Problem("--device", what, fix="use --device cpu or auto"))
     return torch.device(name)
 
 
 class World(NamedTuple):
-    """The device that this process computes on, and which part of the work is its own.
+    """The device of this process, and its share of the work.
 
     rank, size  this process is number `rank` of `size` that train one model together
     """
@@ -43,7 +46,7 @@ class World(NamedTuple):
     size: int = 1
 
     def share_of(self, count: int) -> slice:
-        """This rank's part of `count` things: consecutive, and at most one more than another's."""
+        """This rank's consecutive part of `count` things; part sizes differ by at most 1."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
 
@@ -56,11 +59,11 @@ def describe(device: torch.device) -> str:
 
 
 def matrix_flops_per_s(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Floating-point operations a second of a large square matrix product: what can be had here.
+    """Highest measured speed of a square matrix product [floating-point operations a second].
 
-    None where the device makes no such product.
-    Why the best of many, of several sizes: whatever else the machine is doing can only make a
-    product slower. While one core of two is busy, few of them are as quick as they can be.
+    None if the device cannot compute such a product.
+    Why the best of many, of several sizes: other work of the machine can only make a product
+    slower. While one core of two is busy, few products reach full speed.
     Cost: about a tenth of a second, also on a CPU that has no instructions for bfloat16.
     """
 
@@ -75,10 +78,10 @@ def matrix_flops_per_s(device: torch.device, dtype: torch.dtype) -> float | None
         try:
             matrix = torch.ones(size, size, device=device, dtype=dtype)
             times = [product_s(matrix) for _ in range(5)]
-        except RuntimeError:  # what torch says of a product that a device does not have
+        except RuntimeError:  # the device cannot compute this product
             return best or None
         best = max(best, 2 * size**3 / min(times))
-        if 8 * 5 * min(times) > end_s - time.perf_counter():  # the next size takes so long
+        if 8 * 5 * min(times) > end_s - time.perf_counter():  # the next size takes longer
             break
         size *= 2
     while time.perf_counter() < end_s:
@@ -90,9 +93,9 @@ _MEASURED_S = 0.1
 
 
 def measured_speed(device: torch.device, dtype: str) -> tuple[float | None, str]:
-    """`matrix_flops_per_s`, and in words, with that of float32 where the narrower dtype is slower.
+    """`matrix_flops_per_s`, and a text that also names the speed of float32 if that is higher.
 
-    So it is on a CPU that has no instructions for bfloat16: by two orders of magnitude.
+    A CPU that has no instructions for bfloat16 is slower in it by two orders of magnitude.
     """
     flops_per_s = matrix_flops_per_s(device, getattr(torch, dtype))
     if flops_per_s is None:
@@ -100,8 +103,8 @@ def measured_speed(device: torch.device, dtype: str) -> tuple[float | None, str]
     text = f"{flops_per_s / 1e9:,.0f} GFLOP/s"
     if dtype != "float32":
         of_float32 = matrix_flops_per_s(device, torch.float32)
-        if of_float32 is not None and of_float32 > 1.2 * flops_per_s:  # more than two measurements
-            text += f", in float32 {of_float32 / 1e9:,.0f}: --dtype float32 is quicker here"
+        if of_float32 is not None and of_float32 > 1.2 * flops_per_s:  # beyond measurement noise
+            text += f"; float32: {of_float32 / 1e9:,.0f} GFLOP/s, so --dtype float32 is faster here"
     return flops_per_s, text
 
 

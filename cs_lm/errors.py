@@ -1,15 +1,15 @@
-"""What a user can cause and mend: a command prints it as lines, without a traceback."""
+"""Errors that a user can cause and fix. A command prints them without a traceback."""
 
 from typing import NamedTuple
 
 
 class Problem(NamedTuple):
-    """One thing that a user has to mend.
+    """One problem that the user can fix.
 
-    where  the flag as the user types it, or the part of the program that found it
-    what   what was given, or what is wrong: "got 5", "has no effect without --resume"
-    need   what would be right
-    fix    what to do
+    where  the flag as the user types it, or the part of the program that found the problem
+    what   the given value, or the mistake: "got 5", "has no effect without --resume"
+    need   the values that are allowed
+    fix    the action that solves the problem
     """
 
     where: str
@@ -18,14 +18,14 @@ class Problem(NamedTuple):
     fix: str = ""
 
     def __str__(self) -> str:
-        """where: what, need what; what to do."""
+        """The problem as one line: `where: what, need ...; fix`."""
         needed = f", need {self.need}" if self.need else ""
         fixed = f"; {self.fix}" if self.fix else ""
         return f"{self.where}: {self.what}{needed}{fixed}"
 
 
 class UserError(ValueError):
-    """Problems that a user can mend; one line each."""
+    """One or more problems that the user can fix. Its text has one line for each of them."""
 
     def __init__(self, *problems: Problem | str):
         super().__init__(*problems)
@@ -34,5 +34,11 @@ class UserError(ValueError):
         return "\n".join(map(str, self.args))
 
 
+def missing_package(where: str, package: str, extra: str) -> Problem:
+    """An optional package is not installed; `extra` is the extra of cs_lm that brings it."""
+    fix = f"install the extra with: pip install 'cs_lm[{extra}]'"
+    return Problem(where, f"needs the package {package}", fix=fix)
+
+
 class MissingError(UserError, FileNotFoundError):
-    """Files that a user has named and that are not there."""
+    """A file that the user named does not exist."""

@@ -1,7 +1,7 @@
-"""The classes of the course's sixth lecture, under its names, over the parts of this library.
+"""The classes of the course's sixth lecture, under the lecture's names, built on this library.
 
-The lecture's listings run unchanged with `from cs_lm.lecture import *`. Where its formula differs
-from the one that the field uses, these classes do what the lecture says, and say so.
+The lecture's listings run unchanged with `from cs_lm.lecture import *`. Where the lecture's formula
+differs from the usual one, the class follows the lecture, and its docstring says so.
 """
 
 from collections.abc import Iterable, Sequence
@@ -40,7 +40,7 @@ __all__ = [
 
 
 class BPE_Tokenizer(BPETokenizer):
-    """`BPETokenizer`; `encode`, `decode` and `encode_iterable` are its own."""
+    """`BPETokenizer` under the lecture's name; all other methods are inherited."""
 
     @classmethod
     def from_files(
@@ -55,7 +55,7 @@ class BPE_Tokenizer(BPETokenizer):
 class Memmap_Manager:
     """A text as token ids on disk, in files of `chunk_size` ids.
 
-    corpus_size  the label of the corpus: the store lies in data/<label>_chunks-<fingerprint>/
+    corpus_size  the label of the corpus: the store is in data/<label>_chunks-<fingerprint>/
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Memmap_Manager:
         self._used = None
 
     def save_as_memmap(self) -> None:
-        """Encodes the corpus, unless its store is there already."""
+        """Encodes the corpus, unless its store exists already."""
         corpus = find_corpus(self._data)
         self._used = find_or_encode_store(corpus, self._tokenizer)
 
@@ -108,10 +108,11 @@ class Batch_By_Memmap:
     def get_batch(
         self, bsz: int, seq_len: int, dataset_length: int, device: torch.device | str
     ) -> tuple[Tensor, Tensor]:
-        """x and y = x shifted by one, both (bsz, seq_len) int64, drawn by torch's generator.
+        """Random windows x, and y = x shifted by one token; both (bsz, seq_len) int64.
 
-        Unlike `data.batches.sample_windows`, the lecture leaves the last window out: windows begin
-        at 0 to dataset_length - seq_len - 2, both included.
+        torch's global generator draws the starts from 0 to dataset_length - seq_len - 2, both
+        included. This omits the last window, as the lecture does; `data.batches.sample_windows`
+        includes it.
         Raises: UserError for a dataset too short for one such window.
         """
         num_starts = dataset_length - seq_len - 1
@@ -128,8 +129,8 @@ class AdamW_Optimizer(AdamW):
         p <- p - lr sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + eps)
         p <- p - lr weight_decay p
 
-    `AdamW`, as the field has it, adds eps after the bias correction, where it weighs
-    1 / sqrt(1 - beta2^t) times less, and decays before the update.
+    `AdamW` is the usual form. It adds eps after the bias correction, which reduces the effect of
+    eps by the factor sqrt(1 - beta2^t), and it applies the weight decay before the update.
     """
 
     def __init__(
@@ -146,7 +147,7 @@ class AdamW_Optimizer(AdamW):
         self, tensors: tuple[list[Tensor], ...], step: int, group: dict, should_apply: Tensor | None
     ) -> None:
         correction = (1 - group["betas"][1] ** step) ** 0.5
-        # `AdamW` multiplies eps by the correction; dividing by it first leaves eps as it is
+        # `AdamW` multiplies eps by the correction: divide by it first, so that the two cancel
         own = {**group, "eps": group["eps"] / correction, "weight_decay": 0.0}
         super()._update(tensors, step, own, should_apply)
         decay = 1 - group["lr"] * group["weight_decay"]
@@ -156,7 +157,7 @@ class AdamW_Optimizer(AdamW):
 
 
 class Log_Softmax:
-    """`ops.log_softmax` along a dimension."""
+    """`ops.log_softmax` along one dimension."""
 
     def __init__(self, dim: int):
         self.dim = dim
@@ -168,10 +169,10 @@ class Log_Softmax:
 
 
 class Cross_Entropy_Calculator:
-    """The mean surprise of the targets [nats]."""
+    """Mean cross-entropy of the targets [nats per token]."""
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """inputs (..., V) logits, targets (...) int64, returns ()."""
+        """inputs (..., V) logits, targets (...) int64, returns () the mean."""
         loss_sum, count = ops.cross_entropy(inputs, targets)
         return loss_sum / count.clamp(min=1)
 
@@ -185,15 +186,15 @@ class Gradient_Clipper:
         self.max_norm = max_norm
 
     def clip(self, parameters: Iterable[nn.Parameter]) -> Tensor:
-        """Returns the norm before."""
+        """Clips in place; returns the norm before clipping."""
         return clip_gradients(parameters, self.max_norm)
 
 
 class Learning_Rate_Scheduler:
-    """Linear warm-up, cosine, constant."""
+    """Learning rate: linear warm-up, then a cosine decay, then constant."""
 
     def get_lr(self, step: int, lr_max: float, lr_min: float, Tw: int, Tc: int) -> float:
-        """The lecture starts at 0: its first update changes nothing.
+        """The learning rate at a step. Step 0 of the warm-up has rate 0, so it changes nothing.
 
         `optim.schedule.learning_rate` is one step ahead, so that no update is wasted.
         """
@@ -201,7 +202,7 @@ class Learning_Rate_Scheduler:
 
 
 class Checkpoint_Manager:
-    """One file for model, optimizer and iteration, written whole or not at all."""
+    """One file for model, optimizer and iteration; it is written completely or not at all."""
 
     def save(
         self,
@@ -223,7 +224,7 @@ class Checkpoint_Manager:
 
 
 class Transformer_LM(TransformerLM):
-    """`TransformerLM` from the lecture's list of sizes."""
+    """`TransformerLM` with the lecture's arguments."""
 
     def __init__(
         self,

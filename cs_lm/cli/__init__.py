@@ -1,7 +1,7 @@
 """The commands: one file each, with `main(argv=None) -> int`.
 
-No formula and no file format lives here; modules with a leading underscore are no commands.
-Read `commands` first (which there are), then `train`, which is also run_clm.py; `generate`,
+They contain no formula and no file format; modules with a leading underscore are not commands.
+Read `commands` first (the list of them), then `train`, which is also run_clm.py; `generate`,
 `evaluate`; `train_tokenizer`, `tokenizer_report`, `encode`; `import_weights`, `export_weights`;
 `plot`, `verify`, `cache`, `selfcheck`, `book`.
 """

@@ -1,4 +1,4 @@
-"""What a user can cause becomes readable lines and exit status 2; a traceback is for bugs."""
+"""Prints errors that a user can cause as lines, with exit status 2; a traceback means a bug."""
 
 import contextlib
 import functools
@@ -15,7 +15,7 @@ Main = Callable[[Sequence[str] | None], int]
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """torch's allocators raise a RuntimeError, on the CPU one without a class of its own."""
+    """Whether memory ran out. torch raises a RuntimeError, without a subclass on the CPU."""
     is_cpu = "alloc" in str(error) and "memory" in str(error)
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or is_cpu
 
@@ -27,7 +27,7 @@ def readable_errors(main: Main) -> Main:
         try:
             with raise_on_signal(), log_to(lambda text: print_line(text, sys.stderr)):
                 return main(argv)
-        except BrokenPipeError:  # the reader of our output has had enough
+        except BrokenPipeError:  # the reader closed the pipe, as `head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         except (MemoryError, RuntimeError) as error:
@@ -51,7 +51,7 @@ def readable_errors(main: Main) -> Main:
 
 
 def _show_whatever_the_console_lacks() -> None:
-    """Characters that a console cannot show become codes: no text ends a command."""
+    """Prints escape codes for characters that the console cannot show, instead of an error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
@@ -59,5 +59,5 @@ def _show_whatever_the_console_lacks() -> None:
 
 def print_error(error: Exception) -> None:
     for line in str(error).splitlines():
-        with contextlib.suppress(OSError):  # a terminal that is gone changes no exit status
+        with contextlib.suppress(OSError):  # a closed terminal must not change the exit status
             print(f"error: {line}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""A new run that begins with the weights of another one, or of another program."""
+"""Reads the weights for a new run (--init_from) from another run or another program."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from cs_lm.training.run_dir import RunFolder, saved_config
 class Start(NamedTuple):
     """Weights and the tokenizer that they were trained with.
 
-    base  the defaults of a run that begins with them: nothing of their own training but the shape
+    base  default settings of the new run; only the model and special tokens come from the old one
     """
 
     base: RunConfig
@@ -31,7 +31,7 @@ class Start(NamedTuple):
 def read_start(path: str | Path) -> Start:
     """From a run's folder (its best model), one of its checkpoints, or a folder of weights.
 
-    Raises: UserError for a path that is none of these; ValueError for one that cannot be read.
+    Raises: UserError or FileNotFoundError for a path that is none of these or cannot be read.
     """
     path = Path(path)
     step = path.name.rpartition("-")[2]

@@ -1,4 +1,4 @@
-"""How far a long piece of work has got: one line that renews itself, or a line now and then."""
+"""Progress of long work: a line that updates itself on a terminal, else a line now and then."""
 
 import sys
 import time
@@ -11,7 +11,7 @@ PLAIN_INTERVAL_S = 5.0
 
 
 class ProgressLine:
-    """Called with a phase, what is done of it, the total (None: unknown) and a remark."""
+    """Call it with a phase, the amount done, the total (None: unknown) and a remark."""
 
     def __init__(self, file: TextIO | None = None):
         self._file = file or sys.stderr
@@ -34,7 +34,7 @@ class ProgressLine:
         self._show(self._line(done, total, now - self._start_s, remark))
 
     def close(self) -> None:
-        """Ends the line that renews itself."""
+        """Ends the line that updates itself."""
         if self._width:
             print(file=self._file)
         self._width = 0

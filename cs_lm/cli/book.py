@@ -45,12 +45,12 @@ class BookConfig:
     merges_path: str | None = setting(None, "GPT-2's merges.txt, beside --vocab_path")
     prompt: str = setting("Every effort moves you", "how the samples begin")
     max_steps: int | None = setting(None, "at most this many updates, of 90", "steps")
-    seed: int = setting(123, "weights, batches and samples follow from it")
+    seed: int = setting(123, "random seed of weights, batches and samples", minimum=0)
     device: str = device_setting()
     out_dir: str = setting("runs/book", "folder of the run")
 
     def validate(self) -> list[Problem]:
-        return not_positive(self, ("seed",))  # the run finds the others, under the same flags
+        return not_positive(self)  # the run finds the others, under the same flags
 
 
 @readable_errors

@@ -1,7 +1,7 @@
-"""`cs-lm cache`: what lies in data/, and, by command only, what of it to remove.
+"""`cs-lm cache`: lists what is in data/, and removes some of it on request.
 
-Every tokenizer and token store there can be made again by the command that made it; what came
-through a pipe cannot, and goes by name only. What a process is using stays.
+Every tokenizer and token store there can be made again by the command that made it. Text that came
+through a pipe cannot: it is removed by name only. Nothing that a process is using is removed.
 """
 
 import datetime
@@ -23,8 +23,8 @@ _DAY_S = 86_400
 
 @dataclass(frozen=True)
 class CacheConfig:
-    remove: tuple[str, ...] = setting((), "names of what is to go, as the list has them")
-    unused_days: float | None = setting(None, "remove what has not been used for as long", "days")
+    remove: tuple[str, ...] = setting((), "remove these entries, named as in the list")
+    unused_days: float | None = setting(None, "remove entries unused for this many days", "days")
 
     def validate(self) -> list[Problem]:
         if self.unused_days is not None and not 0 <= self.unused_days < math.inf:
@@ -38,7 +38,7 @@ class CacheConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(CacheConfig, "cs-lm cache", __doc__, argv)
     found = list(entries())
-    asked = {Path(name).name for name in config.remove}  # `data/name/`, as shells complete it
+    asked = {Path(name).name for name in config.remove}  # shells complete it to `data/name/`
     unknown = asked - {entry.path.name for entry in found}
     if unknown:
         raise UserError(
@@ -63,11 +63,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             in_use.append(str(entry.path))
     if not chosen:
-        print("nothing has been unused for so long")
+        print("no entry is that old")
     if in_use:
         raise UserError(
             Problem(
-                "cache", f"a process is using {', '.join(in_use)}", fix="nothing of it was removed"
+                "cache",
+                f"a process is using {', '.join(in_use)}",
+                fix="these entries were not removed",
             )
         )
     return 0

@@ -1,4 +1,4 @@
-"""Finds the command that `python -m cs_lm <command>` names."""
+"""Runs the command that `python -m cs_lm <command>` names."""
 
 import difflib
 import importlib

@@ -1,4 +1,4 @@
-"""`python -m cs_lm encode`: a text and a tokenizer to a token store."""
+"""`python -m cs_lm encode`: encodes a text with a tokenizer into a token store."""
 
 import logging
 from collections.abc import Sequence

@@ -40,7 +40,7 @@ class EvaluateConfig:
 
     def validate(self) -> list[Problem]:
         found = [
-            Problem(f"--{n}", "is missing")
+            Problem(f"--{n}", "is missing", fix="name it")
             for n in ("out_dir", "text_path")
             if not getattr(self, n)
         ]

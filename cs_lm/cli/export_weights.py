@@ -1,7 +1,7 @@
-"""`python -m cs_lm export-weights`: a run's model in the layout of other programs.
+"""`python -m cs_lm export-weights`: writes a run's model in the layout of other programs.
 
-A GPT-2 becomes what transformers' GPT2LMHeadModel or OpenAI's TensorFlow code reads, a transformer
-what transformers' LlamaForCausalLM reads; its tokenizer comes along.
+GPT-2 models are for transformers' GPT2LMHeadModel or OpenAI's TensorFlow code; transformer models
+are for transformers' LlamaForCausalLM. The tokenizer is written, too.
 """
 
 from collections.abc import Sequence
@@ -23,15 +23,19 @@ class ExportConfig:
     out_dir: str = setting("", "folder of the run; required")
     checkpoint: str = checkpoint_setting()
     target: str = setting("", "folder to make; required", flag="--to")
-    file_format: str = setting("safetensors", "of the weights", flag="--format", choices=FORMATS)
+    file_format: str = setting(
+        "safetensors", "file format of the weights", flag="--format", choices=FORMATS
+    )
     shard_mb: int | None = setting(
-        None, "several files of at most this size, but for a tensor that is larger", "MB"
+        None,
+        "split the weights into files of at most this size; a larger tensor gets its own file",
+        "MB",
     )
 
     def validate(self) -> list[Problem]:
         required = {"--out_dir": self.out_dir, "--to": self.target}
         found = [
-            Problem(f"{flag}", "is missing", fix="name it")
+            Problem(flag, "is missing", fix="name it")
             for flag, given in required.items()
             if not given
         ]

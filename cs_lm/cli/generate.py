@@ -1,7 +1,7 @@
-"""`python -m cs_lm generate`: a trained model goes on from a prompt.
+"""`python -m cs_lm generate`: a trained model continues a prompt.
 
-The prompt comes from --prompt, --prompt_file or standard input; on a terminal without either,
-prompts are asked for one after another.
+The prompt comes from --prompt, --prompt_file or standard input. On a terminal without these flags,
+you are asked for one prompt after another.
 """
 
 import signal
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if prompt == "":
         raise UserError("prompt: got an empty text, need at least one character")
     trained = load_trained(folder, config.checkpoint, device, getattr(torch, config.dtype))
-    stop_ids_of(trained.tokenizer, config.decoding.stop_token)  # said before anything is written
+    stop_ids_of(trained.tokenizer, config.decoding.stop_token)  # raises before any text is shown
     try:
         return _answer(trained, prompt, config.decoding)
     except NotANumberError as error:
@@ -81,7 +81,10 @@ def _answer(trained: TrainedModel, prompt: str | None, decoding: DecodingConfig)
     if prompt is not None:
         _write(trained, prompt, decoding)
         return 0
-    print("prompt, then Enter; Ctrl-C ends an answer, an empty line all", file=sys.stderr)
+    print(
+        "type a prompt and press Enter; Ctrl-C stops an answer, an empty line quits",
+        file=sys.stderr,
+    )
     while line := _ask():
         if not is_unicode(line):
             print_error(UserError(not_unicode("prompt", line)))
@@ -92,7 +95,7 @@ def _answer(trained: TrainedModel, prompt: str | None, decoding: DecodingConfig)
         except StopRequested as stopped:
             if stopped.number != signal.SIGINT:
                 raise
-            print()  # enough of this one
+            print()  # Ctrl-C ends this answer only
     return 0
 
 
@@ -115,7 +118,7 @@ def _ask() -> str:
 
 
 def _write(trained: TrainedModel, prompt: str, decoding: DecodingConfig) -> None:
-    """The prompt and what the model adds, as soon as it is certain; several texts when all are."""
+    """Prints the prompt, then new text as soon as it is final; several samples all at the end."""
     if decoding.num_samples > 1:
         texts = generate_text(trained.model, trained.tokenizer, [prompt], decoding)
         for number, text in enumerate(texts, start=1):

@@ -1,8 +1,8 @@
-"""`python -m cs_lm import-weights`: pretrained weights become a run, at step 0.
+"""`python -m cs_lm import-weights`: turns pretrained weights into a run at step 0.
 
-From a folder of Hugging Face's (GPT-2, Llama) or OpenAI's (GPT-2), a file of weights in one, or
-nanoGPT's ckpt.pt (its GELU is the one without tanh; the two differ by up to 5e-4). The run
-generates text, is evaluated, and `run_clm.py --resume` trains it further.
+Reads a folder from Hugging Face (GPT-2, Llama) or OpenAI (GPT-2), a weight file in one, or
+nanoGPT's ckpt.pt (its GELU has no tanh; it differs from ours by up to 5e-4). The run can generate
+text and be evaluated, and `run_clm.py --resume` trains it further.
 """
 
 import shlex
@@ -29,7 +29,7 @@ class ImportConfig:
     def validate(self) -> list[Problem]:
         required = {"--from": self.weights_path, "--out_dir": self.out_dir}
         found = [
-            Problem(f"{flag}", "is missing", fix="name it")
+            Problem(flag, "is missing", fix="name it")
             for flag, given in required.items()
             if not given
         ]
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder.refuse_a_run()
     path = Path(asked.weights_path)
     if nanogpt_file(path) is None:
-        read_config(folder_of(path))  # says first what is no folder of weights
+        read_config(folder_of(path))  # raises early if this is no folder of weights
     if asked.vocab_path is not None:
         specials = DataConfig.special_tokens
         tokenizer = BPETokenizer.from_files(asked.vocab_path, asked.merges_path, specials)

@@ -1,4 +1,4 @@
-"""`python -m cs_lm plot`: the losses of a run as a PNG."""
+"""`python -m cs_lm plot`: draws the losses of a run as a PNG file."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

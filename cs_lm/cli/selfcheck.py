@@ -1,7 +1,6 @@
-"""`python -m cs_lm selfcheck`: every hand-written operation beside torch's, on this machine.
+"""`python -m cs_lm selfcheck`: compares each hand-written operation with torch's, on this machine.
 
-This is the one file of the library that calls torch's own versions: they are what it compares
-with.
+Only this file of the library calls torch's own versions.
 """
 
 import functools
@@ -28,7 +27,7 @@ from cs_lm.ops.reference import CLEAR, Ops
 from cs_lm.optim.adamw import AdamW
 from cs_lm.optim.clip import clip_gradients
 
-# The difference that rounding explains, relative to the largest entry.
+# Largest difference that rounding explains, relative to the largest entry.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 B, H, T, K, D, FF, V = 2, 4, 96, 16, 64, 160, 512
 
@@ -114,7 +113,7 @@ def _checks(normal, generator: torch.Generator, device: torch.device) -> Iterato
 
 
 class _Inputs(NamedTuple):
-    """What the operations of a record are called with."""
+    """Inputs for the operations of an `Ops` record."""
 
     x: Tensor
     gain: Tensor
@@ -170,7 +169,7 @@ def _record_checks(label: str, record: Ops, inputs: _Inputs) -> Iterator[Check]:
 
 
 def _torch_layer_norm(x: Tensor, gain: Tensor) -> Tensor:
-    """In float32: on a single thread torch sums the gain's gradient in bfloat16."""
+    """torch's, in float32: on a single thread, torch sums the gain's gradient in bfloat16."""
     wide = gain.float()
     return F.layer_norm(x.float(), (D,), wide, wide / 2, 1e-5).to(x.dtype)
 
@@ -213,7 +212,7 @@ def _clipped(clip) -> Callable[[Tensor], Tensor]:
 
 
 def _differences(check: Check) -> list[float]:
-    """The largest difference of the value and of any gradient, relative to the largest entry."""
+    """Largest difference of the value, and of all gradients, relative to the largest entry."""
     results = []
     for function in (check.ours, check.torchs):
         leaves = [t.detach().clone().requires_grad_() for t in check.inputs]

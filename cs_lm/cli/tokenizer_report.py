@@ -1,4 +1,4 @@
-"""`python -m cs_lm tokenizer-report`: how a tokenizer cuts a text, and why."""
+"""`python -m cs_lm tokenizer-report`: how a tokenizer splits a text, and why."""
 
 import os
 import sys
@@ -18,7 +18,7 @@ from cs_lm.tokenizer.bpe import merge_steps
 from cs_lm.tokenizer.pretokenizer import split_words
 from cs_lm.tokenizer.text_source import TextSource
 
-# Dark letters on five light backgrounds by turns: no two neighbours are alike.
+# Dark text on five light backgrounds in turn: neighbouring tokens always differ.
 _BACKGROUNDS = (153, 157, 223, 217, 189)
 
 
@@ -92,7 +92,7 @@ def _report_text(tokenizer: BPETokenizer, config: ReportConfig) -> None:
 
 
 def _cut_view(tokenizer: BPETokenizer, text: str, color: str) -> str:
-    """The text with its tokens told apart; bytes of a divided character show as U+FFFD."""
+    """The text with its tokens marked; bytes of a split character show as U+FFFD."""
     tokens = [tokenizer.decode([i]) for i in tokenizer.encode(text)]
     wanted = color == "always" or (color == "auto" and sys.stdout.isatty())
     if not wanted or (color == "auto" and os.environ.get("NO_COLOR")):
@@ -100,7 +100,7 @@ def _cut_view(tokenizer: BPETokenizer, text: str, color: str) -> str:
     painted = []
     for index, token in enumerate(tokens):
         background = f"\x1b[38;5;16;48;5;{_BACKGROUNDS[index % len(_BACKGROUNDS)]}m"
-        # the colour ends before a line does: else it would run to the window's edge
+        # end the colour before a newline: otherwise it fills the rest of the line
         lines = token.replace("\n", "↵\n").split("\n")
         painted.append("\n".join(f"{background}{line}\x1b[0m" if line else "" for line in lines))
     return "".join(painted)
@@ -108,13 +108,12 @@ def _cut_view(tokenizer: BPETokenizer, text: str, color: str) -> str:
 
 def _trace(tokenizer: BPETokenizer, text: str) -> None:
     ranks = {pair: rank for rank, pair in reversed(list(enumerate(tokenizer.merges)))}
-    ids = {token: token_id for token_id, token in tokenizer.vocab.items()}
     for word in split_words(text):
         print(f"\nmerges of {word!r}")
         for pair, tokens in merge_steps(word.encode("utf-8"), ranks):
             why = "bytes" if pair is None else f"merge {ranks[pair]:,}"
             print(f"  {why:>14}  {_listed(tokens)}")
-        print(f"  {'ids':>14}  {' '.join(str(ids[token]) for token in tokens)}")
+        print(f"  {'ids':>14}  {' '.join(str(tokenizer.id_of[token]) for token in tokens)}")
 
 
 def _listed(tokens: Sequence[bytes]) -> str:

@@ -1,4 +1,4 @@
-"""`run_clm.py`: settings from flags and saved runs, then a dry run or a training run."""
+"""`run_clm.py`: reads flags and saved settings, then does a dry run or a training run."""
 
 import difflib
 import importlib.util
@@ -22,9 +22,8 @@ from cs_lm.data.corpus import check_corpora, label_of
 from cs_lm.data.pipeline import prepare
 from cs_lm.data.pipes import check_no_pipe, with_pipes_kept
 from cs_lm.device import resolve_device
-from cs_lm.errors import Problem, UserError
+from cs_lm.errors import Problem, UserError, missing_package
 from cs_lm.training.console import log_to, print_line
-from cs_lm.training.metrics_log import INSTALL_HINT
 from cs_lm.training.run_dir import RunFolder, saved_config
 
 DESCRIPTION = """\
@@ -34,7 +33,7 @@ Units stand in [brackets]."""
 _FIXED_FROM_START = frozenset(("model_name", "special_tokens", "vocab_path", "merges_path"))
 _FIXED_SETTINGS = _FIXED_FROM_START | {"valid_path", "valid_fraction"}
 UNEXPECTED, NON_FINITE = 1, 3  # exit status
-# Settings that say what to do now rather than what the run is.
+# Settings of this call only, which are not part of the run.
 _OF_THIS_CALL = {*NOT_SAVED_SETTINGS, "out_dir"}
 
 
@@ -69,7 +68,7 @@ def _main(argv: Sequence[str] | None) -> int:
     config = with_pipes_kept(config)
     data = _prepared(config, tokenizer)
     with folder.lock():
-        folder.refuse_a_run()  # one that began and ended meanwhile
+        folder.refuse_a_run()  # a run that began and ended meanwhile
         weights = None if start is None else start.weights
         return _fit(lambda: _new_trainer()(config, data, folder, weights=weights))
 
@@ -77,7 +76,7 @@ def _main(argv: Sequence[str] | None) -> int:
 def _named_base(given: dict[str, Any]) -> RunConfig:
     model_name = given.get("model_name", DEFAULT_MODEL)
     names = model_names()
-    if model_name not in names:  # what goes with it cannot be said
+    if model_name not in names:  # the other defaults depend on it: stop here
         near = [name for name in names if name.startswith(model_name)]
         near = near or difflib.get_close_matches(model_name, names, n=1) or names
         raise UserError(f"--model: got {model_name!r}, need one of {', '.join(near)}")
@@ -103,7 +102,7 @@ def _resume_locked(folder: RunFolder, namespace, given: dict[str, Any]) -> int:
     step = given.get("resume_step")
     checkpoint = folder.read("last" if step is None else str(step))
     saved = saved_config(checkpoint)
-    # no text has decided yet what the best of an imported model is
+    # an imported model has no best checkpoint yet: its validation text may still change
     fixed = _FIXED_SETTINGS if checkpoint["iteration"] > 0 else _FIXED_FROM_START
     whose = ("the run to resume has", "leave the flag out, or start a new run in another --out_dir")
     _refuse_what_cannot_change(saved, given, whose, fixed)
@@ -117,7 +116,7 @@ def _resume_locked(folder: RunFolder, namespace, given: dict[str, Any]) -> int:
         return _print_dry_run(config, folder, tokenizer)
     config = with_pipes_kept(config)
     data = _prepared(config, tokenizer)
-    held = [checkpoint]  # the trainer copies it: what is read need not stay in memory meanwhile
+    held = [checkpoint]  # the trainer copies it: `pop` lets the original be freed during training
     del checkpoint
     return _fit(lambda: _new_trainer()(config, data, folder, held.pop()))
 
@@ -125,9 +124,9 @@ def _resume_locked(folder: RunFolder, namespace, given: dict[str, Any]) -> int:
 def _refuse_what_cannot_change(
     saved: RunConfig, given: dict[str, Any], whose: tuple[str, str], fixed: frozenset[str]
 ) -> None:
-    """The model and its tokenizer are what they are, and so is the text that decides the best.
+    """Raises: UserError for flags that change the model, its tokenizer or a setting in `fixed`.
 
-    whose  what has the settings, and what to do, in words
+    whose  two parts of the message: who has the other setting, and what to do
     """
     has, remedy = whose
     wrong = []
@@ -155,7 +154,7 @@ def _value(config: RunConfig, name: str) -> Any:
 
 
 def _problems_of_this_machine(config: RunConfig) -> list[Problem]:
-    """What only shows when files and devices are looked at."""
+    """Problems that appear only when files and devices are checked."""
     found = []
     try:
         resolve_device(config.device)
@@ -163,9 +162,7 @@ def _problems_of_this_machine(config: RunConfig) -> list[Problem]:
         found += error.args
     found += check_corpora(config.data)
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        found.append(
-            Problem("--tensorboard", "needs the package tensorboard", fix=f"{INSTALL_HINT}")
-        )
+        found.append(missing_package("--tensorboard", "tensorboard", "ui"))
     return found
 
 

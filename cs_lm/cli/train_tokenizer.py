@@ -1,4 +1,4 @@
-"""`python -m cs_lm train-tokenizer`: a text to vocab.json and merges.txt."""
+"""`python -m cs_lm train-tokenizer`: learns vocab.json and merges.txt from a text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class TrainTokenizerConfig:
         found = []
         if not self.corpus_path:
             found.append(Problem("--corpus_path", "is missing", fix="name a UTF-8 text file, or -"))
-        if self.vocab_size < 1:  # how many are too few depends on the special tokens
+        if self.vocab_size < 1:  # the real minimum depends on the special tokens
             found.append(Problem("--vocab_size", f"got {self.vocab_size}", "1 or more"))
         if self.num_workers is not None and self.num_workers < 1:
             found.append(Problem("--num_workers", f"got {self.num_workers}", "1 or more"))
@@ -50,14 +50,10 @@ class TrainTokenizerConfig:
             )
         for flag, path in (("--vocab_path", self.vocab_path), ("--merges_path", self.merges_path)):
             if Path(path).is_dir():
-                found.append(
-                    Problem(f"{flag}", f"got {path!r}, which is a folder", fix="name a file")
-                )
+                found.append(Problem(flag, f"got {path!r}, which is a folder", fix="name a file"))
             elif Path(path).exists() and not self.overwrite:
                 found.append(
-                    Problem(
-                        f"{flag}", f"{path!r} exists", fix="add --overwrite, or name another file"
-                    )
+                    Problem(flag, f"{path!r} exists", fix="add --overwrite, or name another file")
                 )
         return found
 
@@ -67,10 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(TrainTokenizerConfig, "python -m cs_lm train-tokenizer", __doc__, argv)
     text = text_of(config.corpus_path, config, config.special_tokens)
     progress = ProgressLine()
-    vocab, merges = train_bpe(
-        text, config.vocab_size, config.special_tokens, config.num_workers, progress=progress
-    )
-    progress.close()
+    try:
+        vocab, merges = train_bpe(
+            text, config.vocab_size, config.special_tokens, config.num_workers, progress=progress
+        )
+    finally:
+        progress.close()
     tokenizer = BPETokenizer(vocab, merges, config.special_tokens)
     _save(tokenizer, config)
     longest = max(vocab.values(), key=len)[:_SHOWN_BYTES].decode("utf-8", "replace")
@@ -80,9 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _save(tokenizer: BPETokenizer, config: TrainTokenizerConfig) -> None:
-    """Both files under one lock: two processes must not leave one of each."""
+    """Saves both files under one lock, so that they never come from two processes."""
     with writing_alone(Path(config.vocab_path), on_wait=lambda: None):
-        problems = config.validate()  # what another process has made meanwhile
+        problems = config.validate()  # another process may have made them meanwhile
         if problems:
             raise UserError(*problems)
         tokenizer.save(config.vocab_path, config.merges_path)

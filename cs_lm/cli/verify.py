@@ -1,4 +1,4 @@
-"""`python -m cs_lm verify`: reads token stores and runs completely, and names what has changed."""
+"""`python -m cs_lm verify`: reads token stores and runs completely, and reports damaged files."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

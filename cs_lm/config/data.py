@@ -1,4 +1,4 @@
-"""The settings of the text and of how it becomes tokens."""
+"""The settings of the text corpus and of its tokenization."""
 
 from dataclasses import dataclass
 
@@ -25,7 +25,7 @@ class DataConfig:
         (), f"text to train on: {CORPUS_HELP}; without it, the Python language manual"
     )
     valid_path: tuple[str, ...] = setting(
-        (), "text to validate on, instead of a part; as --corpus_path"
+        (), "separate validation text; same forms as --corpus_path"
     )
     valid_fraction: float = setting(
         0.1, "part of the corpus, at its end, kept for validation", "of tokens"
@@ -33,7 +33,7 @@ class DataConfig:
     corpus_size: str | None = setting(
         None,
         "label of the corpus: its store is data/<label>_chunks-<fingerprint>/; default: the first "
-        "file's name; alone, it names a store that is there",
+        "file's name; without --corpus_path: use the existing store with this label",
     )
     chunk_size: int = setting(500_000, "length of a file of the token store", "tokens")
     vocab_path: str | None = setting(
@@ -45,11 +45,13 @@ class DataConfig:
     text_field: str = text_field_setting()
     document_separator: str | None = document_separator_setting()
     sampling: str = setting(
-        "random", "windows: any start, or each window once an epoch", choices=("random", "epoch")
+        "random",
+        "random: windows start anywhere; epoch: each window once per epoch",
+        choices=("random", "epoch"),
     )
 
     def __post_init__(self):
-        for name in ("corpus_path", "valid_path"):  # a single path, or None, is taken too
+        for name in ("corpus_path", "valid_path"):  # also accept a single path or None
             object.__setattr__(self, name, as_paths(getattr(self, name)))
 
     def validate(self) -> list[Problem]:

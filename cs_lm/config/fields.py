@@ -1,6 +1,6 @@
-"""Settings: fields of frozen dataclasses that know their flag, unit, help and choices.
+"""Settings: fields of frozen dataclasses, each with its flag, unit, help text and choices.
 
-Command-line flags are generated from them (flags.py), checkpoints store them as JSON.
+`flags.py` generates the command-line flags from them. Checkpoints store them as JSON.
 """
 
 import dataclasses
@@ -13,12 +13,10 @@ from typing import Any
 
 from cs_lm.errors import Problem, UserError
 
-MAX_COUNT = (
-    1_000_000_000_000  # more than any count here can mean; any count below it is exact as a float
-)
+MAX_COUNT = 1_000_000_000_000  # above every sensible count; smaller counts are exact as a float
 
 
-DISCRIMINATOR = "architecture"  # the key that says which of several configs was stored
+DISCRIMINATOR = "architecture"  # JSON key with the name of the config class
 
 
 def setting(
@@ -27,19 +25,21 @@ def setting(
     unit: str | None = None,
     flag: str | None = None,
     choices: tuple[str, ...] | Callable[[], tuple[str, ...]] | None = None,
+    minimum: int | None = None,
 ) -> Any:
     """A dataclass field that becomes a command-line flag; `flag` is a second spelling.
 
-    choices  the values that are allowed, or a function that gives them when they are needed
+    choices  the allowed values, or a function that returns them, called only when they are needed
+    minimum  the smallest allowed number; None: above 0
     """
     metadata = {"help": help, "unit": unit, "flag": flag, "choices": choices}
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata={**metadata, "minimum": minimum})
 
 
 def settings_of(config_class: type) -> dict[str, tuple[type, dataclasses.Field]]:
-    """The flags of a config and of the configs inside it: name -> (owning class, field).
+    """The settings of a config class and of its nested configs: name -> (owning class, field).
 
-    Where one of several configs may stand, a setting that they share is the first one's.
+    A nested field may allow several config classes. The first class that has a setting owns it.
     """
     found: dict[str, tuple[type, dataclasses.Field]] = {}
     for each in dataclasses.fields(config_class):
@@ -53,14 +53,14 @@ def settings_of(config_class: type) -> dict[str, tuple[type, dataclasses.Field]]
 
 
 def configs_of(hint: Any) -> list[type]:
-    """The configs that may stand for a field of this type: itself, or those registered with it."""
+    """The config classes that a field of this type allows: itself, or all registered with it."""
     if hasattr(hint, "registered"):
         return list(hint.registered.values())
     return [hint] if dataclasses.is_dataclass(hint) else []
 
 
 def has_setting(config: Any, name: str) -> bool:
-    """Whether a config, or one inside it, has it: not only one that could stand there."""
+    """Whether this config, or a config that it contains now, has the setting."""
     names = {each.name for each in dataclasses.fields(config)}
     inner = [value for value in map(vars(config).get, names) if dataclasses.is_dataclass(value)]
     return name in names or any(has_setting(each, name) for each in inner)
@@ -79,7 +79,7 @@ def replace(config: Any, values: dict[str, Any]) -> Any:
 
 
 def to_json(config: Any) -> dict[str, Any]:
-    """Settings by name; where several configs may stand, `architecture` says which one does."""
+    """The settings by name; `architecture` names the config class where several are allowed."""
     stored = {DISCRIMINATOR: config.architecture} if hasattr(config, DISCRIMINATOR) else {}
     for each in dataclasses.fields(config):
         value = getattr(config, each.name)
@@ -90,7 +90,7 @@ def to_json(config: Any) -> dict[str, Any]:
 def from_json(config_class: type, stored: dict[str, Any]) -> Any:
     """The config that `to_json` wrote.
 
-    Raises: ValueError for a setting that this version does not know, or of another type.
+    Raises: UserError for a setting that this version does not know, or a value of a wrong type.
     """
     hints = typing.get_type_hints(config_class)
     names = {each.name for each in dataclasses.fields(config_class)}
@@ -108,7 +108,7 @@ def from_json(config_class: type, stored: dict[str, Any]) -> Any:
         if configs := configs_of(hints[name]):
             values[name] = from_json(_chosen(configs, value)[0], value)
             continue
-        if typing.get_origin(hints[name]) is tuple:  # earlier versions had one path, or none
+        if typing.get_origin(hints[name]) is tuple:  # earlier versions stored one path or null
             value = (value,) if isinstance(value, str) else tuple(value or ())
         if not _is_of_type(value, hints[name]):
             raise UserError(f"config: got {value!r} for {name}, need {hints[name]}")
@@ -117,11 +117,11 @@ def from_json(config_class: type, stored: dict[str, Any]) -> Any:
 
 
 def _chosen(configs: list[type], stored: Any) -> tuple[type, Any]:
-    """The config that stored settings are of, and the settings.
+    """The config class of stored settings, and the settings without the class name.
 
-    Versions before the registry did not write which it is: then it is the first config that knows
-    all the settings.
-    Raises: ValueError for an architecture that is not registered.
+    Versions before the registry did not store the class name. Then the first class that has all
+    these settings is used.
+    Raises: UserError for an architecture that is not registered.
     """
     if isinstance(stored, dict) and DISCRIMINATOR in stored:
         found = {getattr(config, DISCRIMINATOR, None): config for config in configs}
@@ -150,7 +150,7 @@ def _is_of_type(value: Any, hint: Any) -> bool:
 
 
 def is_unicode(text: str) -> bool:
-    """False for the lone surrogates that a terminal makes of bytes that are not UTF-8."""
+    """False for text with lone surrogates: Python makes them from arguments that are not UTF-8."""
     return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
@@ -159,14 +159,14 @@ def not_unicode(where: str, text: str) -> Problem:
 
 
 def plain_type(hint: Any) -> Any:
-    """The type behind `X | None`."""
+    """X for the type `X | None`; any other type unchanged."""
     if isinstance(hint, types.UnionType):
         return next(t for t in typing.get_args(hint) if t is not type(None))
     return hint
 
 
 def flag_of(each: dataclasses.Field) -> str:
-    """The spelling used in messages: the course's where it has one."""
+    """The spelling of the flag in messages: the course's spelling if it has one."""
     return each.metadata["flag"] or f"--{each.name}"
 
 
@@ -175,21 +175,19 @@ def choices_of(each: dataclasses.Field) -> tuple[str, ...] | None:
     return choices() if callable(choices) else choices
 
 
-_MINIMUM = {"keep_last": 2}  # one alone may be damaged
-
-
-def not_positive(config: Any, may_be_zero: tuple[str, ...] = ()) -> list[Problem]:
-    """Problems of the integers and rates that must be above (or may be at) zero."""
+def not_positive(config: Any) -> list[Problem]:
+    """Problems of numbers that are below their minimum (usually: not above zero) or too large."""
     found = []
     for each in dataclasses.fields(config):
         value = getattr(config, each.name)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not each.metadata:
             continue
-        least = 0 if each.name in may_be_zero else 1 if isinstance(value, int) else math.ulp(0.0)
-        least = _MINIMUM.get(each.name, least)
-        if value >= least and value < MAX_COUNT:
+        minimum = each.metadata["minimum"]
+        if minimum is None:
+            minimum = 1 if isinstance(value, int) else math.ulp(0.0)
+        if minimum <= value < MAX_COUNT:
             continue
-        need = "a number above 0" if isinstance(value, float) else f"{least} or more"
+        need = "a number above 0" if isinstance(value, float) else f"{minimum} or more"
         if value >= MAX_COUNT:
             need = f"less than {MAX_COUNT:.0e}"
         found.append(Problem(flag_of(each), f"got {value}", need))
@@ -197,7 +195,7 @@ def not_positive(config: Any, may_be_zero: tuple[str, ...] = ()) -> list[Problem
 
 
 def validate_all(config: Any) -> list[Problem]:
-    """What a config finds wrong with itself, and values outside their choices."""
+    """All problems of a config: those of its `validate`, and values outside their choices."""
     return config.validate() + _not_among_choices(config)
 
 

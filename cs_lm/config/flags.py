@@ -1,6 +1,6 @@
-"""Command-line flags generated from the fields of a config, and read back into one.
+"""Generates command-line flags from the fields of a config, and reads them back into a config.
 
-Values are converted after all flags have been read, so that every wrong one is reported at once.
+Values are converted after all flags are read, so that one error reports every wrong value.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from cs_lm.errors import Problem, UserError
 
 
 class FlagParser(argparse.ArgumentParser):
-    """An ArgumentParser that raises ValueError and proposes the nearest flag."""
+    """An ArgumentParser that raises UserError and proposes the nearest flag."""
 
     def __init__(self, **kwargs):
         super().__init__(
@@ -35,8 +35,10 @@ class FlagParser(argparse.ArgumentParser):
         raise UserError(Problem(self.prog, message, fix="see --help"))
 
     def parse_strictly(self, argv: Sequence[str] | None) -> argparse.Namespace:
-        """Raises: ValueError naming each unknown flag with the nearest known one, and each that is
-        given twice.
+        """The values of the given flags.
+
+        Raises: UserError for each unknown flag, with the nearest known one, and for each flag that
+        is given twice.
         """
         words = self._with_dashed_values(list(sys.argv[1:] if argv is None else argv))
         namespace, unknown = self.parse_known_args(words)
@@ -50,13 +52,13 @@ class FlagParser(argparse.ArgumentParser):
         return namespace
 
     def _with_dashed_values(self, words: list[str]) -> list[str]:
-        """Values that begin with a dash, joined to their flag: argparse would take them for flags.
+        """The words, with values that begin with a dash joined to their flag: `--flag=-value`.
 
-        What looks like a long flag, and is nearly one or stands behind a list, stays apart: it will
-        be called unknown.
+        argparse would take such a value for a flag. A word that looks like a long flag stays
+        separate if it is similar to a known flag or follows a list flag: it is reported as unknown.
         """
         joined: list[str] = []
-        flag = None  # the one that the next words may belong to
+        flag = None  # the flag that the next words may belong to
         for word in words:
             is_value = not word.startswith("-") or not self._may_be_flag(word, flag)
             follows_joined = joined and flag is not None and joined[-1].startswith(f"{flag}=")
@@ -76,7 +78,10 @@ class FlagParser(argparse.ArgumentParser):
         return joined
 
     def _may_be_flag(self, word: str, behind: str | None) -> bool:
-        """behind  the flag that it may be a value of; a list takes no words that look like flags"""
+        """Whether a word is meant as a flag.
+
+        behind  the flag that the word may be a value of; a list accepts no word like a long flag
+        """
         name = word.partition("=")[0]
         if name in self._option_string_actions:
             return True
@@ -115,7 +120,7 @@ class FlagParser(argparse.ArgumentParser):
         return problems
 
 
-# For `--` as a value, which argparse throws away.
+# Replaces the value `--`, because argparse would drop it.
 _TWO_DASHES = "\0--"
 
 
@@ -130,12 +135,12 @@ def _is_list(action: argparse.Action) -> bool:
 
 
 def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
-    """One flag for each setting of the config; a flag that is not given stays absent."""
+    """Adds one flag per setting of the config. A flag that is not given sets no attribute."""
     groups = {}
     for name, (owner, each) in settings_of(config_class).items():
         if owner not in groups:
             title = (owner.__doc__ or "").strip().rstrip(".")
-            if title.startswith(f"{owner.__name__}("):  # what a dataclass without a text has
+            if title.startswith(f"{owner.__name__}("):  # the automatic docstring of a dataclass
                 title = "settings"
             groups[owner] = parser.add_argument_group(title)
         spellings = [s for s in (each.metadata["flag"], f"--{name}") if s]
@@ -153,7 +158,7 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
 def read_flags(
     namespace: argparse.Namespace, config_class: type
 ) -> tuple[dict[str, Any], list[Problem]]:
-    """The values of the flags that were given, and what is wrong with the others."""
+    """The values of the given flags, and a problem for each value that cannot be converted."""
     values, problems = {}, []
     for name, (owner, each) in settings_of(config_class).items():
         if not hasattr(namespace, name):
@@ -171,10 +176,10 @@ def config_from_flags(
     namespace: argparse.Namespace,
     more_problems: Callable[[Any], list[Problem]] | None = None,
 ) -> Any:
-    """The base config with the given flags laid over it.
+    """The base config, changed by the given flags.
 
-    more_problems  finds what the config alone does not show
-    Raises: ValueError with every wrong value and every problem of the result, one on a line.
+    more_problems  finds problems that `validate` of the config cannot find
+    Raises: UserError with every wrong value and every problem of the result, one per line.
     """
     values, problems = read_flags(namespace, type(base))
     config = replace(base, values)
@@ -197,7 +202,7 @@ def parse_config(
 ) -> Any:
     """A command's config from its arguments.
 
-    Raises: ValueError with everything that is wrong, one on a line.
+    Raises: UserError with all problems, one per line.
     """
     parser = FlagParser(prog=prog, description=description)
     add_flags(parser, config_class)
@@ -226,7 +231,7 @@ def _help(each) -> str:
 
 
 def _convert(given: Any, kind: Any) -> Any:
-    """Raises: ValueError(what was given, what is needed)."""
+    """The value as this type. Raises: ValueError(the given value, the needed kind of value)."""
     if typing.get_origin(kind) is tuple:
         return tuple(_convert(one, typing.get_args(kind)[0]) for one in given)
     if kind is bool or kind is str:

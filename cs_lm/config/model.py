@@ -1,4 +1,4 @@
-"""The settings that the shape of a model follows from."""
+"""The settings that determine the shape of a model."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -8,13 +8,13 @@ from cs_lm.errors import Problem
 
 
 class ArchitectureConfig:
-    """The settings of a kind of model. A subclass names its kind, and is found by that name.
+    """Base class for the settings of one architecture. It registers each subclass by name.
 
-    `class NewConfig(ArchitectureConfig, architecture="new")`, as a frozen dataclass, is one part
-    of a new architecture; `models/registry.py` has the other.
+    A new architecture has two parts: a frozen dataclass
+    `class NewConfig(ArchitectureConfig, architecture="new")`, and an entry in `models/registry.py`.
     """
 
-    architecture: ClassVar[str]  # stands in the JSON of a config
+    architecture: ClassVar[str]  # stored in the JSON of a config
     registered: ClassVar[dict[str, type]] = {}
 
     def __init_subclass__(cls, architecture: str):
@@ -22,7 +22,7 @@ class ArchitectureConfig:
         cls.registered[architecture] = cls
 
     def validate(self) -> list[Problem]:
-        """Everything wrong with the settings."""
+        """All problems of the settings."""
         raise NotImplementedError
 
 
@@ -39,7 +39,7 @@ def _validate_shape(config: ArchitectureConfig) -> list[Problem]:
 
 @dataclass(frozen=True)
 class ModelConfig(ArchitectureConfig, architecture="transformer"):
-    """What the shape of a model follows from."""
+    """Settings that determine the shape of the model."""
 
     d_model: int = setting(512, "width of the residual stream")
     num_heads: int = setting(8, "attention heads; must divide d_model into even parts")
@@ -55,7 +55,7 @@ class ModelConfig(ArchitectureConfig, architecture="transformer"):
     def validate(self) -> list[Problem]:
         found = _validate_shape(self)
         is_shape = self.d_model > 0 and self.num_heads > 0
-        if is_shape and self.d_model % (2 * self.num_heads) == self.num_heads:  # odd parts
+        if is_shape and self.d_model % (2 * self.num_heads) == self.num_heads:  # odd head size
             head_size = self.d_model // self.num_heads
             what = f"got {self.num_heads}, which makes the head size {head_size}"
             found.append(Problem("--num_heads", what, "an even one for rotary positions"))
@@ -64,7 +64,7 @@ class ModelConfig(ArchitectureConfig, architecture="transformer"):
 
 @dataclass(frozen=True)
 class GPT2Config(ArchitectureConfig, architecture="gpt2"):
-    """What only the models of the GPT-2 family have."""
+    """Settings for models of the GPT-2 family only."""
 
     d_model: int = setting(768, "width of the residual stream")
     num_heads: int = setting(12, "attention heads; must divide d_model")
@@ -75,15 +75,13 @@ class GPT2Config(ArchitectureConfig, architecture="gpt2"):
         1024, "longest sequence the model can see", "tokens", flag="--max_seq_length"
     )
     drop_rate: float = setting(
-        0.1, "part of numbers that dropout sets to 0 in training", flag="--dropout"
+        0.1, "dropout: fraction of activations set to 0 in training", flag="--dropout"
     )
     qkv_bias: bool = setting(True, "biases of queries, keys and values")
-    tied_head: bool = setting(
-        True, "logits are made with the embedding, not with a head of its own"
-    )
+    tied_head: bool = setting(True, "use the embedding matrix as the output head (tied weights)")
     init: str = setting(
         "gpt2",
-        "how weights begin: as GPT-2's, or as those of torch's own layers",
+        "weight initialisation: as in GPT-2, or as in torch's own layers",
         choices=("gpt2", "torch"),
     )
     norm_eps: float = field(default=1e-5)

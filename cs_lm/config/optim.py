@@ -14,10 +14,12 @@ class OptimConfig:
     lr: float = setting(1e-4, "highest learning rate, after warm-up")
     lr_min: float = setting(1e-5, "learning rate after the cosine")
     warmup_ratio: float = setting(0.1, "linear warm-up", "of steps")
-    warmfix_ratio: float = setting(0.9, "end of the cosine; constant after it", "of steps")
+    warmfix_ratio: float = setting(0.9, "end of the cosine decay; constant lr after it", "of steps")
     weight_decay: float = setting(0.01, "decoupled decay; not for norms and embeddings")
-    betas: tuple[float, float] = setting((0.9, 0.95), "decay of the two running averages")
-    eps: float = setting(1e-8, "added to the root of the second average")
+    betas: tuple[float, float] = setting(
+        (0.9, 0.95), "AdamW betas: decay of the two moment estimates"
+    )
+    eps: float = setting(1e-8, "AdamW epsilon, added to the square root of the second moment")
     max_norm: float = setting(1.0, "gradients are scaled down to this L2 norm; inf: never")
 
     def validate(self) -> list[Problem]:

@@ -6,21 +6,22 @@ from cs_lm.config.model import ArchitectureConfig, GPT2Config, ModelConfig
 
 
 class GPTSize(NamedTuple):
-    """A row of a paper's table."""
+    """One row of a paper's table of model sizes."""
 
     num_layers: int
     d_model: int
     num_heads: int
-    lr: float | None = None  # None: GPT-2's is not published
+    lr: float | None = None  # None: not published for GPT-2
     tokens_per_step: float | None = None
 
 
 DEFAULT_MODEL = "transformer"
 
 
-# Sources: Radford et al. 2019, table 2; Brown et al. 2020, table 2.1, dense attention throughout.
-# Of that table, two rows do not divide: 1.3B has 24 heads of 128 in a width of 2,048 (here 16 of
-# 128, which gives the 1.3 G), 13B has 40 heads in a width of 5,140 (here 5,120).
+# Sources: Radford et al. 2019, table 2; Brown et al. 2020, table 2.1. All attention is dense.
+# In two rows of table 2.1, the heads do not fit the width. 1.3B has 24 heads of size 128 in width
+# 2,048; here it has 16, which gives the 1.3 G parameters. 13B has 40 heads in width 5,140; here
+# the width is 5,120.
 GPT_SIZES = {
     "gpt2-small": GPTSize(12, 768, 12),
     "gpt2-medium": GPTSize(24, 1024, 16),
@@ -38,13 +39,13 @@ GPT_SIZES = {
 
 
 def model_names() -> tuple[str, ...]:
-    """What `--model` may be: the plain transformer, the sizes, and what else is registered."""
+    """The values of `--model`: the plain transformer, the GPT sizes, other architectures."""
     others = ArchitectureConfig.registered.keys() - {ModelConfig.architecture, "gpt2"}
     return (DEFAULT_MODEL, *GPT_SIZES, *sorted(others))
 
 
 def named_model(model_name: str) -> ArchitectureConfig:
-    """The default settings of the model; of an architecture without sizes, those of its config.
+    """The default settings of a model: those of its size, or the defaults of its architecture.
 
     Raises: KeyError for a name that is not among `model_names()`.
     """
@@ -63,7 +64,7 @@ def named_model(model_name: str) -> ArchitectureConfig:
 
 
 def nearest_model_name(config: ArchitectureConfig) -> str:
-    """The `--model` of the architecture that is nearest in depth; of GPT-3's sizes, none."""
+    """The `--model` of this architecture with the nearest number of layers; no GPT-3 size."""
     names = [
         name
         for name in model_names()

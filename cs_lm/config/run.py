@@ -1,6 +1,6 @@
 """Every setting of a run: one frozen dataclass field each, with its default, unit and flag.
 
-Command-line flags are generated from these fields (flags.py), checkpoints store them as JSON.
+`flags.py` generates the command-line flags from these fields. Checkpoints store them as JSON.
 """
 
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from cs_lm.errors import Problem
 
 DTYPES = ("float32", "bfloat16")
 NUM_BYTE_TOKENS = 256
-MAX_CONTEXT_LENGTH = 1 << 22  # tokens; tables of positions are as long, whatever the weights
+MAX_CONTEXT_LENGTH = 1 << 22  # tokens; position tables have this many rows, even for small weights
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class RunConfig:
     )
     seq_length: int = setting(256, "length of a training window", "tokens")
     batch_size: int = setting(32, "windows in one forward pass")
-    grad_accum: int = setting(1, "forward passes to one update")
-    num_epochs: float = setting(10.0, "updates follow from this many passes over the store")
+    grad_accum: int = setting(1, "forward passes per update (gradient accumulation)")
+    num_epochs: float = setting(10.0, "passes over the training tokens; sets the number of updates")
     max_steps: int | None = setting(None, "at most this many updates", "steps")
     device: str = device_setting()
     dtype: str = setting(
@@ -52,23 +52,31 @@ class RunConfig:
     ops: str = setting(
         "fast", "clear: the definitions; fast: the quicker versions", choices=("clear", "fast")
     )
-    seed: int = setting(0, "weights, batches and samples follow from it")
-    log_interval: int = setting(10, "a record in metrics.jsonl", "steps")
-    save_interval: int = setting(500, "a checkpoint; 0: only at the end", "steps")
-    keep_last: int = setting(2, "checkpoints that stay besides the best one, 2 or more")
+    seed: int = setting(0, "random seed of weights, batches and samples", minimum=0)
+    log_interval: int = setting(10, "write to metrics.jsonl every N steps", "steps")
+    save_interval: int = setting(
+        500, "save a checkpoint every N steps; 0: only at the end", "steps", minimum=0
+    )
+    keep_last: int = setting(
+        2, "checkpoints that stay besides the best one", minimum=2
+    )  # one may be damaged
     on_nan: str = setting(
         "stop",
         "a loss or gradient that is not finite: stop with the weights from before it, or leave "
         "the step out, at most 10 in a row",
         choices=("stop", "skip"),
     )
-    eval_interval: int = setting(250, "validation; 0: only at the end", "steps")
-    eval_first: bool = setting(False, "validation after the first step, too")
+    eval_interval: int = setting(
+        250, "validate every N steps; 0: only at the end", "steps", minimum=0
+    )
+    eval_first: bool = setting(False, "validate after the first step, too")
     eval_tokens: int = setting(100_000, "validation text in each validation", "tokens")
     eval_train: bool = setting(
-        False, "each validation scores as much of the training text, too: without dropout"
+        False, "also compute the loss on as much training text, without dropout"
     )
-    sample_interval: int = setting(500, "a sample of the model's text; 0: only at the end", "steps")
+    sample_interval: int = setting(
+        500, "print a sample every N steps; 0: only at the end", "steps", minimum=0
+    )
     prompt: str = setting("The ", "how each sample begins")
     out_dir: str | None = setting(
         None, "folder of the run: log, checkpoints, plot; default: runs/<label>"
@@ -81,19 +89,18 @@ class RunConfig:
     )
     resume: bool = setting(False, "continue the run in --out_dir with its saved settings")
     resume_step: int | None = setting(
-        None, "with --resume: from the checkpoint of this step, not the newest", "step"
+        None, "with --resume: from the checkpoint of this step, not the newest", "step", minimum=0
     )
     dry_run: bool = setting(False, "check all settings, print estimates, and stop")
 
     def validate(self) -> list[Problem]:
-        """Everything wrong with the settings."""
-        may_be_zero = ("save_interval", "eval_interval", "sample_interval", "seed", "resume_step")
+        """All problems of the settings."""
         return [
             *self.model.validate(),
             *self._validate_name(),
             *self.data.validate(),
             *self.optim.validate(),
-            *not_positive(self, may_be_zero),
+            *not_positive(self),
             *self._validate_lengths(),
             *self._validate_options(),
         ]
@@ -109,7 +116,7 @@ class RunConfig:
         context, vocab_size = self.model.context_length, self.model.vocab_size
         if self.seq_length > context:
             need = f"at most --max_seq_length ({context})"
-            fix = "shorten the one or raise the other"
+            fix = "lower --seq_length or raise --max_seq_length"
             found.append(Problem("--seq_length", f"got {self.seq_length}", need, fix))
         num_special = len(set(self.data.special_tokens))
         if 0 < vocab_size < NUM_BYTE_TOKENS + num_special:
@@ -123,7 +130,7 @@ class RunConfig:
         return found
 
     def _validate_options(self) -> list[Problem]:
-        """Settings that cannot take effect beside others."""
+        """Problems of settings that have no effect together with other settings."""
         found = []
         if self.resume_step is not None and not self.resume:
             what, fix = "has no effect without --resume", "add it, or leave it out"
@@ -132,7 +139,7 @@ class RunConfig:
             what = "has no effect beside --init_from, whose tokenizer is used"
             found.append(Problem("--vocab_path", what))
         if self.compile and self.activation_checkpointing:
-            what = "does not go with --compile, which chooses itself what to compute again"
+            what = "cannot be used with --compile, which decides itself what to recompute"
             fix = "leave one of the two out"
             found.append(Problem("--activation_checkpointing", what, fix=fix))
         return found
@@ -166,5 +173,5 @@ def named_run(model_name: str) -> RunConfig:
     )
 
 
-# Settings of one call of run_clm.py, which are not the run's, and what they are in its checkpoints.
+# Settings of one call of run_clm.py, not of the run: checkpoints always store these values.
 NOT_SAVED_SETTINGS = {"resume": False, "resume_step": None, "dry_run": False}

@@ -1,4 +1,4 @@
-"""Settings that several commands have in common, with one text and one default each."""
+"""Settings that several commands share, each with one help text and one default."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,8 @@
-"""The way of a text: corpus -> tokenizer -> token store -> tokens -> batches.
+"""From text to batches: corpus -> tokenizer -> token store -> tokens -> batches.
 
-Nothing here knows a model.
-Read `pipeline` first: it is the way, downwards. Its parts are `corpus` (which text), `tokenizers`
-and `stores` (found or made), `token_store` (reads) and `store_writer` (writes), `batches` and
-`prefetch` (what a step gets). `cache` keeps what was made in data/, `pipes` what came in once.
+Nothing here depends on a model.
+Read `pipeline` first: it calls the other parts in order. They are `corpus` (which text),
+`tokenizers` and `stores` (find or make them), `token_store` (reads) and `store_writer` (writes),
+`batches` and `prefetch` (the data of a step). `cache` manages the files in data/. `pipes` saves
+text that comes through a pipe.
 """

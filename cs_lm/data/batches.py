@@ -1,4 +1,4 @@
-"""What a step draws, as a pure function of the seed and the step's or batch's number."""
+"""Batches and seeds, as pure functions of the run's seed and the number of the batch or step."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -16,8 +16,10 @@ Starts = Callable[[int], np.ndarray]  # batch number -> first positions of its w
 
 
 class Batch(NamedTuple):
-    """inputs   (B, T) int64 token ids
-    targets  (B, T) int64: the token that follows each of them
+    """Token ids, and the token that follows each of them.
+
+    inputs   (B, T) int64
+    targets  (B, T) int64
     """
 
     inputs: Tensor
@@ -27,7 +29,7 @@ class Batch(NamedTuple):
 def num_windows(tokens: Tokens, seq_length: int) -> int:
     """How many windows of seq_length + 1 tokens there are; they overlap.
 
-    Raises: ValueError when there is none.
+    Raises: UserError when there is none.
     """
     if len(tokens) <= seq_length:
         raise UserError(
@@ -38,11 +40,11 @@ def num_windows(tokens: Tokens, seq_length: int) -> int:
 
 
 def sample_windows(tokens: Tokens, batch_size: int, seq_length: int, seed: int) -> Starts:
-    """Every window equally likely, the last one included; drawn anew for each batch number."""
+    """Random windows: all are equally likely, also the last one; each batch draws new ones."""
     count = num_windows(tokens, seq_length)
 
     def starts(index: int) -> np.ndarray:
-        # a counter-based generator: batch 1,000,000 costs what batch 0 does
+        # a counter-based generator: batch 1,000,000 costs as much as batch 0
         generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, index, 0, 0]))
         return generator.integers(0, count, size=batch_size)
 
@@ -50,13 +52,13 @@ def sample_windows(tokens: Tokens, batch_size: int, seq_length: int, seed: int) 
 
 
 def shuffle_windows(tokens: Tokens, batch_size: int, seq_length: int, seed: int) -> Starts:
-    """Windows that do not overlap, each once an epoch, in an order that changes with the epoch.
+    """Windows that do not overlap: each comes once an epoch, in a new order each epoch.
 
     Memory: 8 bytes for each window of an epoch, two epochs at most.
     """
     count = 1 + (num_windows(tokens, seq_length) - 1) // seq_length
 
-    @lru_cache(maxsize=2)  # a batch may lie across the border of two epochs
+    @lru_cache(maxsize=2)  # a batch may hold windows of two epochs
     def order(epoch: int) -> np.ndarray:
         return np.random.default_rng((seed, epoch)).permutation(count)
 
@@ -71,20 +73,20 @@ SAMPLERS = {"random": sample_windows, "epoch": shuffle_windows}
 
 
 class Copied(NamedTuple):
-    """Rows (B, T + 1) on their way to the device; `event` is None where they are there."""
+    """Rows (B, T + 1) that are being copied to the device; `event` is None if the copy is done."""
 
     rows: Tensor
     event: torch.cuda.Event | None = None
 
     def received(self) -> Batch:
-        """The batch, for the stream of whoever calls this.
+        """The batch, usable on the caller's current CUDA stream.
 
-        The host does not wait: the stream does, before it uses them.
+        That stream waits for the copy; the host does not.
         """
         if self.event is not None:
             stream = torch.cuda.current_stream(self.rows.device)
             stream.wait_event(self.event)
-            self.rows.record_stream(stream)  # their memory is not given away before that
+            self.rows.record_stream(stream)  # no reuse of their memory before the stream is done
         return Batch(self.rows[:, :-1], self.rows[:, 1:])
 
 
@@ -101,14 +103,14 @@ def _windows(tokens: Tokens, starts: np.ndarray, seq_length: int) -> Tensor:
 
 
 def step_seed(seed: int, step: int) -> int:
-    """For what a step draws besides its batches."""
+    """The seed of a step, for its random numbers besides the batches, such as dropout."""
     return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0])
 
 
 class BatchSource:
-    """Batch number -> this process's rows of it; the same seed gives the same batches.
+    """Maps a batch number to this process's rows of it; the same seed gives the same batches.
 
-    Together, the ranks of a world read each batch once: rank after rank, in consecutive rows.
+    The ranks of a world share each batch: each takes consecutive rows, in the order of the ranks.
     """
 
     def __init__(
@@ -127,20 +129,21 @@ class BatchSource:
         self._stream = torch.cuda.Stream(world.device) if is_cuda else None
 
     def starts(self, index: int) -> np.ndarray:
-        """Where the windows of the batch begin."""
+        """Start positions of this process's windows of the batch."""
         return self._starts(index)[self._rows]
 
     def __call__(self, index: int) -> Batch:
         return self.copied(index).received()
 
     def copied(self, index: int) -> Copied:
-        """For any thread. On CUDA the copy runs beside the computation, from pinned memory, on a
-        stream of its own.
+        """The rows, maybe still being copied. Any thread may call this.
+
+        On CUDA the copy overlaps with computation: it uses pinned memory and its own stream.
         """
         rows = _windows(self._tokens, self.starts(index), self._seq_length)
         if self._stream is None:
             return Copied(rows.to(self._device))
-        # a thread begins with device 0 as its own, whatever the run's is
+        # a new thread starts with device 0, whatever the run's device is
         with torch.cuda.device(self._stream.device), torch.cuda.stream(self._stream):
             rows = rows.pin_memory().to(self._stream.device, non_blocking=True)
             event = torch.cuda.Event()

@@ -1,8 +1,8 @@
-"""What is made once in data/ and found again by its content, whoever asks and however many at once.
+"""The cache in data/: token stores, tokenizers and texts that are made once and found again.
 
-A folder's name holds a label and a fingerprint of all that its content follows from, so that two
-settings never share one. It is made under a lock, by one process while the others wait, gets its
-name when it is complete, and is not changed after that.
+The name of an entry holds a label and a fingerprint of everything that its content depends on, so
+two settings never share an entry. One process makes it under a lock while the others wait. It gets
+its final name when it is complete, and does not change after that.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from cs_lm.storage.atomic import WRITING, atomic_write, temporary_name
+from cs_lm.storage.atomic import WRITING, atomic_write, fsync_directory, temporary_name
 from cs_lm.storage.lock import FileLock, acquire, wait_for
 from cs_lm.storage.manifest import MANIFEST, file_state
 from cs_lm.tokenizer.text_source import sha256_of_file
@@ -27,14 +27,15 @@ KINDS = {STORE: "token store", TOKENIZER: "tokenizer", TEXT: "text"}
 _LOCKS = ".locks"
 _HASHES = ".hashes.json"
 _MOST_LABEL_CHARS = 60
+PIPE_LABEL = "standard-input"
 _NEW_NAME = re.compile(rf"(.+)_({STORE}|{TOKENIZER}|{TEXT})-[0-9a-f]{{10}}")
 _OLD_NAME = re.compile(rf"(.+)_({STORE}|{TOKENIZER})(?:_valid)?")
+_PIPE_NAME = re.compile(rf"({PIPE_LABEL})_({TEXT})")  # of a text that is still being read
 _OWN_SUFFIX = re.compile(r"\.\d+-\d+-[0-9a-f]{6}$")
-SETTINGS = "settings.json"  # of a tokenizer: what it was trained with
-# What tells a folder of ours from one that a user has put there under such a name.
+SETTINGS = "settings.json"  # the settings that a tokenizer was trained with
+# The file that identifies our own folders; a user may have put others under such a name.
 _MARKS = {STORE: MANIFEST, TOKENIZER: SETTINGS}
-PIPE_LABEL = "standard-input"
-# Hashing a shorter file takes less time than it would take to remember it.
+# The hash of a shorter file is not stored: computing it again takes less time.
 _REMEMBERED_BYTES = 4 << 20
 
 _log = logging.getLogger("cs_lm")
@@ -42,30 +43,31 @@ Found = TypeVar("Found")
 
 
 def cache_path(label: str, kind: str, facts: Any) -> Path:
-    """Where what follows from the facts (as JSON) lies, or will."""
+    """The path of the entry whose content depends on the facts (as JSON)."""
     text = json.dumps(facts, sort_keys=True, ensure_ascii=True)
     fingerprint = hashlib.sha256(text.encode("ascii")).hexdigest()[:10]
     return DATA / f"{label[:_MOST_LABEL_CHARS]}_{kind}-{fingerprint}"
 
 
 def old_path(label: str, kind: str) -> Path:
-    """Where earlier versions kept it: one for each label."""
+    """The path in earlier versions: one for each label and kind."""
     return DATA / f"{label}_{kind}"
 
 
 def paths_of(label: str, kind: str) -> list[Path]:
-    """All that there is of that label and kind."""
+    """All existing folders of that label and kind."""
     pattern = re.compile(rf"{re.escape(label[:_MOST_LABEL_CHARS])}_{kind}-[0-9a-f]{{10}}")
     new = [path for path in DATA.iterdir() if pattern.fullmatch(path.name)] if DATA.is_dir() else []
     return [path for path in (old_path(label, kind), *sorted(new)) if path.is_dir()]
 
 
 def in_use(path: Path) -> FileLock:
-    """Keeps others from removing what lies there, until it is closed or the process ends."""
-    lock = wait_for(_lock_path(path), shared=True, on_wait=lambda: None)  # it is being removed
+    """A lock that keeps others from removing the entry until it is closed or the process ends."""
+    # no message: only a removal, which is short, makes this wait
+    lock = wait_for(_lock_path(path), shared=True, on_wait=lambda: None)
     try:
         os.utime(_lock_path(path))
-    except OSError:  # a folder that is not ours to write in
+    except OSError:  # a read-only folder
         pass
     return lock
 
@@ -73,9 +75,10 @@ def in_use(path: Path) -> FileLock:
 def find_or_make(
     path: Path, find: Callable[[], Found | None], make: Callable[[bool], None]
 ) -> tuple[Found, FileLock]:
-    """What `find` finds, made first where that is None; and the lock of whoever uses it.
+    """The result of `find`, and a lock on the entry. `make` runs first if `find` gives None.
 
-    make  told whether nobody else can be making the same; what it makes gets its name at its end
+    make  called with True if no other process can be making the same entry (file locks work
+          there); it must give the entry its final name as its last step
     """
     while True:
         lock = in_use(path)
@@ -101,7 +104,7 @@ def _text_path(label: str, digest: str) -> Path:
 
 
 def keep_text(label: str, text: bytes) -> Path:
-    """A file in data/ with this content; its name follows from it."""
+    """A file in data/ with this content; its name holds the hash of the content."""
     digest = hashlib.sha256(text).hexdigest()
     path = _text_path(label, digest)
     if not path.is_file() or path.stat().st_size != len(text) or sha256_of_file(path) != digest:
@@ -110,7 +113,7 @@ def keep_text(label: str, text: bytes) -> Path:
 
 
 def keep_stream(label: str, blocks: Iterable[bytes]) -> Path | None:
-    """The same for what comes block by block, one of them in memory; None where nothing does."""
+    """`keep_text` for a stream, with one block in memory; None for an empty stream."""
     digest = hashlib.sha256()
     DATA.mkdir(exist_ok=True)
     writing = temporary_name(DATA / f"{label}_{TEXT}")
@@ -125,22 +128,23 @@ def keep_stream(label: str, blocks: Iterable[bytes]) -> Path | None:
                 return None
         path = _text_path(label, digest.hexdigest())
         os.replace(writing, path)
+        fsync_directory(path.parent)
     finally:
         writing.unlink(missing_ok=True)
     return path
 
 
 def set_aside(path: Path) -> None:
-    """Takes the name away, and then removes: what is cut short leaves nothing under that name."""
+    """Removes a folder; renames it first, so that an interrupted removal cannot leave a part."""
     aside = temporary_name(path)
     os.replace(path, aside)
     shutil.rmtree(aside, ignore_errors=True)
 
 
 def sha256_remembered(path: Path) -> str:
-    """A file's hash; of a large one, that of the last time while it has not changed since.
+    """The SHA-256 of a file.
 
-    Whether it has is told by `file_state`.
+    The hash of a large file is stored, and used again while its `file_state` is the same.
     """
     found = os.stat(path)
     if found.st_size < _REMEMBERED_BYTES:
@@ -152,7 +156,7 @@ def sha256_remembered(path: Path) -> str:
         return entry[-1]
     digest = sha256_of_file(path)
     is_settled = began_ns - max(found.st_mtime_ns, found.st_ctime_ns) > 2_000_000_000
-    if is_settled and file_state(os.stat(path)) == seen:  # else it may change without notice
+    if is_settled and file_state(os.stat(path)) == seen:  # else a later change may keep these times
         known = {**_remembered_hashes(), key: [*seen, digest]}
         try:
             atomic_write(DATA / _HASHES, json.dumps(known).encode("utf-8"))
@@ -170,7 +174,7 @@ def _remembered_hashes() -> dict[str, Any]:
 
 
 def _lock_path(path: Path) -> Path:
-    """Of those who use it. Whoever makes it has another one: users of what is gone do not wait."""
+    """The lock of an entry's users. Its maker has another one, so neither waits for the other."""
     return path.parent / _LOCKS / path.name
 
 
@@ -178,24 +182,26 @@ def _making_path(path: Path) -> Path:
     return path.parent / _LOCKS / f"{path.name}.making"
 
 
-# ---- looking after it ----
+# ---- listing and removing entries ----
 
 
 class CacheEntry(NamedTuple):
     path: Path
-    kind: str  # in words
+    kind: str  # one of the values of KINDS
     num_bytes: int
     used_s: float  # of the last use, in seconds since 1970
     is_complete: bool
-    can_be_made_again: bool  # False: what came through a pipe
+    can_be_made_again: bool  # False: a text that came through a pipe
 
 
 def entries() -> Iterator[CacheEntry]:
-    """All that was made in data/, what was left half-made included; not what users put there."""
+    """All entries in data/, incomplete ones included, but not the files of the user."""
     for path in sorted(DATA.iterdir()) if DATA.is_dir() else []:
         is_complete, final = not path.name.endswith(WRITING), _final_path(path)
         name = final.name.removesuffix(".txt")
         match = _NEW_NAME.fullmatch(name) or _OLD_NAME.fullmatch(name)
+        if match is None and not is_complete:
+            match = _PIPE_NAME.fullmatch(name)
         if match is None or path.is_dir() == (match[2] == TEXT):
             continue
         if is_complete and match[2] in _MARKS and not (path / _MARKS[match[2]]).is_file():
@@ -211,14 +217,14 @@ def entries() -> Iterator[CacheEntry]:
 
 
 def _final_path(path: Path) -> Path:
-    """The name that something half-made would get."""
+    """The final path of an incomplete entry."""
     if not path.name.endswith(WRITING):
         return path
     return path.with_name(_OWN_SUFFIX.sub("", path.name.removesuffix(WRITING)))
 
 
 def remove(entry: CacheEntry) -> bool:
-    """False where a process makes or uses it."""
+    """Removes the entry; returns False, and keeps it, if a process is making or using it."""
     path = _final_path(entry.path)
     locks = [acquire(lock_path) for lock_path in (_lock_path(path), _making_path(path))]
     try:

@@ -1,4 +1,4 @@
-"""Which text a run trains and validates on: files, standard input, the manual, or just a label."""
+"""The text that a run trains and validates on: files, standard input, the manual, or a label."""
 
 import hashlib
 from collections.abc import Sequence
@@ -14,15 +14,14 @@ from cs_lm.tokenizer.corpus_files import SUFFIXES, find_files, without_packing
 from cs_lm.tokenizer.text_source import TextSource, separator_for
 
 EMBEDDED_LABEL = "python-manual"
-_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text that is there, and what tells it from others.
+    """A text that exists, and the facts that identify it.
 
-    paths        none: the manual
-    shown        what messages call it
+    paths        empty for Python's manual
+    shown        its name in messages
     description  lengths and hashes of its content, and how it is read
     """
 
@@ -43,7 +42,7 @@ def label_of(data: DataConfig) -> str:
 
 
 def _name_of(paths: Sequence[str]) -> str:
-    """Of the first one, without what tells its format; of a pattern, its folder's."""
+    """The name of the first path without its suffix; for a pattern, the name of its folder."""
     if paths[0] == STANDARD_INPUT:
         return PIPE_LABEL
     path = Path(paths[0])
@@ -57,7 +56,7 @@ def _name_of(paths: Sequence[str]) -> str:
 def embedded_text() -> str:
     """The language manual that comes with CPython, one topic after another.
 
-    Raises: FileNotFoundError where this Python comes without it.
+    Raises: MissingError if this Python comes without it.
     """
     try:
         from pydoc_data.topics import topics
@@ -77,7 +76,7 @@ def is_embedded(data: DataConfig) -> bool:
 
 
 def check_corpora(data: DataConfig) -> list[Problem]:
-    """What is wrong with the texts that a run names, without reading them."""
+    """The problems of the texts that a run names, found without reading them."""
     checks = {
         "--corpus_size": lambda: _check_label(data),
         "--corpus_path": lambda: find_files(data.corpus_path, "--corpus_path"),
@@ -104,10 +103,10 @@ def _check_label(data: DataConfig) -> None:
 
 
 def find_corpus(data: DataConfig, remember: bool = True) -> Corpus | None:
-    """The text to train on, or None where only the label of an existing store is given.
+    """The text to train on, or None if only the label of an existing store is given.
 
-    remember  a large file that does not change is hashed once; False: data/ is left as it is
-    Raises: FileNotFoundError for a missing file, or a label without a store.
+    remember  store the hashes of large files in data/; False: write nothing there
+    Raises: MissingError for a missing file, or a label without a store.
     """
     _check_label(data)
     if is_embedded(data):
@@ -124,7 +123,7 @@ def find_corpus(data: DataConfig, remember: bool = True) -> Corpus | None:
 
 
 def find_valid_corpus(data: DataConfig, remember: bool = True) -> Corpus | None:
-    """The text to validate on, where it is one of its own."""
+    """The text to validate on, or None if it is a part of the training text."""
     paths = data.valid_path
     if not paths:
         return None
@@ -134,7 +133,7 @@ def find_valid_corpus(data: DataConfig, remember: bool = True) -> Corpus | None:
 def _corpus(
     label: str, paths: tuple[str, ...], data: DataConfig, flag: str, remember: bool
 ) -> Corpus:
-    find_files(paths, flag)  # names the flag where it fails
+    find_files(paths, flag)  # its error names the flag
     text = text_of(paths, data, data.special_tokens)
     description = text.describe(sha256_remembered if remember else None)
     shown = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
@@ -142,7 +141,10 @@ def _corpus(
 
 
 def text_of(paths: Sequence[str], settings: Any, special_tokens: Sequence[str]) -> TextSource:
-    """settings  with `encoding_errors`, `document_separator` and `text_field`"""
+    """The text of the paths.
+
+    settings  an object with `encoding_errors`, `document_separator` and `text_field`
+    """
     separator = separator_for(settings.document_separator, special_tokens)
     return TextSource(
         paths, settings.encoding_errors, separator=separator, text_field=settings.text_field

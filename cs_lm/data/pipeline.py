@@ -1,7 +1,7 @@
-"""The way of a text: corpus -> tokenizer -> store -> tokens to train and validate on.
+"""From text to tokens: corpus -> tokenizer -> store -> tokens to train and validate on.
 
-Each part takes the one before it as a value. What is missing is made, what fits is used again.
-Batches are drawn from the tokens while training (batches.py).
+Each part takes the result of the part before it. A tokenizer or store that is missing is made; one
+that fits is used again. Training draws batches from the tokens (batches.py).
 """
 
 import logging
@@ -31,8 +31,10 @@ _log = logging.getLogger("cs_lm")
 
 @dataclass(frozen=True)
 class PreparedData:
-    """measured_on  which tokens of which text are validated on, and with which tokenizer
-    locks        keep what is used from being removed
+    """The tokenizer, and the tokens to train and validate on.
+
+    measured_on  identifies the validation tokens: text, range and tokenizer
+    locks        keep other processes from removing the files in use
     """
 
     tokenizer: BPETokenizer
@@ -49,9 +51,9 @@ def prepare(
 ) -> PreparedData:
     """The tokenizer, and the tokens to train and validate on.
 
-    tokenizer    of the run that is resumed, instead of the one in data/
-    on_progress  called with how far the making has got
-    Raises: ValueError or FileNotFoundError for texts, tokenizers and stores that cannot be used.
+    tokenizer    of a resumed run, used instead of the one in data/
+    on_progress  called with the progress of training a tokenizer and encoding a text
+    Raises: UserError or FileNotFoundError for texts, tokenizers and stores that cannot be used.
     """
     is_resumed = tokenizer is not None
     corpus, valid_corpus = find_corpus(config.data), find_valid_corpus(config.data)
@@ -73,7 +75,7 @@ def prepare(
 def find_prepared_store(
     config: RunConfig, tokenizer: BPETokenizer | None = None
 ) -> MemmapManager | None:
-    """The store that a run would train on, if it need not be made first; nothing is written."""
+    """The store that a run would train on, or None if it must be made first. Writes nothing."""
     corpus = find_corpus(config.data, remember=False)
     if corpus is None:
         return find_labelled_store(config.data, config.model.vocab_size, tokenizer)[0]
@@ -89,7 +91,7 @@ def num_training_tokens(config: RunConfig, num_tokens: int) -> int:
 
 
 def check_length(name: str, num_tokens: int, config: RunConfig) -> None:
-    """Raises: ValueError for a text that is shorter than a training window."""
+    """Raises: UserError for a text that is shorter than a training window."""
     if num_tokens <= config.seq_length:
         raise UserError(
             f"{name} text: got {num_tokens} tokens, need at least {config.seq_length + 1} "
@@ -99,7 +101,7 @@ def check_length(name: str, num_tokens: int, config: RunConfig) -> None:
 
 
 def check_vocab_size(config: RunConfig, tokenizer: BPETokenizer) -> None:
-    """Raises: ValueError for a model with fewer rows than the tokenizer has tokens."""
+    """Raises: UserError for a model with fewer embedding rows than the tokenizer has tokens."""
     have, rows = tokenizer.vocab_size, config.model.vocab_size
     if have > rows:
         of_files = "" if config.data.vocab_path is None else f" {config.data.vocab_path!r}"
@@ -129,7 +131,7 @@ def _split(
     valid_used: UsedStore | None,
     text_locks: tuple[FileLock, ...],
 ) -> PreparedData:
-    """Training and validation tokens: of two stores, or the beginning and the end of one."""
+    """Training and validation tokens: from two stores, or from the start and the end of one."""
     border = num_training_tokens(config, len(used.store))
     train = TokenRange(used.store, 0, border)
     if valid_used is None:

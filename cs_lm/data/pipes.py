@@ -1,4 +1,4 @@
-"""Text that comes through a pipe: kept as a file first, because a run reads its text twice."""
+"""Saves text from a pipe as a file, because a run reads its text more than once."""
 
 from cs_lm.config.fields import replace
 from cs_lm.config.run import RunConfig
@@ -11,7 +11,7 @@ _BLOCK_BYTES = 1 << 20
 
 
 def with_pipes_kept(config: RunConfig) -> RunConfig:
-    """The same with files in the place of pipes: a run reads its text more than once."""
+    """The config with each pipe replaced by a file that holds its text."""
     changes = {}
     for name in ("corpus_path", "valid_path"):
         paths = getattr(config.data, name)
@@ -21,12 +21,12 @@ def with_pipes_kept(config: RunConfig) -> RunConfig:
 
 
 def check_no_pipe(config: RunConfig) -> None:
-    """Raises: UserError: what looks at a pipe without keeping it takes its text away."""
+    """Raises: UserError for a pipe: reading it without saving it would lose the text."""
     for path in (*config.data.corpus_path, *config.data.valid_path):
         if is_pipe(path):
             raise UserError(
-                f"--dry_run: cannot look at {path}, a pipe, without using it up; save the text to "
-                "a file, or leave --dry_run out"
+                f"--dry_run: {path} is a pipe, and reading it would consume the text; save the "
+                "text to a file, or run without --dry_run"
             )
 
 
@@ -35,5 +35,5 @@ def _kept(path: str) -> str:
         blocks = iter(lambda: file.read(_BLOCK_BYTES), b"")
         kept = keep_stream(PIPE_LABEL, blocks)
     if kept is None:
-        raise UserError(f"corpus: got nothing from {path}; need text")
+        raise UserError(f"corpus: {path} is empty; need UTF-8 text")
     return str(kept)

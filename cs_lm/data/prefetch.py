@@ -14,11 +14,11 @@ def _as_it_is(value: Any) -> Any:
 
 
 class Prefetcher(Generic[Item]):
-    """The function of a number, whose next value a thread prepares while this one is used.
+    """Calls a function of an index, and lets a thread prepare the value of the next index.
 
-    Any number may be asked for; only the one after the last asked is ready already.
+    Any index is allowed; only the one after the last index is prepared.
 
-    receive  what whoever asks makes of a value, in their own thread
+    receive  applied to each value in the caller's thread
     """
 
     def __init__(self, function: Callable[[int], Any], receive: Callable[[Any], Item] = _as_it_is):
@@ -27,7 +27,7 @@ class Prefetcher(Generic[Item]):
         self._next: tuple[int, Future] | None = None
 
     def __call__(self, index: int) -> Item:
-        """Raises: what the function raises for the index."""
+        """The value for the index. Raises: the function's exception for it."""
         prepared, self._next = self._next, None
         if prepared is not None and prepared[0] == index:
             item = prepared[1].result()
@@ -38,7 +38,7 @@ class Prefetcher(Generic[Item]):
 
 
 def steps_ahead(source: BatchSource, grad_accum: int) -> Prefetcher[list[Batch]]:
-    """Step number -> its micro-batches; those of the next step are prepared meanwhile."""
+    """Maps a step number to its micro-batches, and prepares those of the next step meanwhile."""
 
     def copied(step: int) -> list[Copied]:
         return [source.copied(step * grad_accum + index) for index in range(grad_accum)]

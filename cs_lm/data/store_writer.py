@@ -1,4 +1,4 @@
-"""Writes the chunks of a token store, and goes on where an earlier attempt was ended."""
+"""Writes the chunks of a token store; continues where an earlier attempt was interrupted."""
 
 import json
 import os
@@ -21,7 +21,7 @@ def id_dtype(vocab_size: int) -> np.dtype:
 
 
 class Encoder(Protocol):
-    """What a store needs of a tokenizer."""
+    """The part of a tokenizer that a store needs."""
 
     vocab_size: int
     fingerprint: str
@@ -32,7 +32,7 @@ class Encoder(Protocol):
 
 
 class Position(NamedTuple):
-    """How far the text is encoded, at the end of a block: everything before it has its tokens."""
+    """The end of a block of the text; everything before it is encoded."""
 
     num_chars: int = 0
     num_bytes: int = 0
@@ -40,12 +40,13 @@ class Position(NamedTuple):
 
 
 class Journal:
-    """One line for each chunk that is on the disk, and the position of the text when it was.
+    """A file with one line for each chunk on the disk: the chunk, and a position in the text.
 
-    A chunk ends inside a block: going on, that block is encoded again, and its tokens that are
-    in the chunk are left out.
+    A chunk may end inside a block. The position is the start of that block: an attempt that
+    continues encodes the block again, and skips its tokens that are in the chunk.
 
-    key  what tokens and chunks depend on; None: an earlier attempt cannot be known to be the same
+    key  everything that tokens and chunks depend on; None: no file, because nothing identifies
+         an earlier attempt
     """
 
     def __init__(self, folder: Path, key: dict[str, Any] | None):
@@ -68,7 +69,7 @@ class Journal:
             os.fsync(file.fileno())
 
     def _read(self, folder: Path) -> None:
-        """Lines up to the first that a crash cut short, or whose chunk is not as it was."""
+        """Reads up to the first line that a crash left incomplete, or whose chunk has changed."""
         lines = self._path.read_bytes().splitlines() if self._path.is_file() else []
         kept = 0
         try:
@@ -105,7 +106,7 @@ def write_chunks(
     journal: Journal,
     on_tokens: Callable[[int], None] | None = None,
 ) -> Position:
-    """Writes what the journal does not have yet; returns where the text ended.
+    """Writes the chunks that the journal does not have yet; returns the end of the text.
 
     on_tokens  called with the number of tokens so far
     """
@@ -127,9 +128,9 @@ def write_chunks(
 
 
 class _Positions:
-    """Where in the text the tokens that came last begin and end.
+    """The start and the end, in the text, of the block whose tokens came last.
 
-    Blocks are handed to the encoder earlier than their tokens come back.
+    The encoder takes several blocks before it returns the tokens of the first.
     """
 
     def __init__(self, start: Position):
@@ -170,7 +171,7 @@ def _without_first(blocks: Iterable[np.ndarray], count: int) -> Iterator[np.ndar
 
 
 def _regroup(blocks: Iterable[np.ndarray], size: int, dtype: np.dtype) -> Iterator[np.ndarray]:
-    """The same ids in arrays of exactly `size`, the last one shorter."""
+    """The same ids in arrays of exactly `size`; the last one may be shorter."""
     held = np.empty(size, dtype)
     filled = 0
     for block in blocks:

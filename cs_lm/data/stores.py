@@ -30,9 +30,9 @@ class UsedStore(NamedTuple):
 def find_or_encode_store(
     corpus: Corpus, tokenizer: BPETokenizer, on_progress: Progress | None = None
 ) -> UsedStore:
-    """The store of the corpus, encoded where there is none yet.
+    """The store of the corpus; encodes the corpus if there is none yet.
 
-    Raises: ValueError for a store that is damaged: a run may be reading it, so nothing replaces it.
+    Raises: UserError for a damaged store. It is not replaced, because a run may be reading it.
     """
     path = _path(corpus, tokenizer)
 
@@ -53,15 +53,15 @@ def find_or_encode_store(
         )
 
     store, lock = find_or_make(path, lambda: find_store(corpus, tokenizer), make)
-    if store.folder != path:  # of an earlier version, under another name
+    if store.folder != path:  # made by an earlier version, under another name
         lock = in_use(store.folder)
     return _verified(store, lock)
 
 
 def find_store(corpus: Corpus, tokenizer: BPETokenizer) -> MemmapManager | None:
-    """The store of the corpus; None where it has to be encoded first.
+    """The store of the corpus; None if the corpus must be encoded first.
 
-    Raises: ValueError for one that is damaged.
+    Raises: UserError for a damaged one.
     """
     path = _path(corpus, tokenizer)
     if (path / MANIFEST).is_file():
@@ -72,7 +72,7 @@ def find_store(corpus: Corpus, tokenizer: BPETokenizer) -> MemmapManager | None:
     for old in (old_path(corpus.label, STORE), old_path(label_of(corpus.data), f"{STORE}_valid")):
         try:
             store = MemmapManager(old)
-        except (ValueError, OSError):  # nothing that could be used
+        except (ValueError, OSError):  # no usable store
             continue
         if _staleness_reason(store, tokenizer, corpus.data, corpus) is None:
             return store
@@ -82,7 +82,7 @@ def find_store(corpus: Corpus, tokenizer: BPETokenizer) -> MemmapManager | None:
 def use_labelled_store(
     data: DataConfig, vocab_size: int, tokenizer: BPETokenizer | None
 ) -> tuple[UsedStore, BPETokenizer]:
-    """`find_labelled_store`, verified and kept from being removed."""
+    """`find_labelled_store`, verified, with a lock that keeps others from removing it."""
     store, tokenizer = find_labelled_store(data, vocab_size, tokenizer)
     return _verified(store, in_use(store.folder)), tokenizer
 
@@ -90,9 +90,9 @@ def use_labelled_store(
 def find_labelled_store(
     data: DataConfig, vocab_size: int, tokenizer: BPETokenizer | None
 ) -> tuple[MemmapManager, BPETokenizer]:
-    """The store that only a label names, and the tokenizer that it was made with.
+    """The store with the given label, and the tokenizer that it was made with.
 
-    Raises: FileNotFoundError or ValueError where there is none that fits, or more than one.
+    Raises: FileNotFoundError or UserError if no store fits, or more than one.
     """
     label = label_of(data)
     tokenizers = [tokenizer] if tokenizer else find_labelled_tokenizers(label, data, vocab_size)
@@ -109,12 +109,13 @@ def find_labelled_store(
     if len(fit) > 1:
         names = ", ".join(str(store.folder) for store, _ in fit.values())
         raise UserError(
-            f"--corpus_size: {label!r} names several token stores: {names}; give --corpus_path to "
-            "say which text is meant"
+            f"--corpus_size: {label!r} is the label of several token stores: {names}; use "
+            "--corpus_path to choose the text"
         )
     if not fit:
         raise UserError(
-            f"token store: {reasons[0]}; give --corpus_path to encode the text again, or "
+            f"token store: {(reasons or ['it is gone'])[0]}; give --corpus_path to encode "
+            f"the text again, or "
             "--vocab_path and --merges_path of the tokenizer it was made with"
         )
     return next(iter(fit.values()))
@@ -134,7 +135,7 @@ def _verified(store: MemmapManager, lock: FileLock) -> UsedStore:
 def _staleness_reason(
     store: MemmapManager, tokenizer: BPETokenizer, data: DataConfig, corpus: Corpus | None
 ) -> str | None:
-    """Why a store cannot be used, or None; without a corpus, default settings ask for nothing."""
+    """Why a store cannot be used, or None. Without a corpus, default settings are not compared."""
     if store.fingerprint != tokenizer.fingerprint:
         return "was made with another tokenizer"
     if corpus is not None and store.source != corpus.description:
@@ -149,10 +150,12 @@ def _staleness_reason(
 
 
 class EncodeOptions(NamedTuple):
-    """num_workers  processes; None: all cores where the text is large
-    is_alone     nobody else can write to the folder: an encoding that was cut off is continued
-    expected     what the text was before it was read
-    replace      an older store gives way
+    """Options of `encode_to_store`.
+
+    num_workers  processes; None: all cores for a large text
+    is_alone     no other process can write to the folder: continue an interrupted encoding
+    expected     the description of the text before it is read
+    replace      replace an older store
     """
 
     num_workers: int | None = None
@@ -171,7 +174,7 @@ def encode_to_store(
 ) -> MemmapManager:
     """A store of the text, encoded by several processes.
 
-    Raises: ValueError when the text changed while it was read.
+    Raises: UserError when the text changed while it was being read.
     """
     report = options.on_progress or (lambda *_: None)
 
@@ -179,8 +182,8 @@ def encode_to_store(
         found = text.description()
         if options.expected is not None and found != options.expected:
             raise UserError(
-                f"corpus: {', '.join(map(str, text.paths[:3]))} changed while it was read; start "
-                "again when nothing writes to it any more"
+                f"corpus: {', '.join(map(str, text.paths[:3]))} changed while it was being read; "
+                "start again when no program writes to it"
             )
         return found
 

@@ -1,4 +1,4 @@
-"""Token ids on disk: written while encoding, read by range, never held in memory as a whole."""
+"""Token ids on disk: written while encoding, read by range, never all in memory."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from cs_lm.storage.manifest import MANIFEST, check_file, file_state, read_manife
 
 FORMAT_VERSION = 2
 VERIFIED = "verified.json"
-# A file that was changed less than this ago may be changed again without a new time of change.
+# A file that changed more recently than this may change again and keep its modification time.
 _SETTLED_NS = 100_000_000
 
 
@@ -31,12 +31,14 @@ class Tokens(Protocol):
 
 
 class StoreOptions(NamedTuple):
-    """describe   asked at the end what the text was, for the manifest
+    """Options of `MemmapManager.save_as_memmap`.
+
+    describe   called at the end, for the description of the text in the manifest
     on_tokens  called with the number of tokens so far
-    text_key   what tells this text from others, as JSON: an attempt that was ended, even by
-               SIGKILL, is then continued by the next one that is the same in all; None: it leaves
-               nothing behind
-    replace    False: a store that somebody else has made meanwhile stays
+    text_key   identifies the text, as JSON. The next attempt with the same text, tokenizer and
+               chunk size continues one that was interrupted, even by SIGKILL. None: an
+               interrupted attempt leaves no files
+    replace    False: keep a store that another process has made meanwhile
     """
 
     describe: Callable[[], dict[str, Any]] = dict
@@ -54,20 +56,21 @@ class MemmapManager:
     The manifest names dtype, number of tokens, chunk size, vocabulary size, the tokenizer's
     fingerprint, the text's length in bytes, its source, and for each chunk its length and SHA-256.
 
-    Each read opens its file for as long as it copies: a pass over a store larger than memory
-    leaves neither pages nor open files behind in the process.
+    Each read opens its file only while it copies: a pass over a store larger than memory leaves
+    no pages and no open files in the process.
     """
 
     def __init__(self, folder: str | Path):
-        """Looks at the length of every chunk; `verify` reads them.
+        """Checks the length of every chunk; `verify` reads the chunks.
 
-        Raises: FileNotFoundError where there is no store, ValueError for a damaged one.
+        Raises: FileNotFoundError if there is no store, UserError for a damaged one.
         """
         self.folder = Path(folder)
         path = self.folder / MANIFEST
         if not path.is_file():
             raise FileNotFoundError(
-                f"token store: {str(self.folder)!r} holds no {MANIFEST}; encode a text there first"
+                f"token store: {str(self.folder)!r} has no {MANIFEST}; encode a text into "
+                f"this folder first"
             )
         try:
             self.files, self.manifest = read_manifest(self.folder)
@@ -101,7 +104,7 @@ class MemmapManager:
         full, last = self.chunk_size * self.dtype.itemsize, lengths[-1:]
         num_bytes = self._num_tokens * self.dtype.itemsize
         if sum(lengths) != num_bytes or set(lengths[:-1]) - {full} or not 0 < last[0] <= full:
-            raise UserError("its chunks have other lengths than its number of tokens asks for")
+            raise UserError("the lengths of its chunks do not match its number of tokens")
 
     def _damaged(self, error: Exception | str) -> UserError:
         return UserError(
@@ -118,12 +121,12 @@ class MemmapManager:
         chunk_size: int = 500_000,
         options: StoreOptions = DEFAULT_OPTIONS,
     ) -> "MemmapManager":
-        """Encodes the joined texts into a store; memory holds one chunk, however long they are.
+        """Encodes the joined texts into a store, with one chunk in memory at a time.
 
-        The folder appears, or takes the place of an older store, only when it is complete and all
-        of it was read again. Who else may write to it must be kept away (locks.py).
+        The folder gets its name, or replaces an older store, only when it is complete and was read
+        back. The caller must keep other writers away from it (storage/lock.py).
 
-        Raises: ValueError when the texts are empty.
+        Raises: UserError when the texts are empty.
         """
         folder = Path(folder)
         dtype = id_dtype(tokenizer.vocab_size)
@@ -172,7 +175,7 @@ class MemmapManager:
     def load_by_range(self, start: int, end: int) -> np.ndarray:
         """The ids [start, end) as one array, across chunk borders.
 
-        Raises: ValueError for a range outside the store, or a chunk file that is too short.
+        Raises: UserError for a range outside the store, or a chunk file that is too short.
         """
         if not 0 <= start <= end <= len(self):
             raise UserError(
@@ -188,10 +191,10 @@ class MemmapManager:
         return ids
 
     def verify(self) -> None:
-        """Reads all of it.
+        """Reads the whole store and compares it with its checksums.
 
-        Raises: ValueError naming the first chunk file that is not what was written, or that holds
-        an id beyond the vocabulary.
+        Raises: UserError naming the first chunk file that has changed since it was written, or
+        that holds an id outside the vocabulary.
         """
         for number, entry in enumerate(self.files):
             try:
@@ -206,9 +209,9 @@ class MemmapManager:
                 raise self._damaged(error) from None
 
     def verify_once(self) -> None:
-        """`verify`, unless this store has been read since its files were last written.
+        """`verify`, unless the store was verified since its files last changed.
 
-        What was read is remembered in the folder, by the state of each file.
+        A file in the folder records the state of each verified chunk file.
         Raises: as `verify`.
         """
         states = self._states()
@@ -227,7 +230,7 @@ class MemmapManager:
         return [file_state(os.stat(path)) for path in self._paths]
 
     def _remember_verified(self) -> None:
-        with suppress(OSError):  # a folder that is not ours to write in
+        with suppress(OSError):  # a read-only folder
             atomic_write(self.folder / VERIFIED, json.dumps(self._states()).encode("utf-8"))
 
     def _read(self, chunk: int, offset: int, count: int) -> np.ndarray:
@@ -236,7 +239,7 @@ class MemmapManager:
             number = os.open(path, _READ_FLAGS)
             try:
                 if _identity(os.fstat(number)) != self._identities[chunk]:
-                    raise UserError("it was written anew while in use")
+                    raise UserError("it was replaced while in use")
                 data = _read_at(number, num_bytes, offset * self.dtype.itemsize)
             finally:
                 os.close(number)
@@ -251,7 +254,7 @@ _READ_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0)
 
 
 def _read_at(number: int, num_bytes: int, offset: int) -> bytes:
-    """Of a file that was just opened."""
+    """The bytes at `offset` of an open file; fewer at its end."""
     if hasattr(os, "pread") and num_bytes < 1 << 30:
         return os.pread(number, num_bytes, offset)
     os.lseek(number, offset, os.SEEK_SET)
@@ -263,7 +266,7 @@ def _read_at(number: int, num_bytes: int, offset: int) -> bytes:
 
 
 def _identity(found: os.stat_result) -> tuple[int, int, int]:
-    """Other for every file that takes the place of this one."""
+    """Values that differ for a file that replaces this one."""
     return found.st_size, found.st_mtime_ns, found.st_ino
 
 

@@ -27,9 +27,9 @@ _log = logging.getLogger("cs_lm")
 def find_or_train_tokenizer(
     corpus: Corpus, vocab_size: int, on_progress: Progress | None = None
 ) -> BPETokenizer:
-    """The tokenizer that the settings name, trained on the corpus where there is none yet.
+    """The tokenizer that the settings name; trains it on the corpus if there is none yet.
 
-    Raises: ValueError or FileNotFoundError for the user's own files, which are not replaced.
+    Raises: UserError for unusable files of the user's own, which are never replaced.
     """
     settings = _settings(corpus.data, vocab_size, corpus.description)
     path = _path(corpus, settings)
@@ -45,14 +45,14 @@ def find_or_train_tokenizer(
 
 
 def find_tokenizer(corpus: Corpus, vocab_size: int) -> BPETokenizer | None:
-    """The tokenizer that the settings name; None where it has to be trained first.
+    """The tokenizer that the settings name; None if it must be trained first.
 
-    Raises: ValueError or FileNotFoundError for the user's own files, which are not replaced.
+    Raises: UserError for unusable files of the user's own.
     """
     data = corpus.data
     if data.vocab_path is not None:
         if not all(Path(path).exists() for path in (data.vocab_path, data.merges_path)):
-            return None  # both are written under a lock, one after the other
+            return None  # they are written one after the other, under a lock
         return _own_tokenizer(data)
     settings = _settings(data, vocab_size, corpus.description)
     folders = _path(corpus, settings), old_path(corpus.label, TOKENIZER)
@@ -60,9 +60,9 @@ def find_tokenizer(corpus: Corpus, vocab_size: int) -> BPETokenizer | None:
 
 
 def find_labelled_tokenizers(label: str, data: DataConfig, vocab_size: int) -> list[BPETokenizer]:
-    """Those that a store of that label may have been made with.
+    """The tokenizers that a store of that label may have been made with.
 
-    Raises: FileNotFoundError where there is none.
+    Raises: FileNotFoundError if there is none.
     """
     if data.vocab_path is not None:
         return [_own_tokenizer(data)]
@@ -70,8 +70,8 @@ def find_labelled_tokenizers(label: str, data: DataConfig, vocab_size: int) -> l
     found = [_read(folder, settings) for folder in paths_of(label, TOKENIZER)]
     if not any(found):
         raise FileNotFoundError(
-            f"tokenizer: data/ has none of label {label!r} with --vocab_size {vocab_size} and "
-            "these --special_tokens that is whole; give --corpus_path to train it, or "
+            f"tokenizer: data/ has no undamaged tokenizer with label {label!r}, --vocab_size "
+            f"{vocab_size} and these --special_tokens; give --corpus_path to train it, or "
             "--vocab_path and --merges_path of the store's tokenizer"
         )
     return [tokenizer for tokenizer in found if tokenizer is not None]
@@ -82,7 +82,10 @@ def _own_tokenizer(data: DataConfig) -> BPETokenizer:
 
 
 def _settings(data: DataConfig, vocab_size: int, source: dict[str, Any] | None) -> dict[str, Any]:
-    """What a tokenizer follows from; source  of a text, None: of any text."""
+    """Everything that a tokenizer depends on.
+
+    source  the description of its text; None: any text
+    """
     return {
         "vocab_size": vocab_size,
         "special_tokens": list(data.special_tokens),
@@ -91,7 +94,7 @@ def _settings(data: DataConfig, vocab_size: int, source: dict[str, Any] | None) 
 
 
 def _path(corpus: Corpus, settings: dict[str, Any]) -> Path:
-    """Where the tokenizer lies; for the user's own files, only a name to lock."""
+    """The folder of the tokenizer; for the user's own files, only a name to lock."""
     vocab_path = corpus.data.vocab_path
     if vocab_path is None:
         return cache_path(corpus.label, TOKENIZER, settings)
@@ -103,8 +106,8 @@ def _refuse_one_of_two(data: DataConfig) -> None:
     missing = [flag for flag, path in files.items() if path and not Path(path).exists()]
     if len(missing) == 1:
         raise UserError(
-            f"{missing[0]}: got {files[missing[0]]!r}, which is not a file, but the other of "
-            "the two is there; restore it, or name two new files"
+            f"{missing[0]}: got {files[missing[0]]!r}, which does not exist, but the other "
+            "file does; restore it, or name two new files"
         )
 
 
@@ -114,14 +117,14 @@ def _keep(tokenizer: BPETokenizer, path: Path, data: DataConfig, settings: dict[
         _log.info("tokenizer: wrote %s and %s", data.vocab_path, data.merges_path)
         return
     if path.exists():
-        _log.warning("tokenizer: %s is damaged, and made again", path)
+        _log.warning("tokenizer: %s is damaged; making it again", path)
         set_aside(path)
     _write(tokenizer, path, settings)
     _log.info("tokenizer: wrote %s", path)
 
 
 def _read(folder: Path, settings: dict[str, Any]) -> BPETokenizer | None:
-    """The tokenizer with these settings, as it was written; None where it is missing or damaged."""
+    """The tokenizer with these settings from the folder; None if it is missing or damaged."""
     try:
         stored = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
         fingerprint = stored.pop("fingerprint")
@@ -142,5 +145,7 @@ def _write(tokenizer: BPETokenizer, folder: Path, settings: dict[str, Any]) -> N
     content = {**settings, "fingerprint": tokenizer.fingerprint}
     atomic_write(writing / SETTINGS, json.dumps(content, indent=1).encode("utf-8"))
     if _read(writing, settings) is None:
-        raise OSError(f"tokenizer: {str(writing)!r} does not read back as it was written")
+        raise OSError(
+            f"tokenizer: {str(writing)!r} differs from what was written when it is read back"
+        )
     replace_directory(writing, folder, replace=False)

@@ -1,6 +1,6 @@
-"""What is done with a model besides training it: sampling, text, evaluation.
+"""Uses of a trained model: sampling, text generation, evaluation.
 
 Nothing here changes a weight.
-Read `sampling` first (from logits to one token), then `generate` (token after token, with the
-key-value cache), `text` (what can be shown as soon as it is certain), `evaluate`.
+Read `sampling` first (from logits to one token), then `generate` (many tokens, with the key-value
+cache), `text` (streams text as soon as it is certain), and `evaluate`.
 """

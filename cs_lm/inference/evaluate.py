@@ -19,7 +19,7 @@ from cs_lm.ops.reference import IGNORE_INDEX
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Sums over the scored tokens; the means follow from them."""
+    """Sums over the evaluated tokens, and the means that follow from them."""
 
     loss_sum_nats: float
     num_tokens: int
@@ -32,16 +32,16 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss): as unsure as between this many equally likely tokens."""
+        """exp(loss): the model is as unsure as between this many equally likely tokens."""
         return math.exp(min(self.loss_nats, 700.0))
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits that the model needs for a byte of text: comparable between tokenizers."""
+        """Bits that the model needs for a byte of text; comparable between tokenizers."""
         return self.loss_sum_nats / math.log(2) / self.num_bytes
 
     def record(self) -> dict[str, Any]:
-        """For the log of a run."""
+        """The values for the log of a run."""
         return {
             "loss_nats": self.loss_nats,
             "perplexity": self.perplexity,
@@ -67,11 +67,11 @@ def token_byte_lengths(vocab: Mapping[int, bytes]) -> np.ndarray:
 
 
 def evaluation_starts(num_tokens: int, seq_length: int, max_tokens: int | None) -> list[int]:
-    """First positions of the windows, a fixed choice: all of them, or evenly spread ones.
+    """Start positions of the windows to evaluate: all, or a fixed choice of evenly spaced ones.
 
     Windows do not overlap; the last one may be shorter, so that every token but the first is
     predicted once.
-    Raises: ValueError for fewer than two tokens: nothing to predict.
+    Raises: UserError for fewer than two tokens: nothing to predict.
     """
     if num_tokens < 2:
         raise UserError(f"validation: got {num_tokens} tokens, need at least 2; give a longer text")
@@ -83,9 +83,11 @@ def evaluation_starts(num_tokens: int, seq_length: int, max_tokens: int | None) 
 
 
 class EvalOptions(NamedTuple):
-    """seq_length  of the windows; [tokens]
+    """Options of `evaluate`.
+
+    seq_length  length of a window [tokens]
     batch_size  windows in one forward pass; it changes the speed, not the result
-    max_tokens  about this many are scored, evenly spread; None: all
+    max_tokens  evaluate about this many, evenly spaced; None: all
     """
 
     seq_length: int
@@ -102,11 +104,11 @@ def evaluate(
     loss: Callable[[Any, Any], tuple[Tensor, Tensor]] = next_token_loss,
     on_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Scores the tokens in windows. The model's mode is restored.
+    """The model's loss on the tokens, window by window. Restores the model's mode.
 
     byte_lengths  of the tokens, as `token_byte_lengths` gives them
     loss          (model, batch) -> sum [nats] and count
-    on_batch      called before each batch; an exception of it ends the evaluation
+    on_batch      called before each batch; if it raises an exception, the evaluation ends
     """
     device, seq_length = model.output_embedding.device, options.seq_length
     starts = evaluation_starts(len(tokens), seq_length, options.max_tokens)
@@ -129,7 +131,7 @@ def evaluate(
 def gzip_bits_per_byte(
     tokens: Tokens, vocab: Mapping[int, bytes], seq_length: int, max_tokens: int | None = None
 ) -> float:
-    """Bits that `gzip -9` needs for a byte of the text that `evaluate` scores: a yardstick."""
+    """Bits that `gzip -9` needs for a byte of the text that `evaluate` reads, to compare with."""
     compressor = zlib.compressobj(9, wbits=31)  # 31: gzip's header and the largest window
     num_bytes = num_compressed = 0
     for start in evaluation_starts(len(tokens), seq_length, max_tokens):
@@ -142,7 +144,10 @@ def gzip_bits_per_byte(
 
 
 def _padded(rows: list[np.ndarray], seq_length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """x and y (B, T); past the end of a short row, y is ignored (causality guards the rest)."""
+    """Inputs x and targets y (B, T). Short rows are padded at the end.
+
+    There y is IGNORE_INDEX, and the causal mask hides the padding from the other positions.
+    """
     x = torch.zeros(len(rows), seq_length, dtype=torch.int64)
     y = torch.full((len(rows), seq_length), IGNORE_INDEX)
     for i, row in enumerate(rows):

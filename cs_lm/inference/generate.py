@@ -1,4 +1,4 @@
-"""From logits to text: filters on logits, generation with a key-value cache, safe streaming."""
+"""Generates tokens with a key-value cache, several rows at once."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -10,18 +10,15 @@ from cs_lm.errors import UserError
 from cs_lm.inference.sampling import DecodingConfig, sample_token
 from cs_lm.models.base import LanguageModel, evaluating, new_cache
 
-# ---- filters: pure functions on logits (..., V), which return logits of the same shape ----
-
-
 # ---- generation ----
 
 
 class _CachedDecoder:
-    """Feeds sequences of different length to a model in one batch and gives their last logits.
+    """The last logits of sequences of different length, computed in one batch.
 
-    Rows are padded on the left; positions count from each row's own first token, and padding is
-    masked, so a row's logits do not depend on its neighbours. Only beyond the context do rows
-    share something: with `slide` > 1, all of them drop their oldest positions at the same time.
+    Rows are padded on the left. Positions count from each row's own first token, and padding is
+    masked, so a row's logits do not depend on the other rows. The exception is beyond the context
+    with `slide` > 1: there all rows drop their oldest positions at the same time.
     """
 
     def __init__(self, model: LanguageModel, rows: Sequence[list[int]], max_new: int, slide: int):
@@ -31,7 +28,7 @@ class _CachedDecoder:
         self._cache = new_cache(model, len(rows), min(self._context, longest + max_new))
 
     def logits(self, rows: Sequence[list[int]]) -> Tensor:
-        """Scores (B, V) after rows of which all but the newest token may have been read before."""
+        """Logits (B, V) after each row. The cache may hold all tokens but the newest already."""
         if self._cache.length == 0:
             return self._read_window(rows, self._context)
         if self._cache.length < self._cache.capacity:
@@ -69,13 +66,13 @@ def generate_tokens(
     stop_ids: frozenset[int] = frozenset(),
     usable_ids: Tensor | None = None,
 ) -> Iterator[list[int | None]]:
-    """Step after step, the new token of each row, or None for a row that has finished.
+    """For each step, the new token of each row, or None for a row that has finished.
 
-    A row finishes at a stop id, which is not given out, or when the caller sets its place in
-    `finished`. Each row draws from a generator of its own that follows from (seed, row).
+    A row finishes at a stop id, which is not returned, or when the caller sets its entry of
+    `finished` to True. Each row has its own random generator, seeded with (seed, row).
 
-    usable_ids  (V) boolean; ids outside are never chosen
-    Raises: ValueError for an empty prompt or an id outside the model's vocabulary.
+    usable_ids  (V) boolean; ids with False are never chosen
+    Raises: UserError for an empty prompt or an id outside the model's vocabulary.
     """
     if found := config.validate():
         raise UserError(*found)
@@ -131,6 +128,3 @@ def generate(
             if token_id is not None:
                 output.append(token_id)
     return outputs
-
-
-# ---- text ----

@@ -22,7 +22,9 @@ class DecodingConfig:
     top_p: float | None = setting(
         None, "choose among the most likely tokens that together reach this probability"
     )
-    repetition_penalty: float = setting(1.0, "above 1 makes tokens that stand already less likely")
+    repetition_penalty: float = setting(
+        1.0, "above 1 makes tokens that already occurred less likely"
+    )
     repetition_window: int | None = setting(
         None, "the penalty looks back this far; default: everything", "tokens"
     )
@@ -30,9 +32,9 @@ class DecodingConfig:
     stop_token: tuple[str, ...] = setting(
         (), "special tokens that end the sample; default: the end-of-text token alone"
     )
-    num_samples: int = setting(1, "texts after each prompt, each with draws of its own")
+    num_samples: int = setting(1, "number of samples for each prompt")
     slide: int = setting(
-        1, "positions dropped at once beyond the context; more is quicker", "tokens"
+        1, "tokens dropped at once when the context is full; more is faster", "tokens"
     )
     seed: int = setting(0, "the sample follows from it")
 
@@ -63,8 +65,8 @@ class DecodingConfig:
             if not good
         ]
         if self.num_samples > 1 and self.temperature == 0:
-            what = "all are the same at --temperature 0"
-            found.append(Problem("--num_samples", what, fix="leave one out"))
+            what = "all samples are the same at --temperature 0"
+            found.append(Problem("--num_samples", what, fix="remove one of the two flags"))
         for name in ("top_k", "top_p"):
             if self.temperature == 0 and getattr(self, name) is not None:
                 what = "has no effect at --temperature 0"
@@ -81,16 +83,17 @@ def apply_temperature(logits: Tensor, temperature: float) -> Tensor:
 
 
 def top_k_logits(logits: Tensor, k: int) -> Tensor:
-    """-inf for all but the k highest logits; of equal ones at the border, those that sort first."""
+    """The logits, -inf for all but the k highest; of equal ones, those that `topk` puts first."""
     k = min(k, logits.shape[-1])
     values, places = logits.topk(k, dim=-1)
     return torch.full_like(logits, -math.inf).scatter(-1, places, values)
 
 
 def top_p_logits(logits: Tensor, p: float) -> Tensor:
-    """-inf outside the smallest set of likeliest tokens whose probabilities sum to at least p.
+    """The logits, -inf outside the smallest set of likeliest tokens that sum to at least p.
 
-    The likeliest token always stays. Source: Holtzman et al. 2020, nucleus sampling.
+    p is a probability. The likeliest token always stays.
+    Source: Holtzman et al. 2020, nucleus sampling.
     """
     values, places = logits.sort(dim=-1, descending=True, stable=True)
     probabilities = softmax(values)
@@ -101,7 +104,7 @@ def top_p_logits(logits: Tensor, p: float) -> Tensor:
 
 
 def repetition_penalty_logits(logits: Tensor, token_ids: Tensor, penalty: float) -> Tensor:
-    """Scores of the given tokens made smaller: positive ones divided, negative ones multiplied.
+    """The logits, lower for the given tokens: positive ones divided, negative ones multiplied.
 
     A token that occurs several times is penalised once. Shapes: logits (..., V), token_ids (..., N)
     Source: Keskar et al. 2019, CTRL, made sign-aware.
@@ -111,7 +114,7 @@ def repetition_penalty_logits(logits: Tensor, token_ids: Tensor, penalty: float)
 
 
 class NotANumberError(UserError):
-    """What a model with weights that are not finite makes of any text."""
+    """The logits are NaN, as those of a model whose weights are not finite."""
 
 
 _NOT_NUMBERS = "the model's logits are not numbers (NaN)"
@@ -122,7 +125,7 @@ def sample_token(
 ) -> int:
     """The next token of one sequence from its logits (V) on the CPU.
 
-    Raises: NotANumberError for logits with a NaN among them; a look costs nothing until then.
+    Raises: NotANumberError if one of the logits is NaN. Without a NaN, the check costs nothing.
     """
     if config.repetition_penalty != 1.0:
         window = config.repetition_window or len(history)

@@ -1,4 +1,4 @@
-"""From tokens to text, as it becomes certain."""
+"""From tokens to text, streamed as soon as it is certain."""
 
 import codecs
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from cs_lm.models.base import LanguageModel
 
 
 class TextTokenizer(Protocol):
-    """What text generation needs of a tokenizer."""
+    """The part of a tokenizer that text generation needs."""
 
     vocab: dict[int, bytes]
     special_tokens: list[str]
@@ -23,9 +23,9 @@ class TextTokenizer(Protocol):
 
 
 class TextStream:
-    """Tokens in, text out, never half a character and never the beginning of a stop string.
+    """Turns tokens into text, never into half a character or the start of a stop string.
 
-    `push` returns what is certain by now; `close` returns what is left.
+    `push` returns the text that is certain by now; `close` returns the rest.
     """
 
     def __init__(self, vocab: dict[int, bytes], stop: Sequence[str] = ()):
@@ -49,7 +49,7 @@ class TextStream:
         self._held += text
         found = [(self._held.find(stop) + len(stop), stop) for stop in self._stop]
         found = [(end, stop) for end, stop in found if end >= len(stop)]
-        if found:  # the one that is complete first, however the text came in tokens
+        if found:  # the stop string that ends first, whatever the token borders are
             self.stopped = True
             end, stop = min(found)
             shown, self._held = self._held[: end - len(stop)], ""
@@ -59,7 +59,7 @@ class TextStream:
         return shown
 
     def _length_of_possible_stop(self) -> int:
-        """How much of the end of the text may be the beginning of a stop string."""
+        """How many characters at the end of the text may be the start of a stop string."""
         longest = max(map(len, self._stop), default=1) - 1
         for length in range(min(longest, len(self._held)), 0, -1):
             if any(stop.startswith(self._held[-length:]) for stop in self._stop):
@@ -74,12 +74,12 @@ def generate_text(
     config: DecodingConfig,
     show: Callable[[int, str], None] | None = None,
 ) -> list[str]:
-    """What the model writes after each prompt; it ends at a stop token or a stop string.
+    """The model's text after each prompt, up to a stop token or a stop string.
 
-    With several samples, those of a prompt stand side by side: row i is sample i % num_samples.
+    Several samples of a prompt are consecutive rows: row i is sample i % num_samples.
 
     show  called with (row, new text) as soon as text is certain, for streaming
-    Raises: ValueError for an empty prompt, or a stop token that the tokenizer does not have.
+    Raises: UserError for an empty prompt, or a stop token that the tokenizer does not have.
     """
     size = model.config.vocab_size
     usable = torch.tensor([i in tokenizer.vocab for i in range(size)])
@@ -106,12 +106,12 @@ def generate_text(
 
 
 def stop_ids_of(tokenizer: TextTokenizer, asked: Sequence[str]) -> frozenset[int]:
-    """The ids that end a text. Raises: UserError for what is no special token."""
+    """The ids that end a text. Raises: UserError for a text that is no special token."""
     unknown = [token for token in asked if token not in tokenizer.special_tokens]
     if unknown:
         raise UserError(
             f"--stop_token: got {unknown[0]!r}, need special tokens of the model: "
-            f"{', '.join(tokenizer.special_tokens) or 'it has none'}; other text goes to --stop"
+            f"{', '.join(tokenizer.special_tokens) or 'it has none'}; use --stop for other text"
         )
     ends = {token.encode("utf-8") for token in asked or tokenizer.end_tokens}
     return frozenset(i for i, token in tokenizer.vocab.items() if token in ends)

@@ -1,6 +1,6 @@
-"""Weights and tokenizers of other programs: in and out, in the layouts that they read.
+"""Import and export of weights and tokenizers, in the file layouts of other programs.
 
-The only wing that knows the names of other programs' tensors and settings.
-Read `layouts` first (which there are), then `tensor_mapping` and `hf_config` (what theirs is called
-and means), `sources` (their files), `import_weights`, `export_weights`, `tokenizers`.
+Only this package knows the names of other programs' tensors and settings.
+Read `layouts` first (the list of them), then `tensor_mapping` and `hf_config` (their tensors and
+settings, and ours), `sources` (their files), `import_weights`, `export_weights`, `tokenizers`.
 """

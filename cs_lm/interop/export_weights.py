@@ -1,4 +1,4 @@
-"""Our weights in the layouts of other programs."""
+"""Writes our weights in the layouts of other programs."""
 
 import errno
 import math
@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from cs_lm.config.model import GPT2Config
-from cs_lm.errors import UserError
+from cs_lm.errors import UserError, missing_package
 from cs_lm.interop.layouts import LAYOUTS, layout_for, written_config
-from cs_lm.interop.sources import ADDED_TOKENS, INSTALL_HINT, write_json
+from cs_lm.interop.sources import ADDED_TOKENS, write_json
 from cs_lm.interop.tensor_mapping import Layout, TensorMapping
 from cs_lm.interop.tokenizers import end_ids, pad_token, write_tokenizer
 from cs_lm.models.base import LanguageModel
+from cs_lm.models.stats import FLOAT_BYTES
 from cs_lm.storage.atomic import atomic_write, fsync_directory
 from cs_lm.tokenizer import BPETokenizer
 
-FLOAT_BYTES = 4
 FORMATS = ("safetensors", "pytorch", "tensorflow")
 _STEMS = {"safetensors": ("model", ".safetensors"), "pytorch": ("pytorch_model", ".bin")}
 
@@ -32,16 +32,16 @@ def write_weights(
     file_format: str = "safetensors",
     shard_bytes: int | None = None,
 ) -> None:
-    """A new folder that transformers, or OpenAI's TensorFlow code, reads.
+    """Writes a new folder that transformers, or OpenAI's TensorFlow code, can read.
 
     file_format  one of FORMATS
-    shard_bytes  several files of at most this size, but for a tensor that is larger, and an index
-    Memory: the weights once more, of one file at a time.
-    Raises: ValueError for a folder that is not empty, or a model that the format cannot hold.
+    shard_bytes  maximum size of a file, unless one tensor is larger; several files get an index
+    Memory: a copy of the weights of one file at a time.
+    Raises: UserError for a folder that is not empty, or a model that the format cannot hold.
     """
     folder = Path(os.path.abspath(folder))
     is_empty = folder.is_dir() and not any(folder.iterdir())
-    is_there = UserError(f"--to: {str(folder)!r} is there already; name a new folder")
+    is_there = UserError(f"--to: {str(folder)!r} exists already; name a new folder")
     if os.path.lexists(folder) and not is_empty:
         raise is_there
     layout = layout_for(model.config)
@@ -60,9 +60,9 @@ def write_weights(
         fsync_directory(writing)
         try:
             if is_empty:
-                folder.rmdir()  # Windows does not rename onto it
+                folder.rmdir()  # Windows cannot rename onto an existing folder
             os.replace(writing, folder)
-        except OSError as error:  # another process was quicker
+        except OSError as error:  # another process made the folder first
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
                 raise is_there from None
             raise
@@ -87,7 +87,7 @@ def _check_openai(model: LanguageModel) -> None:
 
 
 def _weights(model: LanguageModel, entries: Layout) -> dict[str, Tensor]:
-    """All that the entries name; a bias that our model does without is one of zeros."""
+    """Our weights that the entries name, with zeros for biases that our model does not have."""
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     for name in (ours for entry in entries.values() for ours in entry.ours):
         if name not in weights:
@@ -97,7 +97,7 @@ def _weights(model: LanguageModel, entries: Layout) -> dict[str, Tensor]:
 
 
 def _theirs(weights: dict[str, Tensor], entry: TensorMapping) -> Tensor:
-    """Their tensor, in memory of its own."""
+    """Their tensor, as a contiguous copy."""
     parts = [weights[name].float().cpu() for name in entry.ours]
     return entry.to_theirs(parts).clone(memory_format=torch.contiguous_format)
 
@@ -127,7 +127,7 @@ def _write_files(
 
 
 def _shards(sizes: dict[str, int], shard_bytes: int | None) -> list[list[str]]:
-    """Names in the order of the layout, cut where a file would become too large."""
+    """The tensor names of each file, in the order of the layout."""
     shards: list[list[str]] = [[]]
     room = limit = math.inf if shard_bytes is None else shard_bytes
     for name, size in sizes.items():
@@ -140,7 +140,7 @@ def _shards(sizes: dict[str, int], shard_bytes: int | None) -> list[list[str]]:
 
 
 def _umask() -> int:
-    """What `mkdir` would take away of a folder's rights; a temporary one has fewer."""
+    """The permission bits that `mkdir` would remove; `mkdtemp` removes more."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
@@ -158,11 +158,9 @@ def _save(tensors: dict[str, Tensor], path: Path, file_format: str) -> None:
         try:
             from safetensors.torch import save_file
         except ImportError:
-            raise UserError(
-                f"--format: needs the package safetensors; {INSTALL_HINT.format('weights')}"
-            ) from None
+            raise UserError(missing_package("--format", "safetensors", "weights")) from None
         save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(0o666 & ~_umask())  # safetensors makes it the owner's alone
+    path.chmod(0o666 & ~_umask())  # safetensors gives access to the owner only
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
 
@@ -171,9 +169,7 @@ def _write_tensorflow(model: LanguageModel, prefix: Path) -> None:
     try:
         import tensorflow as tf
     except ImportError:
-        raise UserError(
-            f"--format: needs the package tensorflow; {INSTALL_HINT.format('tensorflow')}"
-        ) from None
+        raise UserError(missing_package("--format", "tensorflow", "tensorflow")) from None
     layout = LAYOUTS["openai"].tensors(model.config)
     weights = _weights(model, layout)
     tensors = [_theirs(weights, entry).numpy() for entry in layout.values()]
@@ -196,8 +192,7 @@ def _write_settings(
     write_json(folder / name, content)
     if layout == "openai":
         tokenizer.save(folder / "encoder.json", folder / "vocab.bpe")
-        id_of = {token: token_id for token_id, token in tokenizer.vocab.items()}
-        special = {text: id_of[text.encode("utf-8")] for text in tokenizer.special_tokens}
+        special = {text: tokenizer.id_of[text.encode("utf-8")] for text in tokenizer.special_tokens}
         write_json(folder / ADDED_TOKENS, special)
     else:
         write_tokenizer(tokenizer, config.vocab_size, config.context_length, folder)

@@ -1,4 +1,4 @@
-"""The settings of other programs, and what they mean for our models: one pair of functions each."""
+"""Converts other programs' settings to our configs and back, with one pair of functions each."""
 
 import math
 from pathlib import Path
@@ -13,9 +13,9 @@ _DROPOUT_RATES = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 
 
 class Settings:
-    """A JSON object whose values are asked for by name and type.
+    """A JSON object; `get` checks the type of a value.
 
-    Raises: ValueError naming the file and the setting.
+    Raises: UserError naming the file and the setting.
     """
 
     def __init__(self, path: Path, values: dict[str, Any] | None = None):
@@ -35,13 +35,13 @@ class Settings:
         return value
 
     def refuse_unless(self, **needed: tuple) -> None:
-        """Each setting is one of these values; the first is what it means where it is missing."""
+        """Raises: UserError for a setting with another value; the first value is the default."""
         for name, values in needed.items():
             value = self.values.get(name)
             if value is not None and value not in values:
                 raise UserError(
                     f"weights: {name} of {str(self.path)!r} is {value!r}; need {values[0]!r}: "
-                    "another model would come out"
+                    "our model does not support another value"
                 )
 
 
@@ -74,7 +74,7 @@ def read_gpt2(settings: Settings) -> GPT2Config:
 
 
 def read_nanogpt(settings: Settings) -> GPT2Config:
-    """What nanoGPT writes into its `ckpt.pt` of a model's shape."""
+    """The config from the `model_args` in nanoGPT's `ckpt.pt`."""
     d_model = settings.get("n_embd", int)
     return GPT2Config(
         d_model=d_model,
@@ -111,7 +111,7 @@ def read_llama(settings: Settings) -> ModelConfig:
     if rope.get("rope_type", "default") != "default":
         raise UserError(
             f"weights: rope_parameters of {str(settings.path)!r} are {rope}; need rope_type "
-            "'default': another model would come out"
+            "'default': our model does not support another value"
         )
     rope = Settings(settings.path, {**settings.values, **rope})
     return ModelConfig(
@@ -126,7 +126,7 @@ def read_llama(settings: Settings) -> ModelConfig:
     )
 
 
-# ---- what is written ----
+# ---- writing ----
 
 
 def write_gpt2(config: GPT2Config) -> dict[str, Any]:

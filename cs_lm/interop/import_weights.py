@@ -1,4 +1,4 @@
-"""Weights of other programs into our models, tensor by tensor, each of them accounted for."""
+"""Loads weights of other programs into our models; a missing or unknown tensor is an error."""
 
 import math
 from pathlib import Path
@@ -16,20 +16,20 @@ from cs_lm.models.base import LanguageModel
 from cs_lm.models.registry import build_model
 from cs_lm.models.stats import num_parameters
 
-SHOWN = 10  # names of each kind
+SHOWN = 10  # at most this many names of a kind in a message
 TABLE, HEAD = "token_embeddings.weight", "lm_head.weight"
 
 
 def read_weights(path: str | Path) -> LanguageModel:
-    """The model of a folder of Hugging Face's or OpenAI's, or of a file in one; in float32.
+    """The model in a Hugging Face or OpenAI folder, or in one of its files; in float32.
 
-    Memory: the weights, and those of one tensor more; the largest come first, when little else is
-    there. A file of `torch.save` is read whole, and its tensors are taken over.
-    Raises: FileNotFoundError or ValueError before anything is taken into memory, but for such a
-    file, which cannot be looked at without, and for a head that should be the embedding.
+    Memory: the weights and one more tensor; the largest tensors come first, while little memory is
+    used. A `torch.save` file is read whole, and its tensors are used without a copy.
+    Raises: FileNotFoundError or UserError, before any weight is loaded. Exceptions: a `torch.save`
+    file, which is loaded to be checked, and a head that differs from its tied embedding.
     """
     path = Path(path)
-    folder_of(path)  # says where nothing is
+    folder_of(path)  # raises if the path does not exist
     nanogpt = nanogpt_file(path)
     if nanogpt is None:
         spec, source = read_config(folder_of(path)), open_source(path)
@@ -64,9 +64,9 @@ def read_weights(path: str | Path) -> LanguageModel:
 
 
 def folder_of(path: Path) -> Path:
-    """Where the settings and the tokenizer of weights are.
+    """The folder with the settings and the tokenizer of the weights.
 
-    Raises: FileNotFoundError for a path where nothing is.
+    Raises: FileNotFoundError if the path does not exist.
     """
     if not path.exists():
         raise FileNotFoundError(
@@ -76,9 +76,9 @@ def folder_of(path: Path) -> Path:
 
 
 def _check_size(config: ArchitectureConfig, source: Source, path: Path) -> None:
-    """Raises: ValueError for settings of a model that is not in the files, however large."""
+    """Raises: UserError when the settings describe a much larger model than the files hold."""
     found = sum(map(math.prod, source.shapes.values()))
-    # a head that is the table may be missing, causal masks may be there
+    # factor 2: the files may lack a tied head; they may also hold causal masks
     if num_parameters(config) > 2 * found or config.num_layers > len(source.shapes):
         raise UserError(
             f"weights: the settings beside {str(path)!r} are those of {num_parameters(config):,} "
@@ -93,7 +93,7 @@ def _differences(
     source: Source,
     may_be_there: set[str],
 ) -> list[str]:
-    """A line each for what is missing, what is unexpected and what has another shape."""
+    """A line for each kind of wrong tensor: missing, unexpected, other shape, not float."""
     shapes = {name: x.shape for name, x in model.named_parameters()}
     expected = {name: entry.theirs_shape(shapes[entry.ours[0]]) for name, entry in layout.items()}
     wrong_shapes = [
@@ -121,14 +121,15 @@ def _place(model: nn.Module, name: str, weight: Tensor) -> None:
 
 
 def _tie(model: LanguageModel, source: Source, head: str | None, path: Path) -> None:
-    """Raises: ValueError for a head in the file that is not the table, as its settings say."""
+    """Ties the head to the embedding. Raises: UserError if the file has a head that differs."""
     table = model.token_embeddings.weight
     if head is not None:
         with source.reading(head) as theirs:
             if not torch.equal(theirs.to(table.dtype), table):
                 raise UserError(
                     f"weights: {head} of {str(path)!r} is not the embedding, but its settings say "
-                    "that they are tied (tie_word_embeddings); change the one or the other"
+                    "that they are tied (tie_word_embeddings); correct the weights or "
+                    "tie_word_embeddings"
                 )
-    if model.lm_head is not None:  # an architecture whose head is always one of its own
+    if model.lm_head is not None:  # this architecture always has its own head
         _place(model, HEAD, table.detach().clone())

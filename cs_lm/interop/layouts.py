@@ -1,4 +1,4 @@
-"""The layouts of other programs that our architectures are read from and written in."""
+"""The list of other programs' weight layouts that we can read and write."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,9 +22,9 @@ HF, OPENAI = "config.json", "hparams.json"
 
 
 class ProgramLayout(NamedTuple):
-    """How a program keeps the weights of one of our architectures.
+    """How a program stores the weights of one of our architectures.
 
-    tensors  their names, of the model of a config
+    tensors  returns the program's tensors for a config, and how they map to ours
     read     our config from the program's settings
     write    the program's settings from our config
     """
@@ -35,7 +35,7 @@ class ProgramLayout(NamedTuple):
     write: Callable[..., dict[str, Any]]
 
 
-# The first one of an architecture is what transformers reads, by its `model_type`.
+# The first layout of an architecture is that of transformers, under its `model_type`.
 LAYOUTS = {
     "gpt2": ProgramLayout("gpt2", gpt2_layout, read_gpt2, write_gpt2),
     "llama": ProgramLayout("transformer", llama_layout, read_llama, write_llama),
@@ -46,7 +46,7 @@ LAYOUTS = {
 def layout_for(config: ArchitectureConfig) -> str:
     """The name of the layout that transformers reads.
 
-    Raises: ValueError for an architecture that no other program is known to have.
+    Raises: UserError for an architecture that none of these programs has.
     """
     for name, layout in LAYOUTS.items():
         if layout.architecture == config.architecture:
@@ -55,7 +55,7 @@ def layout_for(config: ArchitectureConfig) -> str:
 
 
 class CheckpointSpec(NamedTuple):
-    """What a folder says of its weights; with `is_tied`, the head is the embedding."""
+    """Layout and config of a folder's weights; `is_tied`: the head is the embedding."""
 
     layout: str
     config: ArchitectureConfig
@@ -65,7 +65,7 @@ class CheckpointSpec(NamedTuple):
 def read_config(folder: Path) -> CheckpointSpec:
     """The layout that the folder's files are in, and the config of our model for them.
 
-    Raises: FileNotFoundError, or ValueError naming what our models do not have.
+    Raises: FileNotFoundError, or UserError naming a setting that our models do not support.
     """
     if (folder / HF).is_file():
         settings = Settings(folder / HF)
@@ -90,7 +90,7 @@ def read_config(folder: Path) -> CheckpointSpec:
 
 
 def check_config(config: ArchitectureConfig, where: Path) -> None:
-    """Raises: ValueError for settings of no model that could be built."""
+    """Raises: UserError for settings with which no model can be built."""
     problems = config.validate()
     if config.context_length > MAX_CONTEXT_LENGTH:
         need = f"at most {MAX_CONTEXT_LENGTH}"
@@ -104,7 +104,8 @@ def written_config(
 ) -> tuple[str, dict[str, Any]]:
     """The name and the content of the file that `read_config` reads.
 
-    ends  ids that end a text; pad  the id that fills up the shorter rows of a batch
+    ends  ids that end a text
+    pad   id of the padding token of a batch
     """
     own = LAYOUTS[layout].write(config)
     if layout == "openai":

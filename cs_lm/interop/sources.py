@@ -1,4 +1,4 @@
-"""Files of weights, of which one tensor at a time is read."""
+"""Weight files of other programs, read one tensor at a time."""
 
 import json
 from collections.abc import Iterator
@@ -9,20 +9,21 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from cs_lm.errors import UserError
+from cs_lm.errors import UserError, missing_package
 from cs_lm.storage.atomic import atomic_write
 from cs_lm.storage.safe_load import check_archive, check_old_file, check_tensor
 
 MAX_JSON_BYTES = 64 << 20
 ADDED_TOKENS = "added_tokens.json"
 _FLOATS = {"F64", "F32", "F16", "BF16"}
-INSTALL_HINT = "install the extra with: pip install 'cs_lm[{}]'"
 
 
 class Source(Protocol):
-    """shapes      of every tensor, by the name that it has in the files
-    not_floats  names of tensors whose numbers would not be those of a float32
-    gives_away  whether a tensor that was read may be kept
+    """The tensors in weight files.
+
+    shapes        of every tensor, by its name in the files
+    not_floats    names of tensors that are not of a supported floating-point type
+    owns_tensors  whether the caller may keep a tensor without a copy
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -30,12 +31,12 @@ class Source(Protocol):
     owns_tensors: bool
 
     def reading(self, name: str) -> AbstractContextManager[Tensor]:
-        """The tensor, to be used inside; once for each name."""
+        """A context with the tensor, valid inside only. Call it once for each name."""
         ...
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises: ValueError naming a file that holds no JSON object, or far too much."""
+    """A JSON object. Raises: UserError for a file that is too large or holds no JSON object."""
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise UserError(f"more than {MAX_JSON_BYTES >> 20} MB")
@@ -52,7 +53,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 class SafetensorsSource:
-    """One or more `.safetensors` files, of which a tensor is a window that is closed again."""
+    """One or more `.safetensors` files; each tensor is mapped into memory only while in use."""
 
     owns_tensors = False
 
@@ -60,9 +61,7 @@ class SafetensorsSource:
         try:
             from safetensors import SafetensorError, safe_open
         except ImportError:
-            raise UserError(
-                f"weights: needs the package safetensors; {INSTALL_HINT.format('weights')}"
-            ) from None
+            raise UserError(missing_package("weights", "safetensors", "weights")) from None
         self._open = safe_open
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.not_floats: list[str] = []
@@ -86,7 +85,7 @@ class SafetensorsSource:
 
 
 class TorchSource:
-    """One or more files of `torch.save`, which are read whole, and given out in pieces."""
+    """One or more files of `torch.save`. They are read whole; each tensor is given out once."""
 
     owns_tensors = True
 
@@ -100,7 +99,7 @@ class TorchSource:
     def _load(self, path: Path) -> None:
         try:
             with open(path, "rb") as file:
-                is_archive = file.read(4) == b"PK\x03\x04"  # as torch.load decides it
+                is_archive = file.read(4) == b"PK\x03\x04"  # the same test as in torch.load
             (check_archive if is_archive else check_old_file)(path)
             content = torch.load(path, map_location="cpu", weights_only=True)
             tensors = self._tensors_of(content)
@@ -108,7 +107,7 @@ class TorchSource:
                 if type(name) is not str or not isinstance(x, Tensor):
                     raise UserError("more than named tensors")
                 check_tensor(x)
-        except Exception as error:  # torch.load raises whatever its unpickler meets
+        except Exception as error:  # the unpickler of torch.load can raise any exception
             raise UserError(
                 f"weights: {str(path)!r} cannot be read ({type(error).__name__}): it is damaged, "
                 "or holds more than tensors"
@@ -131,10 +130,10 @@ class TorchSource:
 
 
 class NanoGPTSource(TorchSource):
-    """nanoGPT's `ckpt.pt`, as if it were in the layout of GPT-2: products from the right, and
-    biases of zeros where it was trained without.
+    """nanoGPT's `ckpt.pt`, converted to the layout of GPT-2.
 
-    model_args  what it says of the model's shape
+    Matrices are transposed to (d_in, d_out); missing biases become zeros.
+    model_args  the model's shape, from the file
     """
 
     _PRODUCTS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
@@ -143,7 +142,7 @@ class NanoGPTSource(TorchSource):
         super().__init__([path])
         for name in list(self._tensors):
             tensor = self._tensors.pop(name)
-            name = name.removeprefix("_orig_mod.")  # of a model that was compiled
+            name = name.removeprefix("_orig_mod.")  # the prefix of a compiled model
             if name.rpartition(".")[0].endswith(self._PRODUCTS) and tensor.dim() == 2:
                 tensor = tensor.T
             self._tensors[name] = tensor
@@ -161,7 +160,7 @@ class NanoGPTSource(TorchSource):
 
 
 class TensorFlowSource:
-    """A checkpoint of TensorFlow, `model.ckpt.index` and its data."""
+    """A TensorFlow checkpoint: `model.ckpt.index` and its data."""
 
     owns_tensors = True
 
@@ -169,10 +168,7 @@ class TensorFlowSource:
         try:
             import tensorflow as tf
         except ImportError:
-            raise UserError(
-                "weights: a TensorFlow checkpoint needs the package tensorflow; "
-                f"{INSTALL_HINT.format('tensorflow')}"
-            ) from None
+            raise UserError(missing_package("weights", "tensorflow", "tensorflow")) from None
         try:
             self._reader = tf.train.load_checkpoint(str(prefix))
             shapes = self._reader.get_variable_to_shape_map()
@@ -189,23 +185,23 @@ class TensorFlowSource:
 
 
 def _add(shapes: dict[str, tuple], name: str, shape: tuple[int, ...], path: Path) -> None:
-    """Raises: ValueError for a name that an earlier file has already."""
+    """Adds a shape. Raises: UserError for a name that an earlier file has already."""
     if name in shapes:
-        raise UserError(f"weights: {name} of {str(path)!r} is in another file, too")
+        raise UserError(f"weights: {name} of {str(path)!r} is in another file too; need it once")
     shapes[name] = shape
 
 
 def nanogpt_file(path: Path) -> Path | None:
-    """The `ckpt.pt` that a path names or holds, without settings beside it."""
+    """The `ckpt.pt` in a folder, or the `.pt` file itself; None with a config.json beside it."""
     file = path / "ckpt.pt" if path.is_dir() else path
     is_alone = not (file.parent / "config.json").exists()
     return file if file.suffix == ".pt" and file.is_file() and is_alone else None
 
 
 def open_source(path: Path) -> Source:
-    """The weights in a folder, or in a file of it.
+    """The weights in a folder, or in one of its files.
 
-    Raises: FileNotFoundError or ValueError saying what is needed.
+    Raises: FileNotFoundError or UserError saying what is needed.
     """
     if path.is_file():
         if path.suffix == ".safetensors":
@@ -237,7 +233,7 @@ def open_source(path: Path) -> Source:
 
 
 def _shards(index: Path) -> list[Path]:
-    """The files that an index names, all of them in its folder."""
+    """The files that an index lists; all must be in its folder."""
     files = read_json(index).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
         raise UserError(f"weights: {str(index)!r} has no weight_map of names and files")

@@ -1,4 +1,4 @@
-"""Which tensor of another program's layout holds which of our weights, and how they lie in it."""
+"""Maps each tensor of another program's layout to our weights, and converts between them."""
 
 import re
 from collections.abc import Sequence
@@ -11,11 +11,12 @@ from cs_lm.config.model import GPT2Config, ModelConfig
 
 
 class TensorMapping(NamedTuple):
-    """One tensor of theirs: some of our weights beside each other along its last axis.
+    """One tensor of theirs: one or more of our weights, concatenated along its last axis.
 
-    transposed   they multiply from the right: (d_in, d_out)
-    num_heads    above 0: rows of rotary pairs, which they keep in halves of a head: i and i + K/2
-    num_leading  axes of length 1 before the others
+    transposed   theirs is (d_in, d_out), ours (d_out, d_in)
+    num_heads    above 0: reorder rotary pairs; in a head of size K, a pair is rows 2i and 2i + 1
+                 in ours, i and i + K/2 in theirs
+    num_leading  number of axes of length 1 before the others in theirs
     """
 
     ours: tuple[str, ...]
@@ -34,9 +35,9 @@ class TensorMapping(NamedTuple):
         return whole.view((1,) * self.num_leading + whole.shape) if self.num_leading else whole
 
     def to_ours(self, theirs: Tensor, take_over: bool) -> list[Tensor]:
-        """In float32 and in new memory, but where a tensor can be taken over as it is.
+        """Our weights, float32, in new memory; with `take_over` in their memory, if possible.
 
-        Nothing else is allocated on the way: memory that is freed between stays with the process.
+        This allocates nothing else: memory that is freed in between stays with the process.
         """
         whole = theirs.reshape(theirs.shape[self.num_leading :])
         parts = [x.T if self.transposed else x for x in whole.chunk(len(self.ours), -1)]
@@ -62,7 +63,7 @@ _QKV = ("q_proj", "k_proj", "v_proj")
 
 
 def gpt2_layout(config: GPT2Config) -> Layout:
-    """transformers' `GPT2LMHeadModel`, without the prefix `transformer.` that may stand before."""
+    """transformers' `GPT2LMHeadModel`, without the optional prefix `transformer.`."""
     layout = {
         "wte.weight": TensorMapping(("token_embeddings.weight",)),
         "wpe.weight": TensorMapping(("position_embeddings.weight",)),
@@ -89,7 +90,7 @@ def gpt2_layout(config: GPT2Config) -> Layout:
 
 
 def openai_layout(config: GPT2Config) -> Layout:
-    """The checkpoints that OpenAI published for TensorFlow; the head is the embedding there."""
+    """The TensorFlow checkpoints that OpenAI published; their head is tied to the embedding."""
     return {
         _openai_name(name): entry._replace(num_leading=int(entry.transposed))
         for name, entry in gpt2_layout(config).items()
@@ -97,7 +98,7 @@ def openai_layout(config: GPT2Config) -> Layout:
 
 
 def _openai_name(name: str) -> str:
-    """h.0.attn.c_attn.weight becomes model/h0/attn/c_attn/w; gains are g, tables have no suffix."""
+    """h.0.attn.c_attn.weight becomes model/h0/attn/c_attn/w; gains get g, embeddings nothing."""
     path, _, kind = name.rpartition(".")
     path = re.sub(r"^h\.(\d+)\.", r"h\1.", path).replace(".", "/")
     if path in ("wte", "wpe"):
@@ -107,7 +108,7 @@ def _openai_name(name: str) -> str:
 
 
 def llama_layout(config: ModelConfig) -> Layout:
-    """transformers' `LlamaForCausalLM`, as many keys as queries, without biases."""
+    """transformers' `LlamaForCausalLM`, with one key head per query head and without biases."""
     layout = {
         "model.embed_tokens.weight": TensorMapping(("token_embeddings.weight",)),
         "model.norm.weight": TensorMapping(("ln_final.weight",)),
@@ -133,13 +134,13 @@ def llama_layout(config: ModelConfig) -> Layout:
     return layout
 
 
-# What files hold besides weights: causal masks, and rotary frequencies.
+# Tensors in files that are not weights: causal masks and rotary frequencies.
 _NO_WEIGHTS = re.compile(
     r"h\.\d+\.attn\.(bias|masked_bias)|model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 )
 
 
 def canonical_name(theirs: str, layout: str) -> str | None:
-    """As the layout has it; None for what is no weight."""
+    """The name in the layout, without an optional prefix; None for a tensor that is no weight."""
     name = theirs.removeprefix("transformer.") if layout == "gpt2" else theirs
     return None if _NO_WEIGHTS.fullmatch(name) else name

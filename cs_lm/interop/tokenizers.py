@@ -1,4 +1,4 @@
-"""Tokenizers beside weights: all that the files of a folder say of tokens, honoured or refused."""
+"""Tokenizers beside weights: each token setting in a folder's files is used or is an error."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,7 +37,7 @@ PAD = "<|pad|>"
 
 
 class _Named(NamedTuple):
-    """A token that a file names; id None: the file does not say it."""
+    """A token that a file names; token_id is None if the file does not give it."""
 
     text: str
     token_id: int | None
@@ -47,14 +47,14 @@ class _Named(NamedTuple):
 def read_tokenizer(folder: Path) -> BPETokenizer:
     """The byte-level tokenizer beside weights, from `tokenizer.json` or a pair of files.
 
-    Tokens that other files of the folder name are special ones, too; `end_tokens` are those that
-    its settings name as ends of a text.
-    Raises: FileNotFoundError where there is none, ValueError for another kind, or files that do not
-    agree.
+    Tokens that other files of the folder name become special tokens, too. `end_tokens` are those
+    that its settings name as ends of a text, or else the default special tokens.
+    Raises: FileNotFoundError if there is none, UserError for another kind of tokenizer, or for
+    files that contradict each other.
     """
     tokenizer = _read(folder)
     named = list(_named(folder))
-    vocab, ids = dict(tokenizer.vocab), {t: i for i, t in tokenizer.vocab.items()}
+    vocab, ids = dict(tokenizer.vocab), dict(tokenizer.id_of)
     specials = dict.fromkeys(tokenizer.special_tokens)
     by_file = {token.text: token for token in named if token.token_id is not None}
     texts = {}
@@ -90,7 +90,7 @@ def read_tokenizer(folder: Path) -> BPETokenizer:
 
 
 def _read(folder: Path) -> BPETokenizer:
-    if (folder / TOKENIZER_JSON).is_file():  # it decides, whatever lies beside it
+    if (folder / TOKENIZER_JSON).is_file():  # it takes precedence over all other files
         return read_tokenizer_json(folder / TOKENIZER_JSON)
     for vocab, merges in _PAIRS:
         if (folder / vocab).is_file() and (folder / merges).is_file():
@@ -105,7 +105,7 @@ def _read(folder: Path) -> BPETokenizer:
 
 
 def _named(folder: Path) -> Iterator[_Named]:
-    """Every token that files beside the vocabulary name."""
+    """Every token that the files beside the vocabulary name."""
     for text, token_id in _json(folder / ADDED_TOKENS).items():
         if type(token_id) is not int:
             raise UserError(f"weights: {ADDED_TOKENS} of {str(folder)!r} gives {text!r} no id")
@@ -145,7 +145,7 @@ def _texts(value: Any) -> list[str]:
 
 
 def _ends(folder: Path, vocab: dict[int, bytes]) -> list[str]:
-    """The texts of the ids that end a text. One beyond the vocabulary ends none: it never comes."""
+    """The tokens that end a text. Ids without a token are left out: they never occur."""
     for file in (GENERATION, HF):
         asked = _json(folder / file).get("eos_token_id")
         ids = [] if asked is None else asked if isinstance(asked, list) else [asked]
@@ -171,23 +171,22 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def pad_token(tokenizer: BPETokenizer, vocab_size: int) -> tuple[str, int] | None:
-    """What fills up the shorter rows of a batch, and its id: a token that no text needs.
+    """The token that pads the shorter rows of a batch, and its id; None without a free id.
 
-    The first end of a text, or another special token, or a row of the model that has no token.
+    It is the first end of a text, or another special token, or an id of the model without a token.
     """
     ends = [text for text in tokenizer.end_tokens if text in tokenizer.special_tokens]
     for text in (*ends, *tokenizer.special_tokens):
-        return text, next(i for i, t in tokenizer.vocab.items() if t == text.encode("utf-8"))
+        return text, tokenizer.id_of[text.encode("utf-8")]
     return (PAD, tokenizer.vocab_size) if tokenizer.vocab_size < vocab_size else None
 
 
 def end_ids(tokenizer: BPETokenizer) -> list[int]:
-    id_of = {token: token_id for token_id, token in tokenizer.vocab.items()}
-    return [id_of[text.encode("utf-8")] for text in tokenizer.end_tokens]
+    return [tokenizer.id_of[text.encode("utf-8")] for text in tokenizer.end_tokens]
 
 
 def write_tokenizer(tokenizer: BPETokenizer, vocab_size: int, context: int, folder: Path) -> None:
-    """What transformers' AutoTokenizer reads, and GPT-2's pair of files, which older ones read."""
+    """Writes transformers' AutoTokenizer files, and GPT-2's pair of files for older versions."""
     tokenizer.save(folder / "vocab.json", folder / "merges.txt")
     pad = pad_token(tokenizer, vocab_size)
     is_new = pad is not None and pad[1] not in tokenizer.vocab
@@ -195,7 +194,7 @@ def write_tokenizer(tokenizer: BPETokenizer, vocab_size: int, context: int, fold
     names = written_names(tokenizer)
     roles: dict[str, Any] = {}
     ends = [names[text] for text in tokenizer.end_tokens if text in names]
-    if ends:  # one that is ordinary text stays so: only the ids of generation say that it ends
+    if ends:  # an end token that is ordinary text has no role: only eos_token_id names it
         roles["bos_token"] = roles["eos_token"] = ends[0]
     if pad is not None:
         roles["pad_token"] = names.get(pad[0], pad[0])

@@ -1,4 +1,4 @@
-"""What every language model of the house has: logits of the next token, their loss, and a cache."""
+"""The base class of the language models, the next-token loss, and new key-value caches."""
 
 import functools
 from collections.abc import Iterator
@@ -17,14 +17,14 @@ from cs_lm.ops.reference import IGNORE_INDEX, Ops, cross_entropy, linear
 
 
 class LanguageModel(nn.Module):
-    """Scores of every next token, from the tokens before it.
+    """Logits of every next token, given the tokens before it.
 
-    A model makes `token_embeddings`, `layers`, `ln_final` and `lm_head` (None: logits are made with
-    the embedding), and says in `embed` what its layers work on.
+    A subclass creates `token_embeddings`, `layers`, `ln_final` and `lm_head` (None: the embedding
+    is also the head), and defines `embed`, the input of the layers.
 
-    ops        which version of the operations it is built on (`ops.CLEAR` or `fast_ops.FAST`)
+    ops        the implementation of the operations: `ops.CLEAR` or `ops.fused.FAST`
     activation_checkpointing  keep only each block's input for backward, and compute the block again
-    Raises: ValueError for a config that cannot be built.
+    Raises: UserError for an invalid config.
     """
 
     def __init__(
@@ -40,18 +40,18 @@ class LanguageModel(nn.Module):
     def embed(
         self, token_ids: Tensor, token_positions: Tensor
     ) -> tuple[Tensor, list[dict[str, Any]]]:
-        """What enters the first layer (..., T, D), and each layer's further arguments."""
+        """The input of the first layer (..., T, D), and the extra arguments of each layer."""
         raise NotImplementedError
 
     def make_tables(self, device: torch.device | str | None = None) -> None:
-        """Makes what the model holds besides its parameters, on the device."""
+        """Creates the model's buffers, which are all its tensors but the parameters."""
 
     def seed_dropout(self, seed: int) -> None:
-        """All that is dropped from here on follows from the seed."""
+        """Seeds all dropout masks from here on."""
 
     @property
     def output_embedding(self) -> Tensor:
-        """(V, D), what logits are made with."""
+        """(V, D), the weight that the logits are computed with."""
         return (self.token_embeddings if self.lm_head is None else self.lm_head).weight
 
     def hidden_states(
@@ -61,11 +61,11 @@ class LanguageModel(nn.Module):
         mask: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """What the head sees: (..., T) ids to (..., T, D).
+        """The input of the head: (..., T) ids to (..., T, D).
 
-        token_positions  (..., T); by default they go on from the cache's length, or from 0
-        mask             (..., T, S) boolean, True = attend, besides causality
-        cache            keys and values of earlier tokens, extended by these
+        token_positions  (..., T); by default they start at the cache's length, or at 0
+        mask             (..., T, S) boolean, True = attend, in addition to the causal mask
+        cache            keys and values of earlier tokens; those of the new tokens are added
         Raises: ValueError for a sequence longer than the context.
         """
         next_positions = positions_after(cache, token_ids, self.config.context_length)
@@ -91,7 +91,7 @@ class LanguageModel(nn.Module):
         mask: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """Scores of the next token at every position: (..., T) ids to (..., T, V)."""
+        """Logits of the next token at every position: (..., T) ids to (..., T, V)."""
         return self.logits_of(self.hidden_states(token_ids, token_positions, mask, cache))
 
     def logits_of(self, hidden: Tensor) -> Tensor:  # (..., D) -> (..., V)
@@ -101,13 +101,13 @@ class LanguageModel(nn.Module):
 
     @property
     def has_plain_head(self) -> bool:
-        """Whether the logits are a product with `output_embedding`, and nothing besides."""
+        """Whether the logits are a product with `output_embedding`, and nothing else."""
         return self.lm_head is None or is_product(self.lm_head)
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode while entered: nothing is dropped."""
+    """Evaluation mode (no dropout) inside the `with` block; restores the mode after it."""
     was_training = model.training
     model.eval()
     try:
@@ -136,14 +136,17 @@ def next_token_loss(model: LanguageModel, batch: TokenBatch) -> tuple[Tensor, Te
 
 
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The model with weights of another dtype, for generation; its tables stay as they are."""
+    """The model with its parameters cast in place, for generation; buffers keep their dtype."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
 
 
 def new_cache(model: LanguageModel, batch_size: int, capacity: int) -> KVCache:
-    """In the weights' dtype; on a CPU at least float32, as its bfloat16 products copy the keys."""
+    """An empty key-value cache in the weights' dtype.
+
+    On a CPU it is at least float32, because bfloat16 products there copy the keys.
+    """
     config, weight = model.config, model.output_embedding
     head_size = config.d_model // config.num_heads
     dtype = weight.dtype

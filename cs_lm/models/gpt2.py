@@ -1,4 +1,4 @@
-"""GPT-2: layer norms, learnt positions, GELU, biases, dropout, and a head that is the embedding."""
+"""GPT-2: layer norms, learnt positions, GELU, biases, dropout, and a head tied to the embedding."""
 
 import functools
 
@@ -53,7 +53,7 @@ class GPT2Block(nn.Module):
         layer: int = 0,
         drops: tuple[DropoutFn | None, DropoutFn, DropoutFn] = (None, _not_dropped, _not_dropped),
     ) -> Tensor:  # (..., T, D) -> (..., T, D)
-        """drops  of the attention weights, and of what is added to the residual stream"""
+        """drops  dropout of the attention weights, attention output and feed-forward output"""
         drop_weights, drop_attended, drop_fed = drops
         attended = self.attn(self.ln1(x), None, mask, cache, layer, drop_weights)
         x = x + drop_attended(attended)
@@ -63,10 +63,10 @@ class GPT2Block(nn.Module):
 class GPT2LM(LanguageModel):
     """The model of `GPT2Config`.
 
-    Dropout happens in training mode only, with draws that follow from `seed_dropout` and the
-    number of forward passes since, which the state dict holds.
+    Dropout happens in training mode only. Its masks follow from the seed of `seed_dropout` and the
+    number of forward passes since then; the state dict holds both.
 
-    generator  where the initial weights come from; None is torch's global generator
+    generator  draws the initial weights; None: torch's global generator
     See `LanguageModel` for the rest.
     Source: Radford et al. 2019, Language models are unsupervised multitask learners.
     """
@@ -81,7 +81,7 @@ class GPT2LM(LanguageModel):
         activation_checkpointing: bool = False,
     ):
         super().__init__(config, ops, activation_checkpointing)
-        with torch.device("meta"):  # every matrix is drawn once, below
+        with torch.device("meta"):  # no memory yet: every matrix is drawn once, below
             self.token_embeddings = Embedding(config.vocab_size, config.d_model)
             self.position_embeddings = Embedding(config.context_length, config.d_model)
             self.layers = nn.ModuleList(GPT2Block(config, ops) for _ in range(config.num_layers))
@@ -98,19 +98,19 @@ class GPT2LM(LanguageModel):
     def reset_parameters(
         self, generator: torch.Generator | None, device: torch.device | str
     ) -> None:
-        """Draws every matrix anew, in the order of the state dict."""
+        """Sets every parameter to a new initial value, in the order of the state dict."""
         config = self.config
         for name, parameter in list(self.named_parameters()):
             path, _, kind = name.rpartition(".")
             owner = self.get_submodule(path)
-            begun = torch.zeros_like(parameter, device=device)
+            weight = torch.zeros_like(parameter, device=device)
             if isinstance(owner, LayerNorm):
-                begun.fill_(1.0 if kind == "weight" else 0.0)
+                weight.fill_(1.0 if kind == "weight" else 0.0)
             elif config.init == "torch":
-                init_torch_default_(name, begun, owner.weight.shape[1], generator)
+                init_torch_default_(name, weight, owner.weight.shape[1], generator)
             elif kind == "weight":
-                init_gpt2_(name, begun, config.num_layers, generator)
-            setattr(owner, kind, nn.Parameter(begun))
+                init_gpt2_(name, weight, config.num_layers, generator)
+            setattr(owner, kind, nn.Parameter(weight))
 
     def seed_dropout(self, seed: int) -> None:
         reseed(self.dropout_state, seed)

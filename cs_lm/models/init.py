@@ -1,4 +1,4 @@
-"""How weights begin: truncated normals drawn from a generator that is passed in."""
+"""Initial weights, drawn from a generator that the caller passes."""
 
 import math
 
@@ -11,9 +11,9 @@ TRUNCATE_AT_STD = 3.0
 def truncated_normal_(weight: Tensor, std: float, generator: torch.Generator | None) -> Tensor:
     """Fills the tensor in place from N(0, std^2), cut off at +-3 std; returns it.
 
-    Numerics: a uniform number between the two cut-offs' probabilities goes through the inverse
-    of the normal distribution: one draw an entry, no rejection. The draw is made on the
-    generator's device, so one seed gives the same weights on every device.
+    Numerics: the inverse of the normal distribution maps a uniform number between the cut-offs'
+    probabilities to each entry: one draw an entry, no rejection. The generator's device draws, so
+    one seed gives the same weights on every device.
     """
     if weight.is_meta:
         return weight
@@ -22,14 +22,17 @@ def truncated_normal_(weight: Tensor, std: float, generator: torch.Generator | N
     uniform = torch.empty(weight.shape, dtype=torch.float32, device=device)
     uniform.uniform_(-edge, edge, generator=generator)
     normal = uniform.erfinv_().mul_(math.sqrt(2))
-    # float32 rounding near the edge may step over it by an ulp
+    # float32 rounding may exceed the edge by one unit in the last place
     normal.clamp_(-TRUNCATE_AT_STD, TRUNCATE_AT_STD)
     with torch.no_grad():
         return weight.copy_(normal.mul_(std))
 
 
 def linear_std(d_in: int, d_out: int) -> float:
-    """Keeps the variance of activations and of gradients near 1 (Glorot and Bengio 2010)."""
+    """Standard deviation of the weights of a linear layer.
+
+    It keeps the variance of activations and gradients near 1 (Glorot and Bengio 2010).
+    """
     return math.sqrt(2 / (d_in + d_out))
 
 
@@ -39,9 +42,10 @@ EMBEDDING_STD = 1.0
 def init_gpt2_(
     name: str, weight: Tensor, num_layers: int, generator: torch.Generator | None
 ) -> None:
-    """Fills a matrix as GPT-2's begin; the name is that of the state dict. Biases begin at 0.
+    """Fills a matrix with GPT-2's initial weights; `name` is its name in the state dict.
 
-    What is added to the residual stream 2 L times is made smaller by the root of that.
+    The 2 L matrices whose products are added to the residual stream get a standard deviation that
+    is smaller by sqrt(2 L). Biases start at 0.
     Source: Radford et al. 2019, section 2.3, and the code published with it.
     """
     adds_to_stream = name.endswith(("attn.output_proj.weight", "ffn.w2.weight"))
@@ -56,7 +60,7 @@ def init_torch_default_(
 ) -> None:
     """Fills a matrix or bias as torch's own layers do: tables N(0, 1), others U(+-1 / sqrt(d_in)).
 
-    Models built from those layers begin so where nothing else is said.
+    Models built from those layers start with these weights by default.
     """
     device = generator.device if generator is not None else weight.device
     drawn = torch.empty(weight.shape, device=device)

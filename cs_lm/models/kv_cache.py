@@ -1,13 +1,13 @@
-"""Keys and values of the positions already seen, in memory that is claimed once."""
+"""The key-value cache: keys and values of earlier positions, in memory allocated once."""
 
 import torch
 from torch import Tensor
 
 
 def positions_after(cache: "KVCache | None", token_ids: Tensor, context_length: int) -> Tensor:
-    """(T): the positions of ids (..., T) that go on from the cache's length, or from 0.
+    """(T): the positions of ids (..., T), starting at the cache's length, or at 0.
 
-    Raises: ValueError where they end beyond the context.
+    Raises: ValueError if they exceed the context.
     """
     seen = cache.length if cache is not None else 0
     end = seen + token_ids.shape[-1]
@@ -22,7 +22,7 @@ def positions_after(cache: "KVCache | None", token_ids: Tensor, context_length: 
 class KVCache:
     """Preallocated keys and values of every layer.
 
-    shape  (L, B, H, capacity, K): of the keys of all layers, and of their values
+    shape  (L, B, H, capacity, K), of the keys of all layers, and again of the values
     """
 
     def __init__(
@@ -33,14 +33,16 @@ class KVCache:
         self.length = 0
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes T new positions behind `length`; returns all keys and values up to there.
+        """Writes T new positions after `length`; returns all keys and values up to their end.
 
         The returned tensors are views. `advance` moves `length` once all layers have written.
         Raises: ValueError when the capacity is exceeded.
         """
         end = self.length + keys.shape[-2]
         if end > self.capacity:
-            raise ValueError(f"KVCache: got position {end}, need at most {self.capacity}")
+            raise ValueError(
+                f"KVCache: got {end} positions, need at most its capacity ({self.capacity})"
+            )
         stored_keys, stored_values = self._keys[layer], self._values[layer]
         stored_keys[:, :, self.length : end] = keys
         stored_values[:, :, self.length : end] = values

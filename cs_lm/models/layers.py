@@ -1,6 +1,6 @@
-"""Layers: parameters, and a call to the operation that uses them.
+"""Layers: each holds parameters and calls the operation that uses them.
 
-Sizes come first; everything else is named: `Linear(12, 20, bias=True)`.
+Sizes come first; all other arguments are keyword-only: `Linear(12, 20, bias=True)`.
 """
 
 from typing import NamedTuple
@@ -18,9 +18,9 @@ Rotation = tuple[Tensor, Tensor]  # cos and sin, each (..., T, K/2)
 
 
 class Factory(NamedTuple):
-    """How new parameters are made.
+    """Creates the parameters of layers.
 
-    generator  where initial weights are drawn from; None is torch's global generator
+    generator  draws the initial weights; None: torch's global generator
     """
 
     generator: torch.Generator | None = None
@@ -41,7 +41,7 @@ DEFAULT = Factory()
 
 
 class Linear(nn.Module):
-    """x W^T; `weight` is (d_out, d_in). With `bias` (d_out), which begins at 0, x W^T + bias."""
+    """x W^T, plus a bias (d_out) that starts at 0 if `bias`; `weight` is (d_out, d_in)."""
 
     def __init__(self, d_in: int, d_out: int, *, bias: bool = False, factory: Factory = DEFAULT):
         super().__init__()
@@ -53,7 +53,7 @@ class Linear(nn.Module):
 
 
 def is_untouched(module: nn.Module) -> bool:
-    """Without hooks, and with the forward of its class."""
+    """Whether the module has no hooks, and the `forward` of its class."""
     return not (
         module._forward_pre_hooks
         or module._forward_hooks
@@ -64,7 +64,7 @@ def is_untouched(module: nn.Module) -> bool:
 
 
 def is_product(module: nn.Module | None) -> bool:
-    """Whether calling it is a product with its weight, and nothing besides."""
+    """Whether calling the module is a product with its weight, and nothing else."""
     return type(module) is Linear and module.bias is None and is_untouched(module)
 
 
@@ -80,7 +80,7 @@ class Embedding(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation with a learnt gain that begins at 1."""
+    """Root-mean-square normalisation with a learnt gain that starts at 1."""
 
     def __init__(
         self, d_model: int, *, eps: float = 1e-5, ops: Ops = CLEAR, factory: Factory = DEFAULT
@@ -95,7 +95,7 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Normalisation to mean 0 and variance 1, with a learnt gain (1 at first) and bias (0)."""
+    """Normalisation to mean 0 and variance 1, with a learnt gain (initially 1) and bias (0)."""
 
     def __init__(
         self, d_model: int, *, eps: float = 1e-5, ops: Ops = CLEAR, factory: Factory = DEFAULT
@@ -113,8 +113,8 @@ class LayerNorm(nn.Module):
 class RoPE(nn.Module):
     """Rotary position embedding: tables of cos and sin, built once and shared by all layers.
 
-    Pair i of a head turns by position * frequencies[i] radians. The tables are no parameters and
-    not in the state dict: they follow from the frequencies.
+    Pair i of a head rotates by position * frequencies[i] radians. The tables are not parameters
+    and not in the state dict, because they follow from the frequencies.
 
     frequencies  (K/2) float64 [radians per position], as `ops.rope_frequencies` gives them
     """
@@ -142,7 +142,7 @@ class RoPE(nn.Module):
         return self.cos[token_positions], self.sin[token_positions]
 
     def forward(self, x: Tensor, token_positions: Tensor) -> Tensor:
-        """x (..., T, K) turned by its positions (..., T)."""
+        """x (..., T, K) rotated by its positions (..., T)."""
         return self.ops.rope(x, *self.rotation(token_positions))
 
 
@@ -166,7 +166,7 @@ class SwiGLU(nn.Module):
 class MultiHeadSelfAttention(nn.Module):
     """Causal self-attention of H heads of size K = D / H, with or without rotary positions.
 
-    Raises: ValueError when the heads do not divide d_model.
+    Raises: ValueError when num_heads does not divide d_model.
     """
 
     def __init__(
@@ -204,11 +204,12 @@ class MultiHeadSelfAttention(nn.Module):
         layer: int = 0,
         drop: DropoutFn | None = None,
     ) -> Tensor:
-        """Shapes: x (..., T, D), rotation two of (..., T, K/2), mask (..., T, S), returns like x.
+        """The projected output of attention.
 
-        mask   boolean, True = attend, besides causality; the same for all heads
-        cache  earlier positions of this layer, extended by these; x is then (B, T, D)
+        mask   boolean, True = attend, in addition to the causal mask; the same for all heads
+        cache  earlier positions of this layer; the new ones are added; x is then (B, T, D)
         drop   dropout of the attention weights
+        Shapes: x (..., T, D), rotation two of (..., T, K/2), mask (..., T, S), returns like x
         """
         q, k, v = (self._split_heads(p(x)) for p in (self.q_proj, self.k_proj, self.v_proj))
         if rotation is not None:

@@ -1,7 +1,7 @@
-"""The architectures: what a run can train, by the name that stands in its config.
+"""The architectures that a run can train, by their name in the config.
 
-A new architecture is a config class (config/model.py), a model class, and one entry here. What
-other programs call its tensors is an entry of interop/tensor_mapping.py.
+A new architecture is a config class (config/model.py), a model class, and one entry here. The
+names of its tensors in other programs are an entry of interop/tensor_mapping.py.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,9 +19,9 @@ from cs_lm.ops.reference import Ops
 
 
 class SavedActivations(NamedTuple):
-    """Floats that a forward pass keeps for the backward one, counted with saved_tensors_hooks.
+    """Floats (4 bytes) that forward keeps for backward, counted with saved_tensors_hooks.
 
-    For each layer and position, multiples of D, of F and of H * T; for each position, of V.
+    For each layer and position: multiples of D, of F and of H * T. For each position: of V.
     """
 
     of_d_model: float
@@ -31,9 +31,11 @@ class SavedActivations(NamedTuple):
 
 
 class Architecture(NamedTuple):
-    """model              its class, which is called with the arguments of `build_model`
-    count_weights      of a config
-    saved_activations  by the name of the ops and of the dtype of a run
+    """An entry of the registry.
+
+    model              its class, which is called with the arguments of `build_model`
+    count_weights      maps a config to its `WeightCounts`
+    saved_activations  for the names of the ops and of the dtype of a run
     """
 
     model: type[LanguageModel]

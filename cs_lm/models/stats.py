@@ -1,8 +1,10 @@
-"""How many weights a model has, and what they cost, from its config alone."""
+"""How many weights and FLOPs a model has, from its config alone."""
 
 from cs_lm.config.model import ArchitectureConfig
 from cs_lm.models.registry import ARCHITECTURES
 from cs_lm.models.weight_counts import WeightCounts
+
+FLOAT_BYTES = 4  # of a stored weight: float32
 
 
 def count_weights(config: ArchitectureConfig) -> WeightCounts:
@@ -18,8 +20,8 @@ def flops_per_token(config: ArchitectureConfig, seq_length: int) -> int:
 
         6 * weights in matrix products + 12 * L * D * T
 
-    Every weight multiplies and adds once forward and twice backward; attention does so for T
-    keys of each query (the causal half is counted too, as is the custom).
+    Each weight costs one multiplication and one addition forward, and two of each backward.
+    Attention costs the same for T keys of each query (the masked half counts too, as is usual).
     Source: Chowdhery et al. 2022, PaLM, appendix B.
     """
     attention = 12 * config.num_layers * config.d_model * seq_length

@@ -28,14 +28,14 @@ from cs_lm.ops.reference import Ops
 class TransformerBlock(nn.Module):
     """Pre-norm block: attention, then feed-forward, each added to the residual stream.
 
-    In training on FAST it runs as one operation and does not call its layers, as long as they are
-    as they were made: with a bias, a hook, another forward or another class among them, each layer
-    is called. `fused` False: always.
+    In training with FAST it runs as one operation (ops/fused_block.py) and does not call its
+    layers. It calls each layer if one of them has a bias, a hook, another forward or another
+    class, or if `fused` is False.
     """
 
     def __init__(self, config: ModelConfig, ops: Ops = FAST, *, factory: Factory = DEFAULT):
         super().__init__()
-        self.fused = ops is FAST  # in training: `fast_block.py`
+        self.fused = ops is FAST  # in training: ops/fused_block.py
         d_model = config.d_model
         self.ln1 = RMSNorm(d_model, eps=config.norm_eps, ops=ops, factory=factory)
         self.attn = MultiHeadSelfAttention(d_model, config.num_heads, ops=ops, factory=factory)
@@ -58,7 +58,7 @@ class TransformerBlock(nn.Module):
         return x + self.ffn(self.ln2(x))
 
     def _is_as_made(self) -> bool:
-        """Whether calling the layers one by one would compute what `_fused_forward` does."""
+        """Whether calling the layers one by one gives the same result as `_fused_forward`."""
         own = self._modules
         if any(type(own.get(name)) is not kind for name, kind in _PARTS.items()):
             return False
@@ -90,7 +90,7 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
 class TransformerLM(LanguageModel):
     """The model of `ModelConfig`: RMS norms, rotary positions, SwiGLU, no biases.
 
-    generator  where the initial weights come from; None is torch's global generator
+    generator  draws the initial weights; None: torch's global generator
     See `LanguageModel` for the rest.
     """
 

@@ -6,8 +6,10 @@ from cs_lm.config.model import GPT2Config, ModelConfig
 
 
 class WeightCounts(NamedTuple):
-    """in_block   weights in the matrix products of one block
-    in_products  weights in all matrix products, of which a tied head is one
+    """Numbers of weights.
+
+    in_block     in the matrix products of one block
+    in_products  in all matrix products; a tied head is one of them
     in_total     all parameters: also norms, biases, and tables that are only looked up
     """
 

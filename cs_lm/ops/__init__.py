@@ -1,10 +1,10 @@
-"""The operations of the models, on plain tensors. `reference` is the book: every formula once.
+"""The operations of the models, as functions on tensors. `reference` defines each formula once.
 
 No layer, no parameter and no config lives here. `from cs_lm import ops` gives the definitions.
-Read `reference` first. `fused` has quicker twins of its entries, and `FAST`, the record of them;
-their parts are `manual_backward` (gradients by hand), `tiled_attention`, `fused_block` (a whole
-Transformer block), and `autocast` (which dtype a product takes). Besides: `dropout_mask`,
-`activation_checkpoint`, `compile`.
+Read `reference` first. `fused` has faster versions of the same operations; `FAST` is their record.
+They use `manual_backward` (hand-derived gradients), `tiled_attention`, `fused_block` (a whole
+Transformer block) and `autocast` (the dtype of a matrix product). The other files are
+`dropout_mask`, `activation_checkpoint` and `compile`.
 """
 
 from cs_lm.ops.reference import (

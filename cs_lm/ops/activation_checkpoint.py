@@ -1,4 +1,4 @@
-"""Activation checkpointing: what a part of the model kept is computed again when needed."""
+"""Activation checkpointing: backward computes activations again instead of keeping them."""
 
 from collections.abc import Callable, Sequence
 
@@ -31,10 +31,10 @@ class _Recomputed(torch.autograd.Function):
 def checkpoint_activations(
     function: Callable[[Tensor], Tensor], x: Tensor, parameters: Sequence[Tensor]
 ) -> Tensor:
-    """function(x), of which only x is kept for backward: there it is computed a second time.
+    """function(x), keeping only x for backward. Backward runs the function a second time.
 
-    The function must give the same result both times, up to rounding, and may use the parameters.
-    The second time it runs under the autocast of the call.
+    The function may use the parameters. It must give the same result both times, up to rounding.
+    The second run uses the autocast settings of the first.
     Source: Chen et al. 2016, Training deep nets with sublinear memory cost.
     """
     device = x.device.type

@@ -1,11 +1,11 @@
-"""The dtype in which a matrix product takes its operands."""
+"""The dtype that autocast gives the operands of a matrix product."""
 
 import torch
 from torch import Tensor
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """What a matrix product would make of an operand: autocast's dtype of float32, else its own."""
+    """The dtype of x in a matrix product: autocast's dtype for float32, else its own dtype."""
     device = x.device.type
     if x.dtype != torch.float32 or not torch.amp.is_autocast_available(device):
         return x.dtype
@@ -13,5 +13,5 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 
 
 def cast_to_autocast(*tensors: Tensor) -> list[Tensor]:
-    """The operands of a matrix product, as it would take them."""
+    """The tensors, in the dtypes that a matrix product would cast them to."""
     return [x.to(autocast_dtype(x)) for x in tensors]

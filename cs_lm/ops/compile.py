@@ -1,4 +1,4 @@
-"""torch.compile where it works, and the function as it is where it does not."""
+"""torch.compile, with a fallback to the uncompiled function."""
 
 import logging
 from collections.abc import Callable
@@ -12,8 +12,8 @@ _log = logging.getLogger("cs_lm")
 class CompileWithFallback:
     """The function, compiled at its first call.
 
-    Where that call fails, most often because there is no compiler, `on_failure` (default: the log)
-    gets one line, and the function runs as it is from then on. What is compiled later, for a
+    If that call fails, most often because there is no compiler, `on_failure` (default: the
+    log) gets one line, and the function runs uncompiled from then on. A later compilation, of a
     backward pass, may still fail.
     """
 
@@ -30,10 +30,11 @@ class CompileWithFallback:
         try:
             compiled = torch.compile(self._plain)
             result = compiled(*arguments)
-        except RuntimeError as error:  # whatever fails without the compiler too, fails below
+        except RuntimeError as error:  # an error of the function itself is raised again below
             result = self._plain(*arguments)
             self._on_failure(
-                f"--compile: torch.compile failed ({_first_line(error)}); going on without it"
+                f"--compile: torch.compile failed ({_first_line(error)}); continuing "
+                f"without compilation"
             )
             compiled = self._plain
         self._chosen = compiled

@@ -1,8 +1,9 @@
-"""Which numbers dropout keeps: drawn by a generator that is a pure function of its key.
+"""Dropout masks, drawn by a random generator that is a pure function of its key.
 
-The draws of a place in a model follow from (seed, forward pass, place) and nothing else: the same
-on every device, compiled or not, when a block is computed again, and after a resume. torch's
-generators have a state, which a compiled graph cannot carry.
+A mask depends on (seed, forward pass, stream) and nothing else; each place in a model has its own
+stream number. So a mask is the same on every device, compiled or not, when activation
+checkpointing computes a block again, and after a resume. torch's generators have a state, which a
+compiled graph cannot hold.
 """
 
 import math
@@ -17,7 +18,7 @@ from cs_lm.ops.manual_backward import CACHE_NUMBERS
 DropoutFn = Callable[[Tensor], Tensor]
 # Odd factors of a 32-bit mixing function. Source of the first: Wellons 2018, lowbias32.
 _FACTORS = (0x7FEB352D, 0x046CA68B, 0x735A2D97)
-_STEP = 0x1E3779B9  # between forward passes and between places
+_STEP = 0x1E3779B9  # distance between forward passes, and between streams
 _LEVELS = 1 << 16
 
 
@@ -27,31 +28,31 @@ def new_state(seed: int, device: torch.device | str | None = None) -> Tensor:
 
 
 def reseed(state: Tensor, seed: int) -> None:
-    """Makes it what `new_state(seed)` is, without waiting for the device."""
-    for stream, word in zip(state, (*_halves(seed), 0)):
-        stream.fill_(word)
+    """Sets the state to `new_state(seed)` in place, without waiting for the device."""
+    for entry, word in zip(state, (*_halves(seed), 0)):
+        entry.fill_(word)
 
 
 def next_pass(state: Tensor) -> Tensor:
-    """The key (2) of a forward pass; the state moves on to the next one."""
+    """The key (2) of this forward pass. Advances the state to the next pass."""
     key = torch.stack((_mixed(state[0] ^ state[2] * _STEP), state[1]))
     state[2] += 1
     return key
 
 
 def dropout_mask(shape: torch.Size, probability: float, key: Tensor, stream: int) -> Tensor:
-    """Boolean, False with the probability (to the next 2^-16), for `ops.dropout`.
+    """Boolean mask for `ops.dropout`: False with `probability`, rounded to 2^-16.
 
-    key    (2) int32 on the device of the result
-    place  draws of other places are others
+    key     (2) int32 on the device of the result
+    stream  a number for the place in the model; different streams draw different masks
     Cost: 1.6 ns a number on one core of an AMD EPYC, a quarter of `Tensor.bernoulli_`.
     """
     size = math.prod(shape)
     words = torch.arange((size + 1) // 2, dtype=torch.int32, device=key.device)
     first = _mixed(key[0] ^ _signed(stream * _STEP))
-    second = _mixed(key[1] ^ first)  # that places whose words overlap draw others all the same
+    second = _mixed(key[1] ^ first)  # streams whose words overlap still draw different masks
     is_whole = key.device.type != "cpu" or torch.compiler.is_compiling()
-    # on a CPU, in parts that stay in its cache
+    # on a CPU, in parts that fit its cache
     for part in (words,) if is_whole else words.split(CACHE_NUMBERS // 4):
         _mix_(part.bitwise_xor_(first))
         _mix_(part.bitwise_xor_(second))
@@ -60,7 +61,7 @@ def dropout_mask(shape: torch.Size, probability: float, key: Tensor, stream: int
 
 
 def dropout_at(probability: float, key: Tensor, stream: int) -> DropoutFn:
-    """`ops.dropout` with the draws of that place in the pass."""
+    """`ops.dropout` with the mask of this stream in this forward pass."""
 
     def drop(x: Tensor) -> Tensor:
         return clear_ops.dropout(x, dropout_mask(x.shape, probability, key, stream), probability)
@@ -69,7 +70,7 @@ def dropout_at(probability: float, key: Tensor, stream: int) -> DropoutFn:
 
 
 def _mix_(words: Tensor) -> Tensor:
-    """Sends each int32 to another one, such that a change of one bit changes half of them."""
+    """Maps each int32 in place to another one; one changed bit changes about half of the bits."""
     for factor in _FACTORS:
         words.mul_(factor)
         words.bitwise_xor_((words >> 16).bitwise_and_(0xFFFF))

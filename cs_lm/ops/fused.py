@@ -1,7 +1,7 @@
-"""Entries of `Ops` with hand-derived gradients that take less time or memory than `ops.py`.
+"""Entries of `Ops` with hand-derived gradients; they take less time or memory than `reference.py`.
 
-`FAST` names exactly the entries that differ; one test holds each of them to the definition, in
-value and in gradient.
+`FAST` replaces exactly the entries that differ. One test compares each of them with the
+definition, in value and in gradient.
 """
 
 import math
@@ -44,7 +44,7 @@ class _RMSNorm(torch.autograd.Function):
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`ops.rms_norm` that keeps its input and one number a row for backward.
 
-    Under autocast it gives what the products behind it would round it to.
+    Under autocast the result has autocast's dtype, as the next matrix product would round it.
     """
     if not torch.is_grad_enabled():
         return rms_norm_forward(x, eps)[0].mul_(weight).to(autocast_dtype(x))
@@ -71,9 +71,9 @@ class _LayerNorm(torch.autograd.Function):
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """`ops.layer_norm` that keeps its normalised input and one number a row for backward.
 
-    Under autocast it gives what the products behind it would round it to.
-    Measured: forward and backward of 2,048 x 768 on two CPU cores, 0.66 of the definition's time
-    (0.51 to 0.94), but 2.2 of torch's own layer_norm, which passes over memory once.
+    Under autocast the result has autocast's dtype, as the next matrix product would round it.
+    Measured: forward and backward of 2,048 x 768 on two CPU cores take 0.66 of the definition's
+    time (0.51 to 0.94), but 2.2 times that of torch's own layer_norm, which reads memory once.
     """
     rows = x.reshape(-1, x.shape[-1])
     return _LayerNorm.apply(rows, weight, bias, eps, autocast_dtype(x)).view(x.shape)
@@ -94,8 +94,8 @@ class _GELU(torch.autograd.Function):
 def gelu(x: Tensor) -> Tensor:
     """`ops.gelu` that keeps only its input for backward.
 
-    Measured: forward and backward of 2,048 x 3,072 on two CPU cores, 0.82 of torch's own
-    gelu (0.78 to 0.91) and 0.27 of the definition.
+    Measured: forward and backward of 2,048 x 3,072 on two CPU cores take 0.82 of the time of
+    torch's own gelu (0.78 to 0.91) and 0.27 of the definition's.
     """
     return _GELU.apply(x.reshape(-1, x.shape[-1])).view(x.shape)
 
@@ -115,14 +115,14 @@ class _ApplyRope(torch.autograd.Function):
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`ops.rope` as one complex product."""
-    if torch.compiler.is_compiling():  # which writes real loops only
+    if torch.compiler.is_compiling():  # it generates code for real numbers only
         return CLEAR.rope(x, cos, sin)
     rotation = freqs_cis(cos, sin)
     return _ApplyRope.apply(x, rotation) if torch.is_grad_enabled() else apply_rope(x, rotation)
 
 
 class _SwiGLU(torch.autograd.Function):
-    """Keeps x and both products with it; the rest is computed again."""
+    """Keeps x and its products with w1 and w3; backward computes the rest again."""
 
     @staticmethod
     def forward(ctx, x, w1, w2, w3):
@@ -145,9 +145,8 @@ def swiglu(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
     return rows.view(*x.shape[:-1], len(w2))
 
 
-# Scores that exist at one time (64 MB in float32): as many rows of them as products need to be
-# quick.
-_BLOCK_SCORES = 1 << 24
+# Logits in memory at one time (64 MB in float32): enough rows for fast matrix products.
+_BLOCK_LOGITS = 1 << 24
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -155,7 +154,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, ignore_index, with_gradients):
-        rows = max(1, min(_BLOCK_SCORES // weight.shape[0], len(x)))
+        rows = max(1, min(_BLOCK_LOGITS // weight.shape[0], len(x)))
         wide = torch.promote_types(x.dtype, torch.float32)
         loss_sum = torch.zeros((), dtype=wide, device=x.device)
         grad_x = torch.empty_like(x) if with_gradients else None
@@ -188,9 +187,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _add_losses(
     logits: Tensor, targets: Tensor, ignore_index: int, loss_sum: Tensor, with_gradients: bool
 ) -> None:
-    """Adds the losses of log2(e) logits (n, V) to `loss_sum`, and uses the logits' memory.
+    """Adds the losses of the logits (n, V), which come multiplied by log2(e), to `loss_sum`.
 
-    Their gradients, if wanted, are left in it: d loss / d score = probability - [is target].
+    Overwrites the logits; `with_gradients`, by d loss / d logit = probability - [is target].
     """
     wide = loss_sum.dtype
     for part, part_targets in cached_parts(logits, targets):
@@ -215,9 +214,9 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """`ops.linear_cross_entropy` without ever holding all logits.
 
-    The gradient by the logits of a block is probability minus one-hot target, known as soon as
-    its loss is: so both input gradients are formed in the forward pass, block by block, and
-    backward only scales them.
+    The gradient of a block's logits is probability minus one-hot target, and is known as soon as
+    its loss is. So the forward pass computes both input gradients, block by block, and backward
+    only scales them.
     """
     check_targets(targets, x.shape[:-1], weight.shape[0], ignore_index)
     with_gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
@@ -228,7 +227,7 @@ def linear_cross_entropy(
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps the row normalisers, and no attention weights."""
+    """Keeps the row normalisers for backward, and no attention weights."""
 
     @staticmethod
     def forward(ctx, q, k, v, mask, causal):
@@ -247,8 +246,8 @@ class _Attention(torch.autograd.Function):
 
 
 def _of_one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """A step of decoding: a row of scores a head, and no copy of the keys and values."""
-    scores = k @ (q * q.shape[-1] ** -0.5).mT  # (..., S, 1): in bfloat16 quicker than q k^T
+    """Attention of a single query, for decoding, without a copy of the keys and values."""
+    scores = k @ (q * q.shape[-1] ** -0.5).mT  # (..., S, 1): in bfloat16 faster than q k^T
     scores = scores.mT
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
@@ -265,8 +264,8 @@ def attention(
 ) -> Tensor:
     """`ops.attention` without holding (T, S) scores, and without computing masked tiles.
 
-    q, k and v have the same leading axes. Where the weights are to be changed (`drop`), for
-    queries before the first key, and where there is nothing, it is `ops.attention`.
+    q, k and v have the same leading axes. Calls `ops.attention` itself with `drop`, for causal
+    queries before the first key, and for empty inputs.
     """
     is_empty = not q.numel() or not k.numel()
     if drop is not None or is_empty or (causal and k.shape[-2] < q.shape[-2]):
@@ -282,7 +281,7 @@ def attention(
     return _Attention.apply(*four, mask, causal).reshape(*q.shape[:-1], v.shape[-1])
 
 
-FAST = CLEAR._replace(
+FAST = CLEAR._replace(  # every entry has a quicker version today
     rms_norm=rms_norm,
     layer_norm=layer_norm,
     gelu=gelu,

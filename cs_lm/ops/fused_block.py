@@ -1,8 +1,8 @@
 """A Transformer block as one operation with a hand-derived gradient.
 
-What autograd would add between the operations happens in passes that exist anyway: the residual
-stream is added inside a product, rotations write where attention reads, and the gradients of
-queries, keys and values go back in one product.
+It needs fewer passes over memory than autograd: a matrix product adds the residual stream, RoPE
+writes into the tensor that attention reads, and one product takes the gradients of queries, keys
+and values back.
 """
 
 import torch
@@ -23,9 +23,9 @@ from cs_lm.ops.tiled_attention import attention_backward, attention_forward, row
 
 
 class _Block(torch.autograd.Function):
-    """Keeps both residual streams, q, k, v, what attention gave, and the products with w1 and w3.
+    """Keeps both residual streams, q, k, v, attention's output, and the products with w1 and w3.
 
-    The normalised rows and the gated product are computed again. Rows are (N, D) with N = B T.
+    Backward computes the normalised rows and the gated product again. Rows are (N, D), N = B T.
     """
 
     @staticmethod
@@ -124,12 +124,12 @@ def _heads(rows: Tensor, split: tuple[int, int, int, int]) -> Tensor:  # (N, D) 
     return rows.view(split).transpose(1, 2)
 
 
-def _rows(heads: Tensor) -> Tensor:  # (B, H, T, K) -> (N, D), no copy of what attention gave
+def _rows(heads: Tensor) -> Tensor:  # (B, H, T, K) -> (N, D), no copy of attention's output
     return heads.transpose(1, 2).reshape(-1, heads.shape[1] * heads.shape[3])
 
 
 def _apply_rope_into(x: Tensor, rotation: Tensor, target: Tensor) -> Tensor:
-    """Puts x (B, H, T, K), turned by rotation (T, K/2), into the target, however both lie."""
+    """Writes x (B, H, T, K), rotated by `rotation` (T, K/2), into the target; any strides work."""
     if x.dtype in (torch.float32, torch.float64):
         torch.mul(view_as_complex_pairs(x), rotation, out=view_as_complex_pairs(target))
         return target
@@ -150,7 +150,7 @@ def transformer_block(
     gains: tuple[Tensor, Tensor],
     weights: tuple[Tensor, ...],
 ) -> Tensor:
-    """x + attention, plus SwiGLU of that, each of the RMS-normalised stream; causal.
+    """y + swiglu(rms_norm(y)) with y = x + attention(rms_norm(x)); attention is causal.
 
     eps      of the two norms
     gains    of the two norms, (D) each

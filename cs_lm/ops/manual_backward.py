@@ -1,6 +1,6 @@
-"""Forward and backward of the small operations, by hand, for `fast_ops.py` and `fast_block.py`.
+"""Hand-written forward and backward of small operations, for `fused.py` and `fused_block.py`.
 
-Rows (N, ...) stand for all leading axes. Norms and rotations are at least float32 inside.
+N is the product of all leading axes. Norms and rotations compute in at least float32.
 """
 
 from collections.abc import Iterator
@@ -8,18 +8,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from cs_lm.ops.reference import GELU_CUBIC, GELU_SLOPE
+from cs_lm.ops.reference import GELU_CUBIC, GELU_SLOPE, at_least_float32
 
-# On a CPU, passes that follow each other go over parts of so many numbers: they stay in its cache.
+# On a CPU, consecutive passes work on parts of this many numbers, which stay in its cache.
 CACHE_NUMBERS = 1 << 18
 
 
-def at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def cached_parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same rows of all tensors, few enough for a CPU's cache; elsewhere all rows at once."""
+    """The same rows of all tensors, few enough for a CPU's cache; all rows on other devices."""
     first = tensors[0]
     whole = first.numel() <= CACHE_NUMBERS or first.device.type != "cpu"
     if whole or torch.compiler.is_compiling():
@@ -38,7 +34,7 @@ def rms_norm_forward(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def rms_norm_backward(
     grad: Tensor, normal: Tensor, scale: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients by x and weight w of n w, whose gradient is g:
+    """Gradients of x and weight w, given the gradient g of the output n w:
 
     dw = sum(g n)      dx = (g w - n mean(g w n)) / rms(x)
     """
@@ -60,7 +56,7 @@ def layer_norm_forward(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def layer_norm_backward(
     grad: Tensor, normal: Tensor, scale: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by x, weight w and bias b of n w + b, whose gradient is g:
+    """Gradients of x, weight w and bias b, given the gradient g of the output n w + b:
 
     dw = sum(g n)   db = sum(g)   dx = (g w - mean(g w) - n mean(g w n)) / sigma
     """
@@ -77,7 +73,7 @@ def _twice_argument(x: Tensor, cubic: float) -> Tensor:
 
 
 def gelu_forward(x: Tensor) -> Tensor:
-    """`ops.gelu` as x s, with s the sigmoid of twice what the tanh is of: (1 + tanh u) / 2."""
+    """`ops.gelu` as x s, with s = sigmoid(2 u) = (1 + tanh(u)) / 2."""
     output = torch.empty_like(x)
     for part, out in cached_parts(x, output):
         wide = at_least_float32(part)
@@ -86,7 +82,7 @@ def gelu_forward(x: Tensor) -> Tensor:
 
 
 def gelu_backward(x: Tensor, grad: Tensor) -> Tensor:
-    """The gradient g times the slope of x s, s being the sigmoid of `gelu_forward`:
+    """Gradient of x, given the gradient g of the output x s; s is that of `gelu_forward`:
 
     g (s + (s - s^2) 2 sqrt(2 / pi) (x + 3 * 0.044715 x^3))
     """
@@ -101,17 +97,17 @@ def gelu_backward(x: Tensor, grad: Tensor) -> Tensor:
 
 
 def freqs_cis(cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns pairs as complex numbers by multiplication; its conjugate turns them back."""
+    """cos + i sin: multiplication by it rotates a pair, by its conjugate rotates it back."""
     return torch.complex(at_least_float32(cos), at_least_float32(sin))
 
 
 def view_as_complex_pairs(x: Tensor) -> Tensor:
-    """Neighbours (0,1), (2,3), ... as complex numbers: (..., K) float32 to (..., K/2), a view."""
+    """A view of the pairs (0,1), (2,3), ... as complex numbers: (..., K) float32 to (..., K/2)."""
     return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
 
 
 def apply_rope(x: Tensor, rotation: Tensor) -> Tensor:
-    """x (..., T, K) turned by `rotation` (..., T, K/2), in x's dtype."""
+    """x (..., T, K) rotated by `rotation` (..., T, K/2), in x's dtype."""
     pairs = view_as_complex_pairs(at_least_float32(x)) * rotation
     return torch.view_as_real(pairs).flatten(-2).to(x.dtype)
 
@@ -139,9 +135,9 @@ def swiglu_backward(
     w2: Tensor,
     w3: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients by x, w1, w2 and w3. The product that w2 was applied to is computed again."""
+    """Gradients of x, w1, w2 and w3. Computes the gated product, the input of w2, again."""
     hidden, grad_gate, grad_value = _gated_backward(gate, value, grad @ w2)
-    grad_w2 = (hidden.T @ grad).T  # a quarter quicker than grad.T @ hidden where D is 128
+    grad_w2 = (hidden.T @ grad).T  # a quarter faster than grad.T @ hidden where D is 128
     grad_x = (grad_gate @ w1).addmm_(grad_value, w3)
     return grad_x, grad_gate.T @ x, grad_w2, grad_value.T @ x
 
@@ -149,9 +145,9 @@ def swiglu_backward(
 def _gated_backward(
     gate: Tensor, value: Tensor, grad_hidden: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`gated` once more, and the gradients by gate and value, the former in grad_hidden's memory.
+    """`gated` again, and the gradients of gate (overwrites grad_hidden) and value.
 
-    With a, b and u for gate, value and the gradient, s = sigmoid(a):
+    With a = gate, b = value, u = grad_hidden and s = sigmoid(a):
 
         db = u a s      da = u b (s + a s (1 - s))
     """

@@ -3,8 +3,8 @@
 Axes: B batch, T query positions, S key positions, D d_model, H heads, K head size, F d_ff,
 V vocabulary. `...` is any number of leading batch axes, also none.
 
-bfloat16 and float16 inputs are computed in float32 where sums or exponentials need it, and
-float64 stays float64. `fast_ops.py` has quicker versions of the entries of `Ops`.
+Sums and exponentials of bfloat16 and float16 inputs are computed in float32. float64 stays
+float64. `fused.py` has faster versions of the entries of `Ops`.
 """
 
 import math
@@ -18,12 +18,13 @@ IGNORE_INDEX = -100
 GELU_SLOPE, GELU_CUBIC = math.sqrt(2 / math.pi), 0.044715
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+def at_least_float32(x: Tensor) -> Tensor:
+    """x itself, or in float32 if it is narrower."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T, and a bias where there is one.
+    """x W^T, plus the bias if there is one.
 
     Shapes: x (..., d_in), weight (d_out, d_in), bias (d_out), returns (..., d_out)
     """
@@ -34,7 +35,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def embedding(token_ids: Tensor, weight: Tensor) -> Tensor:
-    """The rows of the table that the ids name.
+    """The row of the table for each id.
 
     Shapes: token_ids (...) int64, weight (V, D), returns (..., D)
     Raises: IndexError (on CPU) for an id outside [0, V).
@@ -49,13 +50,13 @@ def silu(x: Tensor) -> Tensor:
 
 
 def softmax(x: Tensor, dim: int = -1) -> Tensor:
-    """exp(x) scaled to sum 1 along `dim`; a row of -inf alone gives zeros, not NaN.
+    """exp(x), scaled to sum 1 along `dim`. A row that is all -inf gives zeros, not NaN.
 
     Numerics: the row maximum is subtracted first, so exp() stays in [0, 1] and the sum is at
-    least 1; the clamps only matter for the row of -inf. Same shape and dtype as x.
+    least 1. The clamps only matter for a row that is all -inf. Same shape and dtype as x.
     """
-    logits = _at_least_float32(x)
-    if not x.shape[dim]:  # no maximum
+    logits = at_least_float32(x)
+    if not x.shape[dim]:  # an empty axis has no maximum
         return x.clone()
     peak = logits.detach().amax(dim, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)
     weights = torch.exp(logits - peak)
@@ -63,24 +64,24 @@ def softmax(x: Tensor, dim: int = -1) -> Tensor:
 
 
 def _shifted_logits_and_log_normaliser(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """x minus its row maximum, and log(sum(exp())) of that: what all log-probabilities need.
+    """x minus its row maximum, and log(sum(exp())) of that, for log-probabilities.
 
-    Shifting both before they are subtracted keeps them exact for logits of any size:
-    1e4 + log(2) in float32 would lose log(2)'s last ten bits.
+    Both are relative to the maximum, so their difference is exact for logits of any size.
+    Without the shift, 1e4 + log(2) in float32 loses the last ten bits of log(2).
     """
-    logits = _at_least_float32(x)
+    logits = at_least_float32(x)
     peak = logits.detach().amax(dim, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)
     shifted = logits - peak
-    # the sum is 1 or more but in a row of -inf alone, whose gradient the clamp makes 0, not NaN
+    # the sum is below 1 only in a row that is all -inf: the clamp makes its gradient 0, not NaN
     return shifted, torch.exp(shifted).sum(dim, keepdim=True).clamp(min=1.0).log()
 
 
 def log_softmax(x: Tensor, dim: int = -1) -> Tensor:
-    """Logarithm of softmax, without ever taking log of a rounded probability.
+    """Logarithm of softmax, computed without the log of a rounded probability.
 
         x_v - log(sum_u exp(x_u))                                   [nats, <= 0]
 
-    An entry of -inf stays -inf. float32 for bfloat16 and float16 logits.
+    An entry of -inf stays -inf. bfloat16 and float16 logits give float32.
     """
     shifted, log_normaliser = _shifted_logits_and_log_normaliser(x, dim)
     return shifted - log_normaliser
@@ -89,8 +90,8 @@ def log_softmax(x: Tensor, dim: int = -1) -> Tensor:
 def check_targets(targets: Tensor, leading_shape: torch.Size, vocab_size: int, ignore_index: int):
     """Raises ValueError for targets of another shape or outside the vocabulary.
 
-    The values are looked at on the CPU only: elsewhere that would stop the device queue in every
-    step (and an index kernel asserts the range there itself).
+    The values are checked on the CPU only. Reading them from another device would stop its queue
+    in every step, and there the index kernel checks the range itself.
     """
     if targets.shape != leading_shape:
         raise ValueError(
@@ -123,12 +124,12 @@ def cross_entropy(
         returns  loss_sum () float32 [nats],  num_counted () int64 [positions]
 
     Why two numbers: micro-batches, padded rows and ranks count different numbers of positions,
-    so a mean of means is not the mean. Add both first, divide once (train.py).
+    so a mean of means is not the mean. Add both first, divide once (training/step.py).
 
     Numerics: exact for logits of +-1e4 and for entries of -inf (a target there costs inf).
-    Nothing counted gives (0.0, 0), never NaN.
+    No counted target gives (0.0, 0), never NaN.
     Raises: ValueError for targets of a wrong shape or outside the vocabulary.
-    Cost: about four times the memory of float32 logits, with the gradient.
+    Cost: about four times the memory of float32 logits, including the gradient.
     """
     check_targets(targets, logits.shape[:-1], logits.shape[-1], ignore_index)
     counted = targets != ignore_index
@@ -141,7 +142,7 @@ def cross_entropy(
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = IGNORE_INDEX
 ) -> tuple[Tensor, Tensor]:
-    """`cross_entropy` of the logits x W^T: the end of a language model in one operation.
+    """`cross_entropy` of the logits x W^T: the last layer and the loss in one operation.
 
     Shapes: x (..., D), weight (V, D), targets (...), returns as `cross_entropy`
     """
@@ -149,57 +150,57 @@ def linear_cross_entropy(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x over its root mean square along the last axis, times a learnt gain.
+    """x divided by its root mean square along the last axis, times a learnt gain.
 
         x / sqrt(mean(x^2) + eps) * weight
 
     Shapes: x (..., D), weight (D), returns (..., D) in x's dtype
     Numerics: float32 inside, whatever the input's dtype.
     """
-    wide = _at_least_float32(x)
+    wide = at_least_float32(x)
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (wide * scale * weight).to(x.dtype)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """x moved to mean 0 and scaled to variance 1 along the last axis, with learnt gain and bias.
+    """x shifted to mean 0 and scaled to variance 1 along the last axis, with learnt gain and bias.
 
         (x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps) * weight + bias
 
     Shapes: x (..., D), weight and bias (D), returns (..., D) in x's dtype
     Numerics: float32 inside, whatever the input's dtype.
     """
-    wide = _at_least_float32(x)
+    wide = at_least_float32(x)
     centred = wide - wide.mean(-1, keepdim=True)
     scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
     return (centred * scale * weight + bias).to(x.dtype)
 
 
 def gelu(x: Tensor) -> Tensor:
-    """x times the probability that a normal number is below it, elementwise, as GPT-2 has it.
+    """GPT-2's GELU, elementwise: about x times the probability that a normal number is below x.
 
         x / 2 * (1 + tanh(u))  =  x sigmoid(2 u)        with u = sqrt(2 / pi) (x + 0.044715 x^3)
 
-    Source: Hendrycks and Gimpel 2016; within 5e-4 of x Phi(x) with the normal distribution Phi.
-    Numerics: float32 inside. The sigmoid stays exact where 1 + tanh(u) cancels, at negative x:
-    in bfloat16 nothing is left of it from -3 on.
+    Source: Hendrycks and Gimpel 2016; within 5e-4 of x Phi(x), Phi being the normal distribution.
+    Numerics: float32 inside. At negative x, 1 + tanh(u) cancels, and the sigmoid stays exact: in
+    bfloat16, 1 + tanh(u) is 0 for x from about -3 down.
     """
-    wide = _at_least_float32(x)
+    wide = at_least_float32(x)
     u = GELU_SLOPE * (wide + GELU_CUBIC * wide * wide * wide)
     return (wide * torch.sigmoid(2 * u)).to(x.dtype)
 
 
 def dropout(x: Tensor, kept: Tensor, probability: float) -> Tensor:
-    """x where `kept` is True, scaled up so that its mean stays, and 0 elsewhere.
+    """x / (1 - probability) where `kept` is True, and 0 elsewhere; the expected value stays x.
 
-    kept         boolean, of x's shape; False with that probability (dropout.py draws it)
+    kept  boolean, of x's shape; False with `probability` (dropout_mask.py draws it)
     Source: Srivastava et al. 2014.
     """
     return x * kept / (1 - probability)
 
 
 def rope_frequencies(theta: float, head_size: int) -> Tensor:
-    """How far each pair of a head turns from one position to the next.
+    """The rotation of each pair of a head from one position to the next.
 
         theta^(-2i/K)   for pair i of K/2                           [radians per position]
 
@@ -212,7 +213,7 @@ def rope_frequencies(theta: float, head_size: int) -> Tensor:
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Each pair of neighbouring entries (0,1), (2,3), ... turned by its position's angle.
+    """x with each pair of neighbouring entries (0,1), (2,3), ... rotated by its position's angle.
 
     Shapes: x (..., T, K), cos and sin (..., T, K/2) or broadcastable, returns x's shape and dtype
     Source: Su et al. 2021, RoFormer, equation 34.
@@ -232,7 +233,10 @@ def swiglu(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
 
 
 def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
-    """True where a query may attend: no key after it, the last query at the last key. (T, S)"""
+    """(T, S), True where a query may attend: to keys up to its own position.
+
+    The last query stands at the position of the last key.
+    """
     query = torch.arange(num_queries, device=device).unsqueeze(-1) + (num_keys - num_queries)
     return torch.arange(num_keys, device=device) <= query
 
@@ -245,18 +249,18 @@ def attention(
     causal: bool = False,
     drop: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Values averaged by how well their keys match each query: softmax(q k^T / sqrt(K)) v.
+    """The values, averaged by how well each key matches the query: softmax(q k^T / sqrt(K)) v.
 
     mask    boolean, True = attend, broadcastable to (..., T, S)
-    causal  a query also sees no later key; with more keys than queries (a cache), the last query
-            stands at the last key
-    drop    changes the weights (..., T, S) before they are used: dropout
+    causal  a query attends to no later key; with more keys than queries (a key-value cache), the
+            last query stands at the last key
+    drop    dropout, applied to the weights (..., T, S)
     Shapes: q (..., T, K), k (..., S, K), v (..., S, K'), returns (..., T, K')
     Numerics: softmax in float32. A query that may attend to nothing gives zeros.
     Cost: O(T S) memory.
     """
     scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)  # (..., T, S)
-    if causal and q.shape[-2] > 1:  # a single query stands last: it sees every key
+    if causal and q.shape[-2] > 1:  # a single query stands last and attends to every key
         earlier = causal_mask(q.shape[-2], k.shape[-2], q.device)
         mask = earlier if mask is None else mask & earlier
     if mask is not None:
@@ -266,7 +270,7 @@ def attention(
 
 
 class Ops(NamedTuple):
-    """The operations that a model is built on: one record is one way to compute all of them."""
+    """The operations that a model calls; each record is one implementation of all of them."""
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     layer_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]

@@ -6,16 +6,16 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from cs_lm.ops.manual_backward import at_least_float32
+from cs_lm.ops.reference import at_least_float32
 
 LOG2_E = math.log2(math.e)
 _ALL = slice(None), slice(None)
 
-# A tile has so many scores of each head, and an eighth of the queries within these bounds: where
-# there are few, narrow tiles leave out more of the masked half.
+# A tile has at most this many scores for each head, and an eighth of the queries, within these
+# bounds: with few queries, small tiles skip more of the masked half.
 _HEAD_SCORES = 1 << 16
 _LEAST_QUERIES, _MOST_QUERIES = 64, 256
-# Scores of all heads of a tile: on a CPU they stay in its cache, elsewhere they fill the device.
+# Scores of all heads of a tile: they fit the cache of a CPU, or fill another device.
 _CPU_TILE_SCORES = 1 << 20
 _TILE_SCORES = 1 << 26
 
@@ -23,10 +23,10 @@ _TILE_SCORES = 1 << 26
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """Attention tile by tile, and the row normalisers, which is all that backward needs.
+    """Attention, computed tile by tile, and the row normalisers that backward needs.
 
     Shapes: q (B, H, T, K), k and v (B, H, S, K), mask (B, H, T, S), returns (B, H, T, K) and
-    (B, H, T, 1); the output lies in memory as (B, T, H, K)
+    (B, H, T, 1); the memory layout of the output is (B, T, H, K)
     """
     output = _new_heads(q, v.shape[-1])
     log_normaliser = q.new_empty(
@@ -43,7 +43,7 @@ def attention_forward(
                 scores = _scores(memory, queries, keys[:, tile], first_masked, part)
                 so_far = _averaged(scores, values[:, tile], so_far, mask is not None)
             peak, total, summed = so_far
-            total.clamp_(min=1.0)  # it is, but for a row of -inf alone
+            total.clamp_(min=1.0)  # below 1 only in a row that is all -inf
             _put(output, summed.div_(total), heads, rows)
             _put(log_normaliser, total.log2_().add_(peak), heads, rows)
     return output, log_normaliser
@@ -59,13 +59,13 @@ def attention_backward(
     log_normaliser: Tensor,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by q, k and v, like them in shape and contiguous.
+    """Gradients of q, k and v, in their shapes and contiguous.
 
-    With P = softmax(S), O = P v and dO the gradient by O, a tile's gradients are
+    With P = softmax(S), O = P v and dO the gradient of O, a tile's gradients are
 
         dv = P^T dO      dS = P * (dO v^T - rowsum(dO * O))      dq = dS k      dk = dS^T q
 
-    and P = exp(S - log-normaliser) is computed again (Dao et al. 2022, FlashAttention, appendix B).
+    P = exp(S - log-normaliser) is computed again (Dao et al. 2022, FlashAttention, appendix B).
 
     mean  `row_sums` of dO * O, (B, H, T, 1)
     """
@@ -98,7 +98,7 @@ def attention_backward(
 
 
 def row_sums(x: Tensor) -> Tensor:
-    """Sums over the last axis, which stays as one, at least float32."""
+    """Sums over the last axis, which keeps size 1, in at least float32."""
     return x.sum(-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
@@ -108,11 +108,11 @@ def _averaged(
     so_far: tuple[Tensor, Tensor, Tensor] | None,
     may_be_empty: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Each row's highest score, sum of weights, and sum of weighted values, with one more tile.
+    """Each row's highest score, sum of weights and sum of weighted values, after one more tile.
 
     All logarithms are to base 2: exp2 takes a third of the time of exp on a CPU.
-    Maximum and sums over the tiles so far are corrected by each further tile (Milakov and
-    Gimelshein 2018).
+    Each tile corrects the maximum and the sums of the tiles before it (Milakov and Gimelshein
+    2018).
     """
     peak = scores.amax(-1, keepdim=True)
     if may_be_empty:  # a row may be all -inf
@@ -130,7 +130,7 @@ def _averaged(
 
 
 def _new_heads(x: Tensor, size: int) -> Tensor:
-    """(B, H, T, size), in memory (B, T, H, size) as the projections around attention have it."""
+    """Empty (B, H, T, size), with memory layout (B, T, H, size) like the projections around it."""
     return x.new_empty(x.shape[0], x.shape[2], x.shape[1], size).transpose(1, 2)
 
 
@@ -139,13 +139,13 @@ def _tile_queries(q: Tensor) -> int:
 
 
 def _scores_of_a_head(q: Tensor, k: Tensor) -> int:
-    """In the largest tile."""
+    """Scores of one head in the largest tile."""
     rows = _tile_queries(q)
     return min(q.shape[-2], rows) * min(k.shape[-2], _HEAD_SCORES // rows)
 
 
 def _heads_and_entries(q: Tensor, k: Tensor) -> tuple[int, int]:
-    """How many heads, and if it is all of them, of how many batch entries, make a tile."""
+    """How many heads a tile has, and of how many batch entries (above 1 only with all heads)."""
     batch_size, num_heads = q.shape[:2]
     most = _CPU_TILE_SCORES if q.device.type == "cpu" else _TILE_SCORES
     per_head = max(1, _scores_of_a_head(q, k))
@@ -154,7 +154,7 @@ def _heads_and_entries(q: Tensor, k: Tensor) -> tuple[int, int]:
 
 
 def _head_blocks(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Slices of (B, H): whole batch entries, or a part of one."""
+    """Slices of (B, H): whole batch entries, or some heads of one."""
     heads, entries = _heads_and_entries(q, k)
     if (entries, heads) == q.shape[:2]:
         yield _ALL
@@ -165,10 +165,10 @@ def _head_blocks(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 def _tiles(q: Tensor, k: Tensor, causal: bool) -> Iterator[tuple[slice, list]]:
-    """Ranges of queries, and for each the ranges of keys that they see.
+    """Ranges of queries, and for each the ranges of keys that they attend to.
 
-    Beside a range of keys stands the first of them, counted from its start, that the first of the
-    queries may not see any more, or None.
+    Each range of keys comes with the index, inside the range, of the first key that the first
+    query may not attend to. It is None if there is no such key.
     """
     num_queries, num_keys = q.shape[-2], k.shape[-2]
     size = _tile_queries(q)
@@ -185,7 +185,7 @@ def _tiles(q: Tensor, k: Tensor, causal: bool) -> Iterator[tuple[slice, list]]:
 
 
 def _memory(q: Tensor, k: Tensor, count: int) -> Iterable[Tensor]:
-    """Room for the scores of one tile, for all tiles after each other; so many of them."""
+    """`count` buffers for the scores of one tile; all tiles reuse them."""
     heads, entries = _heads_and_entries(q, k)
     return q.new_empty(count, heads * entries * _scores_of_a_head(q, k))
 
@@ -215,7 +215,7 @@ def _scores(
 
 
 def _flat(x: Tensor, heads: tuple[slice, slice], rows: slice | None = None) -> Tensor:
-    """(B, H, T, K), of which a part, to (b h, t, K)."""
+    """The given heads and rows of x (B, H, T, K), as (b h, t, K)."""
     if heads is not _ALL:
         x = x[heads]
     if rows is not None and rows.stop - rows.start < x.shape[-2]:

@@ -1,4 +1,4 @@
-"""AdamW, its parameter groups, and the gradient clipper."""
+"""The AdamW optimizer."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -18,10 +18,10 @@ class AdamW(torch.optim.Optimizer):
         p <- p (1 - lr weight_decay)
         p <- p - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
 
-    State a parameter: `step` (int), `exp_avg` and `exp_avg_sq` (the parameter's shape and dtype),
+    Parameter state: `step` (int), `exp_avg` and `exp_avg_sq` (the parameter's shape and dtype),
     created when its first gradient arrives.
     Numerics: all factors are Python floats that go to the device with the kernel call; nothing is
-    read back. The root is of v + 1e-36.
+    read back. The root is taken of v + 1e-36.
     Raises: ValueError for a setting outside its range.
     """
 
@@ -50,22 +50,20 @@ class AdamW(torch.optim.Optimizer):
     ) -> Tensor | None:
         """One update; returns the closure's loss, if there is a closure.
 
-        should_apply  a bool on the gradients' device: False leaves everything as it is but the
-                      count of the steps; nothing waits for it
+        should_apply  a bool on the gradients' device. False: only the number of steps changes.
+                      The host does not wait for its value
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            by_step: dict[int, list[Tensor]] = {}  # parameters may have got a different number
+            by_step: dict[int, list[Tensor]] = {}  # parameters may differ in their number of steps
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     by_step.setdefault(self._next_step(parameter), []).append(parameter)
-            if (
-                should_apply is not None and should_apply.device.type == "cpu"
-            ):  # where reading it is free
-                if not should_apply:
+            if should_apply is not None and should_apply.device.type == "cpu":
+                if not should_apply:  # reading it is free on a CPU
                     continue
                 should_apply = None
             for step, parameters in by_step.items():
@@ -82,15 +80,15 @@ class AdamW(torch.optim.Optimizer):
         return loss
 
     def compile(self, on_failure: Callable[[str], None] | None = None) -> None:
-        """Takes its steps from here on in one pass over memory, written by torch.compile.
+        """Makes each further step one pass over memory, with code from torch.compile.
 
-        on_failure  called with a line where that fails; the same function runs as it is then
+        on_failure  called with one line if compilation fails; the steps then run uncompiled
         Cost: half a second of compiling for each parameter, at the first step on a machine.
         """
         self._compiled = CompileWithFallback(_adamw, on_failure)
 
     def num_updates(self) -> set[int]:
-        """How many updates the parameters have had: one number, but within an update."""
+        """How many updates the parameters have had: a single number, except during an update."""
         return {state["step"] for state in self.state.values()}
 
     def _next_step(self, parameter: Tensor) -> int:
@@ -106,7 +104,7 @@ class AdamW(torch.optim.Optimizer):
         self, tensors: tuple[list[Tensor], ...], step: int, group: dict, should_apply: Tensor | None
     ) -> None:
         beta1, beta2 = group["betas"]
-        # both corrections of the bias moved to one side of the division
+        # both bias corrections, moved into eps and the step size
         correction = math.sqrt(1 - beta2**step)
         factors = (
             1 - group["lr"] * group["weight_decay"],
@@ -114,7 +112,7 @@ class AdamW(torch.optim.Optimizer):
             group["lr"] / (1 - beta1**step) * correction,
         )
         update = _adamw
-        if self._compiled is not None:  # numbers would be compiled in, and these change
+        if self._compiled is not None:  # torch.compile takes numbers as constants; these change
             first = tensors[0][0]
             wide = torch.promote_types(first.dtype, torch.float32)
             on_device = torch.tensor(factors, dtype=wide).to(first.device, non_blocking=True)
@@ -122,8 +120,8 @@ class AdamW(torch.optim.Optimizer):
         update(*tensors, (beta1, beta2), *factors, should_apply)
 
 
-# Far below eps^2. A CPU takes six times as long for the root of 0, which rows of an embedding have
-# until their token comes, and thirty times for a number below 1e-38, which they have long after it.
+# Far below eps^2. A CPU takes six times as long for the root of 0, and thirty times for that of a
+# number below 1e-38. Embedding rows have 0 until their token occurs, and such numbers long after.
 _NO_ROOT_OF_LESS = 1e-36
 
 
@@ -146,7 +144,7 @@ def _adamw(
     beta1, beta2 = betas
     if should_apply is None:
         torch._foreach_lerp_(means, gradients, 1 - beta1)
-    else:  # the same in operations that take a factor from the device
+    else:  # the same with operations that take a factor on the device
         gradients = [torch.where(should_apply, gradient, 0) for gradient in gradients]
         torch._foreach_mul_(means, factor(beta1, 1))
         torch._foreach_add_(means, gradients, alpha=1 - beta1)
@@ -159,20 +157,20 @@ def _adamw(
         torch._foreach_mul_(roots, factor(1, math.inf))
     if isinstance(decay, Tensor) or decay != 1:
         torch._foreach_mul_(parameters, factor(decay, 1))
-    if isinstance(step_size, Tensor):  # which the next operation does not take
+    if isinstance(step_size, Tensor):  # the next operation takes only a number
         torch._foreach_div_(roots, step_size)
         step_size = 1.0
     torch._foreach_addcdiv_(parameters, means, roots, value=-step_size)
 
 
-# On a CPU, so many numbers of each of the tensors of an update stay in the cache.
+# On a CPU, this many numbers of each tensor of an update fit the cache.
 _CPU_PORTION = 1 << 18
 
 
 def _portions(tensors: tuple[list[Tensor], ...]) -> Iterator[tuple[list[Tensor], ...]]:
-    """The same lists with fewer numbers: what is updated together, as it fits a CPU's cache.
+    """The same lists in portions that fit a CPU's cache.
 
-    Large tensors come in parts, ranges of their numbers in memory; one with holes stays whole.
+    Large tensors are split into ranges of their memory; one that is not contiguous stays whole.
     """
     portion, size = [], 0
     for together in zip(*tensors):  # a parameter, its gradient and moments

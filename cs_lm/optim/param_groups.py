@@ -8,7 +8,7 @@ from cs_lm.models.layers import Embedding
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Matrices with weight decay; embedding tables, gains and biases without.
 
-    A table that is also the head counts as a table.
+    An embedding table that is also the head (tied) gets no weight decay.
     """
     tables = {id(module.weight) for module in model.modules() if isinstance(module, Embedding)}
 

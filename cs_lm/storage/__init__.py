@@ -1,6 +1,6 @@
-"""Files that survive: written whole, locked, listed with checksums, and read without running code.
+"""Safe files: atomic writes, file locks, checksums, and loading without running code.
 
-Nothing here knows a model, a config or what a file is for.
-Read `atomic` first (a name appears only when the content is complete), then `lock`, `manifest`
-(lengths and checksums of a folder's files), `safe_load` (what `torch.load` is not given).
+This package does not depend on models, configs or the purpose of a file.
+Read `atomic` first: a file gets its name only when its content is complete. Then read `lock`,
+`manifest` (lengths and checksums of a folder's files) and `safe_load` (checks before `torch.load`).
 """

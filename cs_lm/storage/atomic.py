@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, whoever else writes at the same time."""
+"""Atomic writes: a file or folder is complete or absent, even with several writers."""
 
 import itertools
 import os
@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 _COUNT = itertools.count()
-WRITING = ".writing"  # what a name ends in until all of it is on the disk
+WRITING = ".writing"  # suffix of a name until its content is on the disk
 
 
 def temporary_name(path: Path) -> Path:
-    """A temporary name beside the path that nothing else uses: not a process, not a thread."""
+    """A temporary name in the same folder that no other process or thread uses."""
     return path.with_name(
         f"{path.name}.{os.getpid()}-{next(_COUNT)}-{os.urandom(3).hex()}{WRITING}"
     )
@@ -22,9 +22,9 @@ def temporary_name(path: Path) -> Path:
 
 @contextmanager
 def atomic_open(path: str | Path) -> Iterator[BinaryIO]:
-    """A file to write to, which takes the place of `path` at once, when it is on the disk.
+    """A file to write to. It replaces `path` atomically after its content is on the disk.
 
-    After an exception, of the disk or of whatever writes to it, the older file is as it was.
+    After an exception of the disk or of the writing code, the old file is unchanged.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,7 @@ def atomic_open(path: str | Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(writing, path)
     except OSError as error:
-        if error.filename == str(writing):  # a name that nobody has asked for
+        if error.filename == str(writing):  # report the caller's path, not the temporary name
             error.filename = str(path)
         raise
     finally:
@@ -45,17 +45,17 @@ def atomic_open(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def atomic_write(path: str | Path, content: bytes) -> None:
-    """Puts the content in the file's place at once, under its name only when it is on the disk."""
+    """Replaces the file atomically by one with this content, after that is on the disk."""
     with atomic_open(path) as file:
         file.write(content)
 
 
 class SyncingFile:
-    """A file of which little waits in memory for the disk, and nothing stays in the system's cache.
+    """A file that is synced to the disk every `_WAITING_BYTES` and leaves the page cache free.
 
-    A save of gigabytes would push the corpus out of that cache. Writing into the same few
-    megabytes of it is also cheaper: 0.8 s of processor time instead of 1.6 to 2.3 s for 0.69 GB,
-    on a virtual machine (two cores of an AMD EPYC), where memory that is new costs most.
+    A save of gigabytes would push the corpus out of the page cache. Reusing the same few megabytes
+    of this cache is also cheaper: 0.8 s of processor time instead of 1.6 to 2.3 s for 0.69 GB, on a
+    virtual machine (two cores of an AMD EPYC), where new memory costs most.
     """
 
     _WAITING_BYTES = 16 << 20
@@ -74,17 +74,17 @@ class SyncingFile:
         self._file.flush()
 
     def sync(self) -> None:
-        """Waits until all that was written is on the disk."""
+        """Waits until all written data is on the disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._num_waiting = 0
         if hasattr(os, "posix_fadvise"):  # not on macOS and Windows
-            with suppress(OSError):  # advice, which a file system need not take
+            with suppress(OSError):  # it is advice: a file system may refuse it
                 os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def fsync_directory(folder: Path) -> None:
-    """Waits until names that were given in the folder are on the disk. Windows has no such wait."""
+    """Waits until the names in the folder are on the disk. Windows has no such function."""
     if sys.platform != "win32":
         number = os.open(folder, os.O_RDONLY)
         try:
@@ -94,9 +94,11 @@ def fsync_directory(folder: Path) -> None:
 
 
 def replace_directory(new: Path, folder: Path, replace: bool = True) -> None:
-    """Renames a complete folder to its name; an older one there makes room first.
+    """Renames the complete folder `new` to `folder`, and deletes an old folder of that name.
 
-    replace  False: an older one stays, and the new one goes
+    The old folder is renamed before it is deleted: `folder` never names a half-deleted folder.
+
+    replace  False: keep an old folder, and delete `new`
     """
     fsync_directory(new)
     if folder.exists() and not replace:

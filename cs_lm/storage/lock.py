@@ -1,6 +1,6 @@
-"""Locks between processes, on a file that holds nothing.
+"""File locks between processes, each on an empty file.
 
-The system gives a lock up with its process, however that ends: nothing is left to clear.
+The system releases a lock when its process ends, even after a crash. There are no stale locks.
 """
 
 import errno
@@ -17,27 +17,30 @@ from cs_lm.errors import UserError
 
 _LOG = logging.getLogger("cs_lm")
 _LOOK_AGAIN_S = 0.1
-# What a file system answers that has no locks at all.
+# Errors of a file system that has no locks.
 _WITHOUT_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
 _HELD = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK}
 _READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 class FileLock:
-    """A lock that this process holds; `close` gives it up.
+    """A file lock that this process holds; `close` releases it.
 
-    is_real  False where the file system has no locks, and another process may hold one too
+    is_real  False when the file system cannot lock: another process may use the path, too
     """
 
     def __init__(self, number: int | None, path: Path, is_real: bool):
         self._number, self._path, self.is_real = number, path, is_real
 
     def close(self, remove: bool = False) -> None:
-        """remove  the file goes too; only whoever holds the lock alone may do that"""
+        """Releases the lock.
+
+        remove  delete the lock file, too; only the holder of an exclusive lock may do that
+        """
         if self._number is None:
             return
         if remove and self.is_real:
-            with suppress(OSError):  # Windows removes no open file
+            with suppress(OSError):  # Windows cannot delete an open file
                 os.unlink(self._path)
         os.close(self._number)
         self._number = None
@@ -47,9 +50,10 @@ class FileLock:
 
 
 def acquire(path: Path, shared: bool = False) -> FileLock | None:
-    """The file's lock, alone or together with others that share it; None where that cannot be now.
+    """An exclusive or shared lock on the file; None when another process holds it. Does not wait.
 
-    Where the file system has no locks, or a reader may not write, the work goes on without one.
+    If the file system has no locks, or a reader may not create the file, `is_real` is False.
+    Raises: UserError when the folder is not writable.
     """
     while True:
         try:
@@ -73,11 +77,11 @@ def acquire(path: Path, shared: bool = False) -> FileLock | None:
             raise
         if _is_still_there(number, path):
             return FileLock(number, path, is_real=True)
-        os.close(number)  # its last holder removed it meanwhile
+        os.close(number)  # its last holder deleted it meanwhile: try again
 
 
 def wait_for(path: Path, shared: bool, on_wait: Callable[[], None]) -> FileLock:
-    """The same, waited for; `on_wait` is called once, when it takes longer than a moment."""
+    """`acquire`, repeated until it succeeds; calls `on_wait` once if that takes a while."""
     began_s = time.monotonic()
     has_told = False
     while (lock := acquire(path, shared)) is None:
@@ -90,7 +94,7 @@ def wait_for(path: Path, shared: bool, on_wait: Callable[[], None]) -> FileLock:
 
 @contextmanager
 def writing_alone(path: Path, on_wait: Callable[[], None]) -> Iterator[FileLock]:
-    """Keeps other processes from writing to the path while entered; they are waited for."""
+    """A context with the exclusive right to write to the path; waits for other processes."""
     lock = wait_for(path.with_name(f".{path.name}.lock"), shared=False, on_wait=on_wait)
     try:
         yield lock
@@ -100,7 +104,7 @@ def writing_alone(path: Path, on_wait: Callable[[], None]) -> Iterator[FileLock]
 
 @contextmanager
 def locked(path: Path) -> Iterator[bool]:
-    """Holds the lock alone while entered; False, at once, where another process holds it."""
+    """A context with the exclusive lock. Yields False at once if another process has the lock."""
     lock = acquire(path)
     try:
         yield lock is not None
@@ -119,7 +123,8 @@ def _is_still_there(number: int, path: Path) -> bool:
 @cache
 def _warn_once(folder: Path, why: str) -> None:
     _LOG.warning(
-        "%s: this file system has no locks (%s); going on without: do not let two processes write "
+        "%s: this file system has no file locks (%s); continuing without: do not let two "
+        "processes write "
         "there at the same time",
         folder,
         why,
@@ -130,7 +135,7 @@ if sys.platform == "win32":
     import msvcrt
 
     def _lock(number: int, shared: bool) -> None:
-        if not shared:  # Windows has no lock that several share: it keeps open files from removal
+        if not shared:  # msvcrt has no shared lock; Windows keeps open files from deletion
             msvcrt.locking(number, msvcrt.LK_NBLCK, 1)
 
 else:

@@ -24,9 +24,9 @@ class FileEntry(NamedTuple):
 
 
 class HashingFile:
-    """A file that is written from its beginning on, and what its manifest says of it.
+    """A file that is written sequentially; it computes its own manifest entry.
 
-    error  what the system said when a write failed: callers that write for us may hide it
+    error  the OSError of a failed write, kept because a library that calls `write` may hide it
     """
 
     def __init__(self, file: BinaryIO):
@@ -51,20 +51,20 @@ class HashingFile:
 
 
 def write_manifest(folder: Path, files: Iterable[FileEntry], facts: dict[str, Any]) -> None:
-    """To be written last: a folder without it is not complete."""
+    """Writes the manifest. Call this last: a folder without a manifest is incomplete."""
     content = {**facts, "files": [list(entry) for entry in files]}
     content["checksum"] = _checksum(content)
     atomic_write(folder / MANIFEST, json.dumps(content, indent=1).encode("utf-8"))
 
 
 def read_manifest(folder: Path) -> tuple[list[FileEntry], dict[str, Any]]:
-    """The files of a folder, none of them outside it, and the facts.
+    """The entries of a folder's files, none outside the folder, and the facts.
 
-    Raises: FileNotFoundError where there is none, ValueError for one that is not as it was written.
+    Raises: FileNotFoundError when there is no manifest, UserError when it is damaged.
     """
     path = folder / MANIFEST
     if not stat.S_ISREG(path.lstat().st_mode):
-        raise UserError(f"{str(path)!r} is no plain file")
+        raise UserError(f"{str(path)!r} is not a regular file")
     with open(path, "rb") as file:
         data = file.read(MAX_MANIFEST_BYTES + 1)
     if len(data) > MAX_MANIFEST_BYTES:
@@ -73,32 +73,32 @@ def read_manifest(folder: Path) -> tuple[list[FileEntry], dict[str, Any]]:
         content = json.loads(data.decode("utf-8"))
         expected = content.pop("checksum")
         if _checksum(content) != expected:
-            raise UserError("its checksum is another one")
+            raise UserError("its checksum does not match")
         files = [FileEntry(*entry) for entry in content.pop("files")]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{str(path)!r} is damaged ({type(error).__name__}: {error})") from None
     for entry in files:
         if not _is_sound(entry):
-            raise UserError(f"{str(path)!r} names a file that cannot be of its folder: {entry!r}")
+            raise UserError(f"{str(path)!r} lists an invalid file: {entry!r}")
     return files, content
 
 
 def file_state(found: os.stat_result) -> list[int]:
-    """Other for a file that was written, or put in the place of another one, since.
+    """A value that changes when the file is written or replaced.
 
-    The time of change of its entry tells, too, where somebody set the time of its content back.
+    It has the ctime, too, because a program can set the mtime back to an old value.
     """
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev]
 
 
 def check_file(folder: Path, entry: FileEntry, completely: bool) -> None:
-    """Its length, and when `completely` is asked for, its contents.
+    """Checks the length of a file and, if `completely`, its SHA-256.
 
-    Raises: ValueError for a file that is missing, or not as it was written.
+    Raises: UserError for a file that is missing or has changed since it was written.
     """
     path = folder / entry.name
     if path.is_symlink() or not path.is_file():
-        raise UserError(f"{str(path)!r} is missing, or no plain file")
+        raise UserError(f"{str(path)!r} is missing or not a regular file")
     num_bytes = path.stat().st_size
     if num_bytes != entry.num_bytes:
         raise UserError(f"{str(path)!r} has {num_bytes} bytes, not {entry.num_bytes}")

@@ -1,4 +1,4 @@
-"""Refuses files that would run code or take more memory than their length when they are read."""
+"""Refuses files that would run code, or use more memory than their length, when loaded."""
 
 import os
 import pickletools
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cs_lm.errors import UserError
 
-# What a checkpoint calls to be read, besides torch's own types.
+# The functions that a checkpoint's pickle may call, besides torch's own types.
 _CALLED = {
     "collections OrderedDict",
     "torch._utils _rebuild_tensor_v2",
@@ -18,14 +18,14 @@ _CALLED = {
 }
 
 
-# What is not a tensor's numbers: names, shapes and settings.
+# Limit for everything besides tensor data: names, shapes and settings.
 _MAX_STRUCTURE_BYTES = 64 << 20
 
 
 def check_archive(path: str | os.PathLike) -> None:
-    """Before anything is unpacked: the archive's members are not compressed, and fit into it.
+    """Checks an archive before unpacking: not compressed, members fit into it, safe pickles.
 
-    Raises: ValueError, or what zipfile raises for a file that is no archive.
+    Raises: UserError, or the error of zipfile for a file that is not an archive.
     """
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
@@ -35,31 +35,38 @@ def check_archive(path: str | os.PathLike) -> None:
             raise UserError("members longer than the file")
         structure = [member for member in members if member.filename.endswith("data.pkl")]
         if sum(member.file_size for member in structure) > _MAX_STRUCTURE_BYTES:
-            raise UserError("too much besides tensors")
+            raise UserError("more than 64 MB of data besides tensors")
         for member in structure:
             _check_names(archive.read(member))
 
 
 def check_old_file(path: str | os.PathLike) -> None:
-    """The same for a file as torch wrote it before version 1.6: pickles, then numbers."""
+    """Checks the pickles of a file from torch before version 1.6: pickles, then tensor data.
+
+    Raises: UserError.
+    """
     with open(path, "rb") as file:
         for _ in ("magic number", "protocol", "machine", "content"):
             _check_names(file)
 
 
 def _check_names(pickled: bytes | BinaryIO) -> None:
-    """What the pickle may call: not `bytearray`, of any size, which `weights_only` lets pass."""
+    """Refuses a pickle that calls other functions than `_CALLED` and torch's.
+
+    torch's `weights_only` alone would allow `bytearray` of any size.
+    Raises: UserError.
+    """
     for operation, argument, _ in pickletools.genops(pickled):
         if operation.name == "STACK_GLOBAL":
-            raise UserError("a pickle of another protocol")
+            raise UserError("a pickle with an unsupported protocol")
         is_ours = argument in _CALLED or str(argument).startswith("torch ")
         if operation.name == "GLOBAL" and not is_ours:
             raise UserError(f"it calls {argument}")
 
 
 def check_tensor(tensor: Tensor) -> None:
-    """Raises: ValueError for one that takes more memory than the file has bytes for it."""
+    """Raises: UserError for a tensor with more elements than its storage has."""
     if tensor.is_meta:
-        raise UserError("a tensor without numbers")
+        raise UserError("a tensor without data")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise UserError("a tensor with more elements than numbers")
+        raise UserError("a tensor with more elements than stored values")

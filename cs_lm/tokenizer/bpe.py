@@ -1,7 +1,7 @@
 """Byte-pair encoding, the definition: count pairs, merge the best one, repeat.
 
-Everything here recounts from scratch and is meant to be read. `fast_bpe.py` has the same
-signatures and the same results without the recounting.
+This file is meant to be read: each step counts all pairs again. `fast_bpe.py` has functions with
+the same signatures and results that count only the changes.
 """
 
 from collections import Counter
@@ -29,7 +29,7 @@ def merge_pair(tokens: list[bytes], pair: Pair) -> list[bytes]:
 
 
 def count_pairs(words: Mapping[tuple[bytes, ...], int]) -> Counter[Pair]:
-    """How often each pair of neighbouring tokens occurs, over words given with their counts."""
+    """How often each pair of adjacent tokens occurs, weighted by the counts of the words."""
     counts: Counter[Pair] = Counter()
     for tokens, count in words.items():
         for pair in zip(tokens, tokens[1:]):
@@ -40,7 +40,7 @@ def count_pairs(words: Mapping[tuple[bytes, ...], int]) -> Counter[Pair]:
 def train_merges(word_counts: Mapping[bytes, int], num_merges: int) -> list[Pair]:
     """The merges in the order in which training finds them.
 
-    Each round joins the most frequent pair; among equally frequent ones, the
+    Each round merges the most frequent pair. Among equally frequent pairs, it takes the
     lexicographically greatest (first token, second token). It ends early when no pair is left.
     """
     words: Counter[tuple[bytes, ...]] = Counter()
@@ -60,9 +60,9 @@ def train_merges(word_counts: Mapping[bytes, int], num_merges: int) -> list[Pair
 def merge_steps(
     word: bytes, ranks: Mapping[Pair, int]
 ) -> Iterator[tuple[Pair | None, list[bytes]]]:
-    """The tokens of one word before any merge, then each pair that is joined and what it leaves.
+    """Yields (None, the single bytes of a word), then (merged pair, new tokens) for each merge.
 
-    While a known pair is left, the one learnt earliest is joined, at all its places.
+    Each step merges the known pair that was learnt first, at all its places.
     """
     tokens = as_single_bytes(word)
     yield None, tokens
@@ -73,6 +73,6 @@ def merge_steps(
 
 
 def encode_word(word: bytes, ranks: Mapping[Pair, int]) -> list[bytes]:
-    """The tokens of one word when no known pair is left."""
+    """The tokens of one word after all merges."""
     *_, (_, tokens) = merge_steps(word, ranks)
     return tokens

@@ -1,7 +1,7 @@
-"""GPT-2's printable names for bytes, which its `vocab.json` and `merges.txt` are written in.
+"""GPT-2's printable names for bytes, used in its `vocab.json` and `merges.txt`.
 
-Printable Latin-1 characters stand for themselves; the other 68 bytes get the characters
-from U+0100 on, so that a space becomes U+0120.
+A printable Latin-1 character is its own name. The other 68 bytes get the characters from U+0100
+on. For example, the name of a space is U+0120.
 """
 
 from cs_lm.errors import UserError
@@ -21,7 +21,7 @@ def name_of_token(token: bytes) -> str:
 
 
 def token_of_name(name: str) -> bytes:
-    """Raises: ValueError for a character that names no byte."""
+    """The bytes of a name. Raises: UserError for a character that is not the name of a byte."""
     try:
         return bytes(BYTE_OF_NAME[character] for character in name)
     except KeyError as error:

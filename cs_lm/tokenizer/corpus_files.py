@@ -1,7 +1,7 @@
-"""Files of a corpus: which ones a name stands for, and the documents in each, by its content.
+"""Files of a corpus: finds them, detects their format from their content, and reads them.
 
-Plain text is one document a file. JSON lines, a JSON list and Parquet hold one document a record.
-Each of them may be packed with gzip, bzip2, xz or zstd.
+Plain text has one document per file. JSON lines, a JSON list and Parquet have one per record.
+Each file may be compressed with gzip, bzip2, xz or zstd.
 """
 
 import bz2
@@ -38,19 +38,19 @@ PathOrPaths = str | Path | Sequence[str | Path]
 
 
 class Piece(NamedTuple):
-    """Some text, and whether a document begins with it."""
+    """A piece of text, and whether a document begins with it."""
 
     text: str
     begins: bool
 
 
 def find_files(given: PathOrPaths, flag: str = "corpus") -> list[str | Path]:
-    """The files that paths stand for: a file itself, a folder or a pattern its files by name.
+    """The files that the given paths, folders and glob patterns stand for.
 
-    Of a folder: files below it whose names end in one of SUFFIXES, packed or not, and in no part
-    begin with a dot; not what runs have made there. Paths keep their order; files of a folder or
-    pattern are sorted by name.
-    Raises: FileNotFoundError where there is nothing, ValueError for an empty file given alone.
+    A folder stands for the files below it whose names end in one of SUFFIXES, compressed or not.
+    Names that begin with a dot and folders that runs have made are skipped. The given paths keep
+    their order; the files of a folder or pattern are sorted by name.
+    Raises: MissingError when there is no file, UserError for an empty file given alone.
     """
     given = [given] if isinstance(given, (str, Path)) else list(given)
     found: list[str | Path] = []
@@ -90,7 +90,7 @@ def _files_below(folder: Path) -> Iterator[Path]:
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether runs have made it: data/ with its locks, or the folder of a run."""
+    """Whether a run has made the folder: data/ with its locks, or the folder of a run."""
     return (folder / ".locks").is_dir() or (folder / "metrics.jsonl").is_file()
 
 
@@ -99,17 +99,18 @@ def _is_of_corpus(name: str) -> bool:
 
 
 def without_packing(name: str) -> str:
-    """A file's name without what says that it is packed."""
+    """A file's name without suffixes of compression."""
     for suffix in PACKED_SUFFIXES:
         name = name.removesuffix(suffix)
     return name
 
 
 class RawReader(io.RawIOBase):
-    """A file's bytes as they lie, told to `note` as they are read.
+    """A file's raw bytes, not decompressed; `note` is called with each block that is read.
 
-    A read that is under way hears of Ctrl-C only when more comes from a pipe, if the interrupt
-    arrived between two of its system calls; between two looks, Python sees to it.
+    It waits for a pipe with `select` and a timeout. A plain read would not react to Ctrl-C until
+    more data arrives, if the signal comes between two of its system calls. Between two calls of
+    `select`, Python handles the signal.
     """
 
     def __init__(self, file: BinaryIO, note: Callable[[memoryview], None]):
@@ -134,12 +135,12 @@ class RawReader(io.RawIOBase):
         try:
             while os.name == "posix" and not select.select([self._file], [], [], _LOOK_AGAIN_S)[0]:
                 pass
-        except (io.UnsupportedOperation, ValueError):  # no file of the system: never blocks
+        except (io.UnsupportedOperation, ValueError):  # not a file of the system: it never blocks
             pass
 
 
 class _Joined(io.RawIOBase):
-    """What was read already, and then the rest."""
+    """The bytes that were already read, then the rest of the file."""
 
     def __init__(self, begin: bytes, rest: io.BufferedReader):
         self._begin, self._rest = begin, rest
@@ -157,18 +158,18 @@ class _Joined(io.RawIOBase):
 
 
 def begin_of(file: io.BufferedReader, num_bytes: int) -> tuple[bytes, io.BufferedReader]:
-    """The first bytes, so many unless there are fewer, and the whole, them included.
+    """The first `num_bytes` bytes, fewer in a short file, and a reader of the whole file.
 
-    Why not `peek`: of a pipe it gives what has come by now, however little.
+    Why not `peek`: on a pipe it returns only the bytes that have arrived so far.
     """
     begin = file.read(num_bytes)
     return begin, io.BufferedReader(_Joined(begin, file), _BUFFER_BYTES)
 
 
 def unpacked(raw: RawReader, shown: str) -> io.BufferedReader:
-    """What a file holds, packed or not.
+    """A reader of the file's content, decompressed if necessary.
 
-    Raises: ValueError for a zip archive and the like, or where the package for zstd is missing.
+    Raises: UserError for a zip archive, a PDF or a program, or if the package zstandard is missing.
     """
     magic, packed = begin_of(io.BufferedReader(raw, _BUFFER_BYTES), _MAGIC_BYTES)
     for begin, kind in _NOT_TEXT.items():
@@ -196,10 +197,10 @@ def unpacked(raw: RawReader, shown: str) -> io.BufferedReader:
 
 
 class _ZstdReader(io.RawIOBase):
-    """Frames one after the other.
+    """Decompresses zstd frames one after the other.
 
-    Why not the package's own reader: it takes a file that is cut short for whole.
-    Raises: EOFError for such a file.
+    Why not the package's own reader: it accepts a truncated file as complete.
+    Raises: EOFError for a truncated file.
     """
 
     def __init__(self, packed: io.BufferedReader, zstandard: Any):
@@ -234,8 +235,9 @@ class _ZstdReader(io.RawIOBase):
 
 
 def kind_of(content: io.BufferedReader, path: str | Path) -> tuple[str, io.BufferedReader]:
-    """TEXT, RECORDS or PARQUET, by how the content begins; JSON also by the name's end. And all of
-    the content, to read on.
+    """TEXT, RECORDS or PARQUET, and a reader of the whole content.
+
+    The first bytes decide; for JSON, the suffix of the name, too.
     """
     try:
         begin, content = begin_of(content, _PEEKED_BYTES)
@@ -251,7 +253,7 @@ def kind_of(content: io.BufferedReader, path: str | Path) -> tuple[str, io.Buffe
 
 
 def _are_json_lines(begin: bytes) -> bool:
-    """Whether the first two lines, as far as they are known, are objects."""
+    """Whether the first two lines, or the known part of them, are JSON objects."""
     lines = [line for line in begin.split(b"\n") if line.strip()][:2]
     whole, cut = (lines, []) if len(begin) < _PEEKED_BYTES or len(lines) > 1 else ([], lines)
     if cut:
@@ -265,9 +267,9 @@ def _are_json_lines(begin: bytes) -> bool:
 def decoded(
     content: io.BufferedReader, shown: str, encoding_errors: str, block_bytes: int
 ) -> Iterator[str]:
-    """UTF-8 text in blocks, exactly as stored: no newline is translated.
+    """Blocks of the text, decoded from UTF-8 exactly as stored: no newline is translated.
 
-    Raises: ValueError naming the offset of bytes that are not UTF-8, or a packed file that broke.
+    Raises: UserError for bytes that are not UTF-8, with their offset, or a damaged packed file.
     """
     decoder = codecs.getincrementaldecoder("utf-8")(encoding_errors)
     num_before = 0
@@ -275,7 +277,7 @@ def decoded(
         try:
             block = content.read1(block_bytes)
         except _UNPACKING_ERRORS as error:
-            raise UserError(f"corpus: {shown} cannot be unpacked ({error}); is it whole?") from None
+            raise _cannot_be_unpacked(shown, error) from None
         held_back = len(decoder.getstate()[0])  # bytes of a character cut by the last block
         try:
             text = decoder.decode(block, final=not block)
@@ -294,17 +296,17 @@ def decoded(
 
 
 def _cannot_be_unpacked(shown: str, error: Exception) -> Exception:
-    if isinstance(error, OSError) and error.errno is not None:  # of the disk
+    if isinstance(error, OSError) and error.errno is not None:  # an error of the disk
         return error
-    return ValueError(f"corpus: {shown} cannot be unpacked ({error}); is it whole?")
+    return UserError(f"corpus: {shown} cannot be decompressed ({error}); is the file complete?")
 
 
 def texts_of_parquet(
     path: str | Path, text_field: str, report: Callable[[float], None]
 ) -> Iterator[str]:
-    """The texts in one column; `report` is told which part of the rows has been read.
+    """The texts of one column; `report` is called with the fraction of rows read so far.
 
-    Raises: ValueError naming a column that is missing, or the package that is.
+    Raises: UserError when the column or the package pyarrow is missing, or the file is damaged.
     """
     try:
         import pyarrow

@@ -1,8 +1,8 @@
 """The functions of `bpe.py` without recounting: same signatures, same results.
 
-Training keeps, for each pair, its count and the places where it stands, so that a merge touches
-only those (pair_index.py). Encoding a long word keeps the candidate pairs in a heap instead of
-looking through all of them again: O(n log n) for a word of n bytes instead of O(n^2).
+Training keeps the count and the places of each pair, so that a merge touches only these places
+(pair_index.py). Encoding a long word keeps the candidate pairs in a heap instead of scanning all
+pairs again: O(n log n) for a word of n bytes instead of O(n^2).
 """
 
 from collections.abc import Callable, Mapping
@@ -12,9 +12,9 @@ from math import inf
 from cs_lm.tokenizer.bpe import Pair, as_single_bytes
 from cs_lm.tokenizer.pair_index import PairIndex
 
-# Below this many bytes, looking through all pairs is quicker than keeping a heap.
+# Below this many bytes, scanning all pairs is faster than a heap.
 _HEAP_FROM_BYTES = 48
-_SINGLE_BYTES = as_single_bytes(bytes(range(256)))  # made once: their hashes are known
+_SINGLE_BYTES = as_single_bytes(bytes(range(256)))  # made once, so that their hashes are cached
 
 
 def train_merges(
@@ -22,7 +22,7 @@ def train_merges(
     num_merges: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Pair]:
-    """`bpe.train_merges`, incrementally; `progress(merges done, merges wanted)` now and then."""
+    """`bpe.train_merges`, incrementally; calls `progress(merges done, merges wanted)` at times."""
     index = PairIndex(word_counts)
     merges: list[Pair] = []
     while len(merges) < num_merges:
@@ -59,9 +59,9 @@ def encode_word(word: bytes, ranks: Mapping[Pair, int]) -> list[bytes]:
 
 
 def merge_tokens(tokens: list[bytes], ranks: Mapping[Pair, int]) -> list[bytes]:
-    """What `bpe.encode_word` makes of tokens that it has got to already.
+    """The tokens of `bpe.encode_word`, continued from partly merged tokens.
 
-    Tokens are a linked list over their start positions; candidates wait as (rank, position).
+    The tokens are a linked list over their start positions. The heap has (rank, position, pair).
     """
     end = len(tokens)
     tokens: list[bytes | None] = list(tokens)

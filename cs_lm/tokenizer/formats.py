@@ -8,13 +8,13 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from cs_lm.errors import UserError
+from cs_lm.errors import MissingError, Problem, UserError
 from cs_lm.storage.atomic import atomic_write
 from cs_lm.tokenizer.bpe import Pair, as_single_bytes
 from cs_lm.tokenizer.byte_encoder import name_of_token, token_of_name
 from cs_lm.tokenizer.tokenizer import BPETokenizer
 
-# How the tokenizers library says "GPT-2's split pattern, bytes by their names".
+# In the tokenizers library: GPT-2's split pattern, and bytes written as their names.
 _BYTE_LEVEL = {
     "type": "ByteLevel",
     "add_prefix_space": False,
@@ -26,17 +26,18 @@ _BYTE_LEVEL = {
 def write_tokenizer_json(
     tokenizer: BPETokenizer, path: str | Path, pad_token: tuple[str, int] | None = None
 ) -> None:
-    """Writes what `tokenizers.Tokenizer.from_file` reads: the same ids for every text.
+    """Writes a file for `tokenizers.Tokenizer.from_file`, which then gives the same ids as we do.
 
-    pad_token  one more token, and its id, that no text has
+    pad_token  one more token and its id; no text contains it
 
-    Where a special token spells the name of another token (`é` is the name of the byte 0xE9), that
-    library would take the one for the other. Such a token goes by another name, which the text is
-    given before, and loses after. Merges of a special token's bytes are left out where it goes by
-    another name than they do: no text comes to them, as the token is cut out first.
+    A special token can look like the name of another token (`é` is the name of the byte 0xE9).
+    The library would confuse the two. Such a token gets a private name in the file: the normalizer
+    writes it into the text, and the decoder replaces it by the token's text. Merges with the bytes
+    of a special token are left out if its name in the file is not the name of its bytes. No text
+    needs these merges, because the special token is cut out first.
     """
     name_of_id = {i: name_of_token(token) for i, token in sorted(tokenizer.vocab.items())}
-    id_of = {token: token_id for token_id, token in tokenizer.vocab.items()}
+    id_of = tokenizer.id_of
     special = {text: id_of[text.encode("utf-8")] for text in tokenizer.special_tokens}
     contents = written_names(tokenizer)
     for text, token_id in special.items():
@@ -96,17 +97,18 @@ def write_tokenizer_json(
 
 
 def written_names(tokenizer: BPETokenizer) -> dict[str, str]:
-    """Special token -> what it goes by in files of the tokenizers library: mostly, its text."""
+    """Special token -> its name in files of the tokenizers library: for most tokens, its text."""
     special = {text.encode("utf-8") for text in tokenizer.special_tokens}
     taken = {name_of_token(token) for token in tokenizer.vocab.values() if token not in special}
     renamed = {t for t in tokenizer.special_tokens if t in taken or _is_other_name(t)}
-    # a text is given the other names before it is searched: those that overlap go together
+    # the private names replace texts before special tokens are searched, so that tokens which
+    # contain each other must all be renamed
     overlapping = {
         text
         for text in tokenizer.special_tokens
         if any(text in other or other in text for other in renamed)
     }
-    ids = {token: token_id for token_id, token in tokenizer.vocab.items()}
+    ids = tokenizer.id_of
     return {
         text: _private_name(ids[text.encode("utf-8")]) if text in overlapping else text
         for text in tokenizer.special_tokens
@@ -114,7 +116,7 @@ def written_names(tokenizer: BPETokenizer) -> dict[str, str]:
 
 
 def _is_other_name(text: str) -> bool:
-    """Whether a text would be read as the name of other bytes than its own."""
+    """Whether the text is also a byte-level name, but of other bytes than its own."""
     try:
         return token_of_name(text) != text.encode("utf-8")
     except ValueError:
@@ -122,7 +124,7 @@ def _is_other_name(text: str) -> bool:
 
 
 def _private_name(token_id: int) -> str:
-    """Two characters that Unicode leaves to private use: no text has them."""
+    """Two private-use characters of Unicode: no text has them."""
     return chr(0xF0000 + (token_id >> 15)) + chr(0xF0000 + (token_id & 0x7FFF))
 
 
@@ -139,8 +141,8 @@ def _sequence(kind: str, parts: list[dict]) -> dict[str, Any] | None:
 def read_tokenizer_json(path: str | Path) -> BPETokenizer:
     """The tokenizer of a `tokenizer.json`, if it is byte-level BPE with GPT-2's split pattern.
 
-    What it says of padding and truncation is left to whoever makes batches.
-    Raises: FileNotFoundError, or ValueError naming what we would do otherwise than that file says.
+    Settings of padding and truncation are ignored: they belong to the code that makes batches.
+    Raises: FileNotFoundError, or UserError with every setting of the file that we do not support.
     """
     content = _read_json(path)
     try:
@@ -162,21 +164,21 @@ def read_tokenizer_json(path: str | Path) -> BPETokenizer:
 
 
 def read_written_names(path: str | Path) -> dict[str, str]:
-    """What special tokens of a `tokenizer.json` go by -> their text, where that is another."""
+    """Name -> text, for special tokens of a `tokenizer.json` whose name is not their text."""
     return _refuse_other_kinds(_read_json(path), path)
 
 
 def write_tiktoken(tokenizer: BPETokenizer, path: str | Path) -> None:
     """Writes the rank file that `tiktoken.load.load_tiktoken_bpe` reads, without special tokens.
 
-    Raises: ValueError where ids do not rise with the merges: tiktoken takes the id for the rank.
+    Raises: UserError when ids do not rise with the merges: tiktoken uses the id as the rank.
     """
-    ids = {token: token_id for token_id, token in tokenizer.vocab.items()}
+    ids = tokenizer.id_of
     merged = [ids[a + b] for a, b in tokenizer.merges]
     if merged != sorted(merged):
         raise UserError(
-            "tiktoken: got a vocabulary whose ids do not follow its merges; tiktoken merges in the "
-            "order of ids and would encode otherwise"
+            "tiktoken: the token ids are not in the order of the merges; tiktoken merges in the "
+            "order of ids, and would encode differently"
         )
     special = {text.encode("utf-8") for text in tokenizer.special_tokens}
     lines = [
@@ -192,9 +194,10 @@ def read_tiktoken(
 ) -> BPETokenizer:
     """The tokenizer of a rank file, for use with GPT-2's split pattern.
 
-    special_tokens  token -> id, or tokens that get the ids behind the others
-    The merges are found again: each token was made of the two that lower ranks leave of it.
-    Raises: FileNotFoundError, or ValueError naming a line that is no token and rank.
+    special_tokens  token -> id, or tokens that get the next free ids
+    The file has no merges. A token's merge is found by merging its bytes with all lower ranks:
+    that leaves the two tokens of the merge.
+    Raises: FileNotFoundError, or UserError with the line that is not a token and a rank.
     """
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(_read(path).splitlines(), start=1):
@@ -214,7 +217,7 @@ def read_tiktoken(
 
 
 def _pair_of(token: bytes, rank: int, ranks: Mapping[bytes, int]) -> Pair | None:
-    """The two tokens that merges below the rank leave of a token; None if it is made otherwise."""
+    """The two tokens that remain after all merges below the rank; None if not exactly two do."""
     parts = as_single_bytes(token)
     while len(parts) > 2:
         joined = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
@@ -227,9 +230,9 @@ def _pair_of(token: bytes, rank: int, ranks: Mapping[bytes, int]) -> Pair | None
 
 
 def _refuse_other_kinds(content: dict[str, Any], path: str | Path) -> dict[str, str]:
-    """What added tokens go by in the file -> their text, where that is another.
+    """Name in the file -> text, for added tokens whose name is not their text.
 
-    Raises: ValueError naming all that we would do otherwise.
+    Raises: UserError with every setting of the file that we do not support.
     """
     model, before = content.get("model") or {}, content.get("pre_tokenizer") or {}
     wrong = []
@@ -269,14 +272,14 @@ def _refuse_other_kinds(content: dict[str, Any], path: str | Path) -> dict[str, 
 
 
 def _adds_nothing(after: dict[str, Any]) -> bool:
-    """Whether a template, which transformers writes in any case, has the text alone in it."""
+    """Whether the template has only the text. transformers always writes a template."""
     parts = after.get("single") or []
     return after.get("type") == "TemplateProcessing" and all("Sequence" in part for part in parts)
 
 
 def _read(path: str | Path) -> str:
     if not Path(path).is_file():
-        raise FileNotFoundError(f"tokenizer: got {str(path)!r}, which is not a file")
+        raise MissingError(Problem("tokenizer", f"got {str(path)!r}, which is not a file"))
     return Path(path).read_text(encoding="utf-8")
 
 

@@ -14,7 +14,10 @@ from cs_lm.tokenizer.byte_encoder import name_of_token, token_of_name
 def read_gpt2_files(
     vocab_path: str | Path, merges_path: str | Path
 ) -> tuple[dict[int, bytes], list[Pair]]:
-    """Raises: FileNotFoundError, or ValueError naming the file that cannot be understood."""
+    """The vocabulary (id -> bytes) and the merges.
+
+    Raises: MissingError, or UserError with the file that cannot be read.
+    """
     for path, flag in ((vocab_path, "--vocab_path"), (merges_path, "--merges_path")):
         if not Path(path).is_file():
             what = f"got {str(path)!r}, which is not a file"
@@ -46,7 +49,11 @@ def read_gpt2_files(
             what = f"line {number} of {str(merges_path)!r} is {line!r}"
             fix = "need two tokens with one space between"
             raise UserError(Problem("--merges_path", what, fix=fix))
-        merges.append((token_of_name(pair[0]), token_of_name(pair[1])))
+        try:
+            merges.append((token_of_name(pair[0]), token_of_name(pair[1])))
+        except UserError as error:
+            what = f"line {number} of {str(merges_path)!r} cannot be read ({error})"
+            raise UserError(Problem("--merges_path", what)) from None
     return vocab, merges
 
 
@@ -56,7 +63,7 @@ def write_gpt2_files(
     vocab_path: str | Path,
     merges_path: str | Path,
 ) -> None:
-    """Special tokens are in the vocabulary, under the names of their bytes."""
+    """Writes both files. The vocabulary has special tokens under the names of their bytes."""
     names = {name_of_token(token): i for i, token in sorted(vocab.items())}
     lines = [f"{name_of_token(a)} {name_of_token(b)}" for a, b in merges]
     for path, text in (
@@ -69,5 +76,5 @@ def write_gpt2_files(
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise UserError("a name stands there twice")
+        raise UserError("a token name occurs twice")
     return found

@@ -15,7 +15,7 @@ _PART_BYTES = 1 << 20
 def texts_of_records(parts: Iterator[str], shown: str, text_field: str) -> Iterator[str]:
     """The text of each record of JSON lines, or of a JSON list.
 
-    Raises: ValueError naming the first record that is no JSON, or has no text under that name.
+    Raises: UserError with the first record that is not JSON or has no text in that field.
     """
     for number, value in enumerate(_json_values(parts, shown), start=1):
         yield text_of_record(value, f"record {number} of {shown}", text_field)
@@ -69,8 +69,9 @@ def _json_values(parts: Iterator[str], shown: str) -> Iterator[Any]:
 
 
 def _values_of_list(held: str, parts: Iterator[str], shown: str) -> Iterator[Any]:
-    """The values of one list or several, or values one after the other; one of them in memory at a
-    time.
+    """The values of JSON lists, or values one after the other.
+
+    Cost: one value in memory at a time.
     """
     decoder, number, at, is_open = json.JSONDecoder(), 0, 0, False
     while True:
@@ -92,7 +93,7 @@ def _values_of_list(held: str, parts: Iterator[str], shown: str) -> Iterator[Any
                 value, at = decoder.raw_decode(held, at)
                 break
             except (ValueError, RecursionError):
-                # it may be cut here: as much again is read, so that long ones are not read often
+                # it may be incomplete: double the text, so that a long value is parsed few times
                 more = [part for _, part in zip(range(1 + len(held) // _PART_BYTES), parts)]
                 if not more:
                     raise UserError(

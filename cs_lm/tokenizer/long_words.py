@@ -1,13 +1,13 @@
-"""One word of many thousand bytes: cut into windows, encoded together, and joined again exactly.
+"""Encodes one word of many thousand bytes exactly, in overlapping windows.
 
-Neighbouring windows overlap. Where both have a token at the same place, the tokens before it are
-taken from the one and the others from the other.
+The word is cut into windows, which are encoded together. Where two adjacent windows have the same
+token at the same place, they are joined: the tokens before it come from the first window, the
+token itself and the rest from the second.
 
-Why that is exact: where merges are as training finds them (each token made once, and after its
-parts), a row of tokens is the encoding of its bytes if, and only if, each two neighbours in it are
-the encoding of theirs; and in what is joined here, every two neighbours stand side by side in the
-encoding of a window, too.
-Source: the criterion of neighbours is GitHub's, So many tokens, so little time (2024).
+Why this is exact: training makes each token once, and after its parts. With such merges, a sequence
+of tokens is the encoding of its bytes if and only if each two adjacent tokens are the encoding of
+their own bytes. In the joined sequence, each two adjacent tokens are adjacent in a window, too.
+Source: the criterion of adjacent tokens is GitHub's, So many tokens, so little time (2024).
 """
 
 from collections.abc import Callable
@@ -16,23 +16,25 @@ import numpy as np
 
 from cs_lm.tokenizer.merge_table import MergeTable
 
-# Stride and overlap of windows: the longer ones are for words whose tokens are longer.
+# (stride, overlap) of windows [bytes]: the longer windows are for words with longer tokens.
 _SIZES = ((48, 16), (512, 256))
-# From this share of windows that do not join on, longer ones are tried.
+# If a larger share of the windows cannot be joined, longer windows are tried.
 _MOST_FAILED = 1 / 8
 
 EncodeWhole = Callable[[bytes], tuple[np.ndarray, np.ndarray]]
 
 
 def encode_long_word(word: bytes, merges: MergeTable, encode_whole: EncodeWhole) -> np.ndarray:
-    """The ids (int32) of the word's tokens, -1 for a byte that is none. `merges` are proper.
+    """The ids (int32) of the word's tokens; -1 for a byte that is not in the vocabulary.
 
-    encode_whole  ids and lengths in bytes of a window that became longer, as others do not join
-    Cost: linear, as long as windows have tokens in common; a stretch where they have none (tokens
+    merges        `merges.is_proper` must be true
+    encode_whole  encodes a window that replaces windows that cannot be joined; returns its ids and
+                  their lengths in bytes
+    Cost: linear, as long as adjacent windows share tokens. A stretch where they share none (tokens
     longer than the overlap) becomes one window.
     """
     borders = merges.sure_borders(word)
-    if 8 * len(borders) > len(word):  # most places are: what is between them is short
+    if 8 * len(borders) > len(word):  # many borders: the pieces between them are short
         return _encode_pieces(word, borders, merges)
     for stride, overlap in _SIZES:
         starts = np.arange(0, max(len(word) - overlap, 1), stride)
@@ -41,12 +43,12 @@ def encode_long_word(word: bytes, merges: MergeTable, encode_whole: EncodeWhole)
         joints = _joints(len(word), starts, ends, lengths, counts)
         if (joints < 0).sum() <= _MOST_FAILED * len(starts):
             break
-    while len(failed := np.flatnonzero(joints < 0)):  # between window i and i + 1
+    while len(failed := np.flatnonzero(joints < 0)):  # joint i is between window i and i + 1
         starts, ends, ids, lengths, counts = _grown(
             word, failed, (starts, ends, ids, lengths, counts), encode_whole
         )
         joints = _joints(len(word), starts, ends, lengths, counts)
-    first = np.concatenate(([0], joints))  # of each window, from where on its tokens are taken
+    first = np.concatenate(([0], joints))  # of each window: its first offset that is used
     last = np.concatenate((joints, [len(word)]))
     at = _places(starts, lengths, counts)
     window = np.repeat(np.arange(len(starts)), counts)
@@ -54,7 +56,7 @@ def encode_long_word(word: bytes, merges: MergeTable, encode_whole: EncodeWhole)
 
 
 def _encode_pieces(word: bytes, borders: np.ndarray, merges: MergeTable) -> np.ndarray:
-    """What lies between places that no merge crosses: single bytes, and short words."""
+    """The ids of a word that is cut at the borders into single bytes and short pieces."""
     starts = np.concatenate(([0], borders))
     ends = np.append(borders, len(word))
     symbols = np.frombuffer(word, np.uint8).astype(np.int32)
@@ -75,17 +77,17 @@ def _cut(word: bytes, starts: np.ndarray, ends: np.ndarray) -> list[bytes]:
 
 
 def _places(starts: np.ndarray, lengths: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Where in the word each token of each window begins."""
+    """The offset in the word of each token of each window."""
     ends = np.cumsum(lengths)
     before_window = np.concatenate(([0], ends[np.cumsum(counts)[:-1] - 1]))
     return ends - lengths + np.repeat(starts - before_window, counts)
 
 
 def _joints(size: int, starts, ends, lengths, counts) -> np.ndarray:
-    """For each two neighbouring windows, where a token begins that both have; -1: nowhere."""
+    """For each two adjacent windows, the offset of a token that both have; -1 if there is none."""
     at = _places(starts, lengths, counts)
     is_odd = np.repeat(np.arange(len(starts)) % 2 == 1, counts)
-    ends_of = np.full((2, size), -1, np.int32)  # of the tokens that begin at each place
+    ends_of = np.full((2, size), -1, np.int32)  # of the token that begins here; -1: none
     for parity, chosen in enumerate((~is_odd, is_odd)):
         ends_of[parity, at[chosen]] = at[chosen] + lengths[chosen]
     shared = np.flatnonzero((ends_of[0] == ends_of[1]) & (ends_of[0] >= 0))
@@ -95,7 +97,7 @@ def _joints(size: int, starts, ends, lengths, counts) -> np.ndarray:
 
 
 def _grown(word: bytes, failed, windows, encode_whole: EncodeWhole):
-    """The windows, with each run of those that could not be joined as one, larger by neighbours."""
+    """The windows, where each run of windows that could not be joined is now one window."""
     starts, ends, ids, lengths, counts = windows
     group = np.ones(len(starts), bool)  # whether a new group begins with the window
     group[failed + 1] = False

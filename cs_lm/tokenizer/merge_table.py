@@ -1,4 +1,4 @@
-"""`bpe.encode_word` for many words at a time: all words take their next merge together."""
+"""`bpe.encode_word` for many words at once: each round does the next merge of every word."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -18,7 +18,7 @@ class MergeTable:
     """The merges in sorted arrays, to look up many pairs at once.
 
     ranks  pair -> rank, as `encode_word` takes them
-    ids    token -> id; a single byte that is missing gives -1
+    ids    token -> id; a single byte that is missing gets the id -1
     """
 
     def __init__(self, ranks: Mapping[Pair, int], ids: Mapping[bytes, int]):
@@ -28,14 +28,14 @@ class MergeTable:
             for token in (first, second, first + second):
                 if symbol_of.setdefault(token, len(tokens)) == len(tokens):
                     tokens.append(token)
-        merges = sorted(ranks, key=ranks.__getitem__)  # from here on, a rank is a place in it
+        merges = sorted(ranks, key=ranks.__getitem__)  # from here on, a rank is an index into it
         pairs = np.array([symbol_of[a] << _BITS | symbol_of[b] for a, b in merges], np.int64)
         order = np.argsort(pairs)
         self._pairs, self._ranks = pairs[order], order.astype(np.int32)
         self._merged = np.array([symbol_of[a + b] for a, b in merges], np.int32)
         self._ids = np.array([ids.get(token, -1) for token in tokens], np.int32)
         self._tokens = tokens
-        # of pairs of bytes, which every word begins as: found without a search
+        # ranks of pairs of single bytes, found without a search: every word begins with them
         self._byte_ranks = np.full(1 << 16, _NO_RANK, np.int32)
         are_bytes = np.flatnonzero((pairs >> _BITS < 256) & ((pairs & _SECOND) < 256))
         self._byte_ranks[pairs[are_bytes] >> _BITS << 8 | pairs[are_bytes] & _SECOND] = are_bytes
@@ -44,10 +44,10 @@ class MergeTable:
     def encode_words(
         self, words: Sequence[bytes], bytes_at_once: int = 1 << 14
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of all words, one after the other, and how many each word has.
+        """The ids of all words, concatenated, and the number of ids of each word.
 
-        Words have at least one byte. Cost: for each portion of words of so many bytes together
-        (or of one longer word), as many rounds as the word with most merges needs.
+        Each word has at least one byte. Cost: words are encoded in portions of `bytes_at_once`
+        bytes (or one longer word). A portion needs as many rounds as its word with most merges.
         """
         ids, lengths = [np.zeros(0, np.int32)], [np.zeros(0, np.int64)]
         for portion in _portions(words, bytes_at_once):
@@ -57,15 +57,15 @@ class MergeTable:
         return np.concatenate(ids), np.concatenate(lengths)
 
     def begin_word(self, word: bytes) -> list[bytes]:
-        """The tokens of a long word, merged as long as one round joins many places.
+        """The partly merged tokens of a long word: merging ends when a round joins few places.
 
-        Repetitions, which a word of many thousand bytes mostly is, are done with by then.
+        A word of many thousand bytes is mostly repetition, which is merged by then.
         """
         symbols, _ = self._merge([word], _LEAST_SHARE)
         return [self._tokens[symbol] for symbol in symbols.tolist()]
 
     def encode_windows(self, words: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ids of all words, their lengths in bytes, and how many ids each word has."""
+        """The ids of all words, the length in bytes of each id, the number of ids of each word."""
         words_of: dict[bytes, int] = {}
         places = [words_of.setdefault(word, len(words_of)) for word in words]
         symbols, counts = [], []
@@ -87,15 +87,17 @@ class MergeTable:
         return self._ids[symbols]
 
     def sure_borders(self, word: bytes) -> np.ndarray:
-        """Places in (0, n) that no merge crosses: none joins a token that ends in the byte before
-        with one that begins with the byte behind.
+        """Offsets in (0, n) that no merge crosses.
+
+        No merge joins a token that ends in the byte before the offset with one that begins with
+        the byte after it.
         """
         data = np.frombuffer(word, np.uint8).astype(np.int32)
         return np.flatnonzero(~self._crossed[data[:-1] << 8 | data[1:]]) + 1
 
     @cached_property
     def _crossed(self) -> np.ndarray:
-        """For each two bytes, whether a merge puts one behind the other."""
+        """For each two bytes (first << 8 | second), whether a merge joins tokens between them."""
         last = np.array([token[-1] for token in self._tokens], np.int64)
         first = np.array([token[0] for token in self._tokens], np.int64)
         crossed = np.zeros(1 << 16, bool)
@@ -104,7 +106,7 @@ class MergeTable:
 
     @cached_property
     def is_proper(self) -> bool:
-        """Whether merges are as training finds them: each token made once, after its parts."""
+        """Whether the merges can come from training: each token is made once, after its parts."""
         made = {symbol: rank for rank, symbol in enumerate(self._merged.tolist())}
         if len(made) != len(self._merged) or min(made, default=256) < 256:
             return False
@@ -116,17 +118,18 @@ class MergeTable:
     def _merge(
         self, words: Sequence[bytes], least_share: float = 0.0
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Symbols of all words, and how many each word has.
+        """The symbols of all words, concatenated, and the number of symbols of each word.
 
-        In each round, every word joins all places of its pair of lowest rank, as the definition
-        does; it ends when there is no pair any more, or less than a share of the symbols joins.
+        Each round merges all places of the pair with the lowest rank in every word, as the
+        definition does. It ends when no known pair is left, or when a round would merge less than
+        `least_share` of the symbols.
         """
         symbols = np.frombuffer(b"".join(words), np.uint8).astype(np.int32)
         borders = np.zeros(len(words) + 1, np.int64)
         np.cumsum(np.fromiter(map(len, words), np.int64, len(words)), out=borders[1:])
         is_last = np.zeros(len(symbols), bool)
         is_last[borders[1:] - 1] = True
-        ranks = np.full(len(symbols), _NO_RANK, np.int32)  # of the pair that begins here
+        ranks = np.full(len(symbols), _NO_RANK, np.int32)  # rank of the pair that begins here
         ranks[:-1] = self._byte_ranks[symbols[:-1] << 8 | symbols[1:]]
         ranks[is_last] = _NO_RANK
         while len(symbols):
@@ -135,7 +138,7 @@ class MergeTable:
             at = np.flatnonzero(ranks == best.repeat(borders[1:] - borders[:-1]))
             if not len(at) or len(at) < least_share * len(symbols):
                 break
-            at = _without_overlaps(at)
+            at = without_overlaps(at, at[1:] == at[:-1] + 1)
             symbols[at] = self._merged[ranks[at]]
             is_last[at] = is_last[at + 1]
             kept = np.ones(len(symbols), bool)
@@ -148,18 +151,20 @@ class MergeTable:
         return symbols, borders[1:] - borders[:-1]
 
     def _look_up(self, at, symbols, is_last, ranks) -> None:
-        """Renews the ranks of the pairs that begin at the given positions."""
+        """Updates the ranks of the pairs that begin at the given positions."""
         ranks[at] = _NO_RANK
         at = at[~is_last[at]]
         pairs = symbols[at].astype(np.int64) << _BITS | symbols[at + 1]
-        found = np.searchsorted(self._pairs[:-1], pairs)  # the last place stands for all beyond
+        found = np.searchsorted(self._pairs[:-1], pairs)  # [:-1] keeps the index valid
         is_known = self._pairs[found] == pairs
         ranks[at[is_known]] = self._ranks[found[is_known]]
 
 
-def _without_overlaps(at: np.ndarray) -> np.ndarray:
-    """Of places of one pair side by side (equal tokens): every other one, from the left."""
-    is_beside = at[1:] == at[:-1] + 1
+def without_overlaps(at: np.ndarray, is_beside: np.ndarray) -> np.ndarray:
+    """The sorted places of a pair without overlaps: in a run, every other one from the left.
+
+    is_beside  for each place but the first, whether it begins where the one before it ends
+    """
     if not is_beside.any():
         return at
     index = np.arange(len(at))

@@ -1,10 +1,9 @@
 """All words of a training text in flat arrays, and the pairs in them that may be merged next.
 
 Training merges the most frequent pair some ten thousand times. The first merges touch a large
-part of all words and are done as array operations; most later ones touch a few dozen places and
-are quicker in a plain loop over the same memory. Pairs too rare to be merged soon are not kept
-at all: when every frequent pair has been merged, one pass over the arrays finds those that are
-the frequent ones by then.
+part of all words and use array operations. Most later merges touch a few dozen places: a plain
+loop over the same memory is faster. Rare pairs are not stored. When all stored pairs are merged,
+one pass over the arrays finds the pairs that are the most frequent now.
 """
 
 from collections import defaultdict
@@ -13,43 +12,45 @@ from heapq import heapify, heappop, heappush
 
 import numpy as np
 
+from cs_lm.tokenizer.merge_table import without_overlaps
+
 # A pair of token ids as one integer: first << _BITS | second.
 _BITS = 32
 _SECOND = (1 << _BITS) - 1
-# Up to this many places, a loop is quicker than array operations.
+# Up to this many places, a loop is faster than array operations.
 _FEW_PLACES = 64
 # A pass over the arrays keeps the pairs with at least 1/64 of the highest count...
 _KEPT_RANGE = 64
-# ... or all of them, where there are no more positions than this.
+# ... or all pairs, if there are fewer positions than this.
 _SMALL = 100_000
-# What `symbol` holds besides token ids.
+# Values of `symbol` that are not token ids.
 _NO_TOKEN, _BEING_MERGED = -1, -2
 
 
 def _descending_key(token: bytes) -> str:
-    """A string that sorts in the opposite order of the bytes, prefixes included."""
+    """A string that sorts in the reverse order of the bytes, also for prefixes."""
     return "".join(chr(255 - byte) for byte in token) + chr(256)
 
 
 class PairIndex:
-    """Word after word in arrays, with the counts and places of all pairs above a floor.
+    """All words in arrays, with the counts and places of all pairs at or above `floor`.
 
-    symbol[i]                  token id that begins at i; _NO_TOKEN at the border in front of a
-                               word and where a merge has swallowed the position
+    symbol[i]                  id of the token that begins at i; _NO_TOKEN at the border before a
+                               word and at a position that a merge has swallowed
     following[i], previous[i]  the next position to either side that is not swallowed
     count[i]                   how often the word of i occurs in the text
 
     counts[pair] is exact for every pair in it. A pair that is not in it has a count below `floor`:
     counts only fall after the merge that made the pair's younger token, and a token is made once.
-    (No two pairs join to the same bytes. Wherever some bytes are to become one token, all merges
-    inside them are the same ones, as none reaches across their ends; so the first merge that joins
-    these bytes anywhere joins them everywhere.)
+    (No two pairs join to the same bytes. Wherever some bytes become one token, all merges inside
+    them are the same, because no merge crosses their ends. So the first merge that joins these
+    bytes anywhere joins them everywhere.)
 
-    places[pair] holds all positions of the pair, and maybe some where it stood before.
+    places[pair] has all positions of the pair, and maybe some outdated ones.
 
-    A heap entry is (-count, descending keys of both tokens, pair): its least is the pair with the
-    highest count, then the lexicographically greatest. A count that fell is noticed when its old
-    entry comes up.
+    A heap entry is (-count, descending keys of both tokens, pair). The smallest entry is the pair
+    with the highest count, then the lexicographically greatest. An entry with an outdated count is
+    replaced when it is popped.
     """
 
     def __init__(self, word_counts: Mapping[bytes, int]):
@@ -72,7 +73,7 @@ class PairIndex:
         self._find_frequent_pairs()
 
     def pop_best(self) -> int | None:
-        """The pair to merge next, or None when no two tokens stand together any more."""
+        """The pair to merge next, or None when no pair is left."""
         while True:
             while self._heap:
                 negative_count, _, _, pair = heappop(self._heap)
@@ -108,7 +109,7 @@ class PairIndex:
         heappush(self._heap, self._entry(pair))
 
     def _find_frequent_pairs(self) -> None:
-        """Counts all pairs anew, chooses a floor, and keeps the pairs at or above it."""
+        """Counts all pairs again, chooses a floor, and keeps the pairs at or above it."""
         self._counts: dict[int, int] = {}
         self._places: dict[int, np.ndarray | list[int]] = {}
         places = np.flatnonzero(self._symbol >= 0).astype(np.int32)
@@ -126,7 +127,7 @@ class PairIndex:
         heapify(self._heap)
 
     def _grouped(self, pairs: np.ndarray, places: np.ndarray):
-        """(pair, count, places) for each different pair, from one pair a place."""
+        """(pair, count, places) for each different pair; pairs[i] is the pair at places[i]."""
         if not len(pairs):
             return
         order = np.argsort(pairs, kind="stable")
@@ -144,14 +145,15 @@ class PairIndex:
         at = at[symbol[at] == first]
         at = at[symbol[following[at]] == second]
         if first == second:
-            at = self._not_overlapping(np.sort(at))
+            at = np.sort(at)
+            at = without_overlaps(at, at[1:] == following[at[:-1]])
         if not len(at):
             return
         swallowed = following[at]
         right = following[swallowed]
         self._subtract(symbol[previous[at]], at, lambda other: other << _BITS | first)
         symbol[at] = _BEING_MERGED
-        is_last = symbol[right] != _BEING_MERGED  # else the pair between two merged ones is twice
+        is_last = symbol[right] != _BEING_MERGED  # else a pair between two merges counts twice
         ends, right_ends = at[is_last], right[is_last]
         self._subtract(symbol[right_ends], ends, lambda other: second << _BITS | other)
         symbol[at], symbol[swallowed] = merged, _NO_TOKEN
@@ -165,15 +167,8 @@ class PairIndex:
         for pair, count, where in self._grouped(pairs, places):
             self._add(pair, count, where)
 
-    def _not_overlapping(self, at: np.ndarray) -> np.ndarray:
-        """Of sorted places of a pair of equal tokens: every other one of a run, from the left."""
-        index = np.arange(len(at))
-        begins_run = np.concatenate(([True], at[1:] != self._following[at[:-1]]))[: len(at)]
-        run_start = np.maximum.accumulate(np.where(begins_run, index, 0))
-        return at[(index - run_start) % 2 == 0]
-
     def _subtract(self, others: np.ndarray, at: np.ndarray, pair_of) -> None:
-        """Takes the pairs of a token with `others`, one a place, out of the counts."""
+        """Subtracts the pairs of a token with `others`, one per place, from the counts."""
         is_token = others >= 0
         totals = np.bincount(others[is_token], self._count[at[is_token]])
         present = np.flatnonzero(totals)
@@ -212,7 +207,7 @@ class PairIndex:
             self._add(pair, times, begun_at[pair])
 
     def _add(self, pair: int, count: int, where: np.ndarray | list[int]) -> None:
-        """A pair that a merge has just made."""
+        """Stores a pair that a merge has just made, unless its count is below the floor."""
         if count >= self._floor:
             self._counts[pair], self._places[pair] = count, where
             self._push(pair)

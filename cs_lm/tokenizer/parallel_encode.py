@@ -1,4 +1,4 @@
-"""Several processes encode the blocks of one text; the ids come back in its order."""
+"""Several processes encode the blocks of one text; the ids come back in the order of the text."""
 
 from collections.abc import Iterable, Iterator
 
@@ -11,8 +11,7 @@ from cs_lm.tokenizer.worker_pool import Results, Tasks, WorkerGroup
 class ParallelEncoder:
     """A tokenizer whose `encode_each` works in several processes, with the same result.
 
-    Cost: a few blocks for each process are under way; memory does not follow the length of the
-    text.
+    Cost: a few blocks per process in memory, whatever the length of the text.
     """
 
     def __init__(self, tokenizer: BPETokenizer, num_workers: int):
@@ -30,7 +29,7 @@ class ParallelEncoder:
 
     def _encode_in_processes(self, blocks: Iterator[str]) -> Iterator[np.ndarray]:
         under_way = 4 * self._num_workers
-        early: dict[int, np.ndarray] = {}  # ids that came before their turn
+        early: dict[int, np.ndarray] = {}  # ids of later blocks that have arrived first
         num_put = num_given = 0
         with WorkerGroup(self._num_workers, _encode, self._tokenizer) as workers:
             while True:

@@ -1,6 +1,6 @@
-"""Where text is cut before any merge: special tokens, GPT-2's word pattern, safe stream borders.
+"""The pre-tokenizer: cuts text at special tokens, into GPT-2's words, and into safe blocks.
 
-Byte-pair merges never cross a border drawn here, so words can be counted and encoded one by one.
+Byte-pair merges never cross these borders, so that words can be counted and encoded one by one.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,22 +10,22 @@ import regex
 from cs_lm.errors import UserError
 
 # The split pattern published with GPT-2: English contractions, then runs of letters, of digits or
-# of other signs, each with at most one leading space; white space keeps its last character
-# for the word that follows.
+# of other signs, each with at most one leading space. Before a word, white space ends one character
+# early: a space there belongs to the word.
 SPLIT_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 _WORDS = regex.compile(SPLIT_PATTERN)
 
-# Between these neighbours the pattern always cuts, whatever stands before or after them: the
-# character class changes, and neither a leading space nor a contraction can reach across.
+# Between these two characters the pattern always cuts, whatever text is around them: the character
+# class changes, and neither a leading space nor a contraction can cross the border.
 # Half of a surrogate pair may be half of a letter: there is no sure border beside it.
-# Read backwards ((?r)), so that the search finds the last such border.
+# (?r) searches backwards, so that the search finds the last such border.
 _HALF = r"\uD800-\uDFFF"
 _LAST_SURE_BORDER = regex.compile(
     rf"(?r)(?<=\p{{L}})[^\p{{L}}{_HALF}]|(?<=\p{{N}})[^\p{{N}}{_HALF}]"
     rf"|(?<=[^\s\p{{L}}\p{{N}}'{_HALF}])[\s\p{{L}}\p{{N}}]|(?<=')[\s\p{{N}}]"
 )
 
-# Text of one kind has none. This sees so fifty times quicker than the search does, backwards.
+# Text of one class has no such border. These find that out fifty times faster than the search.
 _RUNS = [regex.compile(kind + "*+") for kind in (r"\p{L}", r"\p{N}", r"[^\s\p{L}\p{N}]")]
 
 
@@ -35,14 +35,14 @@ def split_words(text: str) -> list[str]:
 
 
 def without_surrogates(text: str) -> str:
-    """Two that make a pair become its character, others U+FFFD: as tiktoken has it."""
+    """The text with surrogate pairs as their character, lone ones as U+FFFD, like tiktoken."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class SpecialTokenSplitter:
     """Cuts text at special tokens; where several fit at one place, the longest wins.
 
-    Raises: ValueError for an empty special token.
+    Raises: UserError for an empty special token.
     """
 
     def __init__(self, special_tokens: Sequence[str] = ()):
@@ -54,11 +54,11 @@ class SpecialTokenSplitter:
             self._pattern = regex.compile("(" + "|".join(map(regex.escape, self._tokens)) + ")")
 
     def split(self, text: str) -> list[str]:
-        """Ordinary text at even places, special tokens at odd ones."""
+        """The parts of the text: ordinary text at even indices, special tokens at odd ones."""
         return self._pattern.split(text) if self._pattern else [text]
 
     def watched(self, parts: Iterable[str]) -> Iterator[str]:
-        """The same parts. Raises: ValueError for a special token in them, also across two parts."""
+        """The same parts. Raises: UserError for a special token in them, also across two parts."""
         longest = len(self._tokens[0]) if self._tokens else 1
         before = ""
         for part in parts:
@@ -73,11 +73,11 @@ class SpecialTokenSplitter:
             yield part
 
     def safe_cut(self, text: str, seen: int = 0) -> int:
-        """A position before which nothing can change, however the text goes on.
+        """A position before which the encoding is final, whatever text follows.
 
         `encode(text[:cut]) + encode(text[cut:] + more) == encode(text + more)` for every `more`.
 
-        seen  so many characters at the beginning hold no place to cut: it was looked for there
+        seen  number of characters at the beginning that an earlier search found without a cut
         """
         undecided = self._start_of_possible_special(text)
         tail_start = 0
@@ -93,7 +93,7 @@ class SpecialTokenSplitter:
         return border.start() if border else tail_start
 
     def _start_of_possible_special(self, text: str) -> int:
-        """Where the end of the text could still grow into a (longer) special token."""
+        """The offset where an unfinished special token may begin; len(text) if there is none."""
         if not self._tokens:
             return len(text)
         for start in range(max(0, len(text) - len(self._tokens[0]) + 1), len(text)):
@@ -105,9 +105,9 @@ class SpecialTokenSplitter:
     def safe_blocks(self, parts: Iterable[str], block_chars: int) -> Iterator[str]:
         """The same text in blocks that can be encoded one by one, cut only where it is safe.
 
-        Cost: about `block_chars` characters in memory; a longer stretch without any safe border
-        (one giant word) is held whole, joined again only each time it has doubled, and searched
-        once.
+        Cost: about `block_chars` characters in memory. A longer stretch without a safe border
+        (one giant word) is held completely. It is joined only when it has doubled, and each
+        character is searched once.
         """
         held: list[str] = []
         held_chars, threshold, seen = 0, block_chars, 0

@@ -27,10 +27,10 @@ from cs_lm.tokenizer.json_texts import texts_of_records
 
 BLOCK_BYTES = 1 << 20
 TEXT_FIELD = "text"
-# From this length on, several processes are worth their start.
+# For a longer text, several processes are worth their start.
 LARGE_BYTES = 16 << 20
 
-# phase, what is done of it, the total (None: unknown), a remark
+# arguments: phase, amount done, total (None: unknown), remark
 Progress = Callable[[str, int, int | None, str], None]
 
 
@@ -40,10 +40,10 @@ class TextSource:
     paths             files, folders and patterns, as `find_files` takes them
     encoding_errors   "strict" stops at the first byte that is not UTF-8,
                       "replace" puts U+FFFD in its place
-    separator         what stands between two documents: files, or records in them
-    text_field        the name of a record's text
-    bytes_read, total_bytes  how far the reading has got; the total of a pipe is None
-    Raises: FileNotFoundError for a missing file, ValueError for an empty one.
+    separator         text between two documents: files, or records in them
+    text_field        name of the field with a record's text
+    bytes_read, total_bytes  progress of reading; the total of a pipe is None
+    Raises: MissingError for a missing file, UserError for an empty one.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class TextSource:
         self.total_bytes = None if None in sizes else sum(sizes)
 
     def key(self) -> list | None:
-        """What tells the text from others without reading it; None for a pipe."""
+        """A value that identifies the text without reading it; None for a pipe."""
         if self.total_bytes is None:
             return None
         found = [os.stat(path) for path in self.paths]
@@ -72,7 +72,7 @@ class TextSource:
         return [files, self._encoding_errors, self._separator, self._text_field]
 
     def num_workers(self, asked: int | None) -> int:
-        """As many as asked; else all cores for a large text or a pipe."""
+        """The number asked for; by default all cores for a large text or a pipe, else 1."""
         if asked is not None:
             return asked
         is_large = self.total_bytes is None or self.total_bytes > LARGE_BYTES
@@ -80,15 +80,15 @@ class TextSource:
 
     @property
     def position(self) -> str:
-        """Which of several files is being read; nothing for one alone."""
+        """Which of several files is being read; an empty text for a single file."""
         at, count = min(len(self._digests) + 1, len(self.paths)), len(self.paths)
         return f"file {at:,} of {count:,}, " if count > 1 else ""
 
     def read(self) -> Iterator[str]:
         """The text in blocks, exactly as stored: no newline is translated.
 
-        Raises: ValueError for bytes that are not UTF-8, records without a text, or nothing at all.
-        Cost: one block or record in memory, however long the text.
+        Raises: UserError for bytes that are not UTF-8, records without a text, or an empty corpus.
+        Cost: one block or record in memory, whatever the length of the text.
         """
         self._digests, self._kinds, self.bytes_read = [], [], 0
         is_first = True
@@ -104,11 +104,11 @@ class TextSource:
             raise UserError(f"corpus: got nothing from {shown}; need UTF-8 text")
 
     def description(self) -> dict[str, Any]:
-        """What has been read, once it has: lengths and hashes, not the files' names."""
+        """Lengths and hashes of the text, after it has been read; no file names."""
         return self._described(self.bytes_read)
 
     def describe(self, sha256_of: Callable[[Path], str] | None = None) -> dict[str, Any]:
-        """`description` without decoding; the files are looked into, and hashed by `sha256_of`."""
+        """`description` without decoding: detects the kind of each file; `sha256_of` hashes it."""
         self._digests, self._kinds = [], []
         for path in self.paths:
             with opened(path) as file:
@@ -153,7 +153,7 @@ class TextSource:
                     for text in texts_of_records(parts, shown, self._text_field):
                         if text:
                             yield Piece(text, True)
-                while raw.read(BLOCK_BYTES):  # what lies behind the end of what was unpacked
+                while raw.read(BLOCK_BYTES):  # hash the bytes after the compressed data, too
                     pass
                 self._digests.append(digest.hexdigest())
         self._kinds.append(kind)
@@ -193,7 +193,7 @@ def sha256_of_file(path: Path) -> str:
 
 
 def separator_for(asked: str | None, special_tokens: Sequence[str]) -> str:
-    """What stands between documents where nothing is asked: the first special token."""
+    """The text between two documents: by default the first special token, or an empty line."""
     if asked is not None:
         return asked
     return special_tokens[0] if special_tokens else "\n\n"

@@ -28,14 +28,14 @@ from cs_lm.tokenizer.pretokenizer import (
 from cs_lm.tokenizer.word_encoder import BatchLimits, WordEncoder
 
 BLOCK_CHARS = 1 << 20
-# `encode_iterable` promises to hold less than 1 MB: blocks of so many characters, and of them so
-# many as have this size together; and arrays for so many words.
+# `encode_iterable` needs less than 1 MB: these limit the characters of a block, the size of the
+# blocks that are encoded together, and the words that the arrays hold.
 _STREAM_BLOCK_CHARS = 1 << 14
 _STREAM_BYTES = 1 << 16
 _STREAM_AT_ONCE = BatchLimits(words=1 << 12, new_words=1 << 9)
-# Different words remembered: 8 MB, claimed when the tokenizer is made.
+# Different words in the cache: 8 MB, allocated when the tokenizer is made.
 MAX_WORDS = 1 << 17
-# Below this length, and for so many different words (13 MB), texts are encoded without arrays.
+# Texts up to this length are encoded without arrays, with a cache of so many words (13 MB).
 SHORT_TEXT_CHARS = 1 << 10
 MAX_SHORT_WORDS = 1 << 16
 # From this length on, a word is encoded in windows (long_words.py).
@@ -44,10 +44,10 @@ _SHOWN_BYTES = 80
 END_OF_TEXT = "<|endoftext|>"
 Specials = Collection[str] | Literal["all"]
 chain = itertools.chain.from_iterable
-_IDS_AT_ONCE = 1 << 13  # in decoding: what they lead to stays in the processor's cache
+_IDS_AT_ONCE = 1 << 13  # in decoding: their tokens stay in the processor's cache
 
 
-# Ids are places in a list: one id that is out of all proportion would take all memory.
+# Ids are indices of a list: a single huge id would use all memory.
 MAX_VOCAB_SIZE = 1 << 24
 
 
@@ -59,8 +59,8 @@ class BPETokenizer:
     special_tokens  never split, never merged with text; one that is missing from the vocabulary
                     is appended to it; where several fit at one place, the longest wins
     Threads may share a tokenizer.
-    Raises: ValueError for two ids with the same bytes, a token without any, an id outside
-    [0, MAX_VOCAB_SIZE), a merge outside the vocabulary or there twice.
+    Raises: UserError for two ids with the same bytes, a token without bytes, an id outside
+    [0, MAX_VOCAB_SIZE), a merge that is outside the vocabulary or occurs twice.
     """
 
     split_pattern = GPT2_PATTERN
@@ -80,41 +80,43 @@ class BPETokenizer:
             raise UserError(f"vocabulary: got the id {wrong[0]}, need 0 to {MAX_VOCAB_SIZE - 1}")
         if b"" in self.vocab.values():
             raise UserError("vocabulary: got a token without bytes; need at least one each")
-        self._ids: dict[bytes, int] = {token: i for i, token in self.vocab.items()}
-        if len(self._ids) != len(self.vocab):
-            twice = next(t for i, t in self.vocab.items() if self._ids[t] != i)
+        self.id_of: dict[bytes, int] = {token: i for i, token in self.vocab.items()}
+        if len(self.id_of) != len(self.vocab):
+            twice = next(t for i, t in self.vocab.items() if self.id_of[t] != i)
             raise UserError(f"vocabulary: {twice!r} has two ids; each token needs one")
         for token in self.special_tokens:
             self._append_if_missing(token.encode("utf-8"))
-        self._special_ids = {t: self._ids[t.encode("utf-8")] for t in self.special_tokens}
+        self._special_ids = {t: self.id_of[t.encode("utf-8")] for t in self.special_tokens}
         self._ranks: dict[Pair, int] = {}
         for rank, pair in enumerate(self.merges):
             for token in (*pair, pair[0] + pair[1]):
-                if token not in self._ids:
+                if token not in self.id_of:
                     raise UserError(
                         f"merges: {token!r} of merge {rank} is not in the vocabulary; "
                         "vocabulary and merges must come from the same training"
                     )
             if self._ranks.setdefault(pair, rank) != rank:
-                raise UserError(f"merges: merge {rank} of {pair} stands there twice; need it once")
+                raise UserError(
+                    f"merges: merge {rank} of {pair} occurs twice; each merge must occur once"
+                )
         ends = [token for token in self.special_tokens if token == END_OF_TEXT]
         self.end_tokens = ends or self.special_tokens[:1]
         self._splitter = SpecialTokenSplitter(self.special_tokens)
-        self._splitters: dict[frozenset[str], SpecialTokenSplitter] = {}  # for some of them
-        # None behind the tokens, where negative ids would count from the end
+        self._splitters: dict[frozenset[str], SpecialTokenSplitter] = {}  # for subsets of them
+        # the entries None at the end catch negative ids, which count from the end of a list
         self._tokens = [*map(self.vocab.get, range(self.vocab_size)), *[None] * (1 << 17)]
-        self._merges = MergeTable(self._ranks, self._ids)
+        self._merges = MergeTable(self._ranks, self.id_of)
         self._words = WordEncoder(self._merges, self._encode_word, MAX_WORDS)
         self._short_words: dict[str, list[int]] = {}
         self._fingerprint: str | None = None
 
     def _append_if_missing(self, token: bytes) -> None:
-        if token not in self._ids:
-            self._ids[token] = self.vocab_size
-            self.vocab[self._ids[token]] = token
+        if token not in self.id_of:
+            self.id_of[token] = self.vocab_size
+            self.vocab[self.id_of[token]] = token
 
     def __reduce__(self):
-        """For another process, only what the rest follows from."""
+        """Pickles only the arguments of `__init__`, which the rest follows from."""
         return type(self), (self.vocab, self.merges, self.special_tokens)
 
     @classmethod
@@ -126,7 +128,7 @@ class BPETokenizer:
     ) -> "BPETokenizer":
         """Reads GPT-2's `vocab.json` and `merges.txt`.
 
-        Raises: FileNotFoundError, or ValueError naming the file that cannot be understood.
+        Raises: MissingError, or UserError with the file that cannot be read.
         """
         vocab, merges = read_gpt2_files(vocab_path, merges_path)
         try:
@@ -140,13 +142,14 @@ class BPETokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest id: the rows that an embedding needs."""
+        """One more than the largest id: the number of rows that an embedding needs."""
         return max(self.vocab, default=-1) + 1
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over vocabulary, merges, special tokens and split pattern: equal where all
-        encodings are.
+        """SHA-256 of vocabulary, merges, special tokens and split pattern.
+
+        Tokenizers with equal fingerprints encode every text equally.
         """
         if self._fingerprint is None:
             digest = hashlib.sha256()
@@ -156,7 +159,7 @@ class BPETokenizer:
                 digest.update(b"%d:%s%d:%s" % (len(a), a, len(b), b))
             for special in sorted(t.encode("utf-8") for t in self.special_tokens):
                 digest.update(b"special %d:%s" % (len(special), special))
-            if self.split_pattern != GPT2_PATTERN:  # fingerprints are older than the choice
+            if self.split_pattern != GPT2_PATTERN:  # older fingerprints have no pattern
                 digest.update(b"pattern %s" % self.split_pattern.encode("utf-8"))
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
@@ -170,13 +173,13 @@ class BPETokenizer:
     ) -> list[int]:
         """The token ids of a text; `decode` gives the text back.
 
-        allowed_special     special tokens that the text may hold: all by default, as in a corpus
-        disallowed_special  those that are an error; "all" is all that are not allowed
-        What merely spells a special token, and is in neither, is encoded as other text is. So a
-        chat encodes what a user typed with allowed_special=(), and tiktoken's own default is
-        allowed_special=(), disallowed_special="all".
+        allowed_special     special tokens that become one id: all by default, as in a corpus
+        disallowed_special  special tokens that are an error; "all": all that are not allowed
+        A special token in neither of the two is encoded as ordinary text. So a chat encodes user
+        input with allowed_special=(). tiktoken's own default is allowed_special=(),
+        disallowed_special="all".
         Surrogates that make no pair become U+FFFD, as in tiktoken.
-        Raises: ValueError for a disallowed special token in the text.
+        Raises: UserError for a disallowed special token in the text.
         """
         splitter = self._splitter
         if allowed_special != "all" or disallowed_special:
@@ -193,14 +196,14 @@ class BPETokenizer:
     def encode_blocks(
         self, parts: Iterable[str], block_chars: int = BLOCK_CHARS
     ) -> Iterator[np.ndarray]:
-        """The ids (int32) of the joined parts, block by block, from a stream of any cutting.
+        """The ids (int32) of the joined parts, block by block; parts may be cut anywhere.
 
-        Special tokens are those of the tokenizer, all of them.
+        All special tokens of the tokenizer become one id each.
         """
         yield from self.encode_each(self.safe_blocks(parts, block_chars))
 
     def encode_each(self, blocks: Iterable[str]) -> Iterator[np.ndarray]:
-        """The ids of blocks that `safe_blocks` gave, one array each."""
+        """One array of ids for each block of `safe_blocks`."""
         return map(self.encode_block, blocks)
 
     def safe_blocks(self, parts: Iterable[str], block_chars: int = BLOCK_CHARS) -> Iterator[str]:
@@ -216,8 +219,8 @@ class BPETokenizer:
     ) -> Iterator[int]:
         """The ids of `encode("".join(iterable))` with the same settings, one by one.
 
-        Cost: under 1 MB, however long the text; where the vocabulary does not know its alphabet
-        and almost each byte is a token of its own, 2.5 MB.
+        Cost: under 1 MB of memory for any length of text; 2.5 MB if almost each byte is a token of
+        its own, because the vocabulary does not know the alphabet of the text.
         """
         splitter = self._splitter_for(allowed_special)
         parts = self._refuse_special(iterable, allowed_special, disallowed_special)
@@ -236,7 +239,7 @@ class BPETokenizer:
             return self._words.encode(segments(), _STREAM_AT_ONCE)
 
     def _splitter_for(self, allowed: Specials) -> SpecialTokenSplitter:
-        """Raises: ValueError for what is no special token of this tokenizer."""
+        """A splitter at these tokens. Raises: UserError for one that is not a special token."""
         if allowed == "all":
             return self._splitter
         chosen = frozenset(allowed)
@@ -253,7 +256,7 @@ class BPETokenizer:
     def _refuse_special(
         self, parts: Iterable[str], allowed: Specials, disallowed: Specials
     ) -> Iterable[str]:
-        """The same parts, looked through. Of a list, at once; of another iterable, as it comes."""
+        """The same parts, checked: a list at once, another iterable while it is read."""
         if disallowed == "all":
             disallowed = () if allowed == "all" else set(self.special_tokens) - set(allowed)
         if not disallowed:
@@ -264,7 +267,7 @@ class BPETokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids; bytes that are not UTF-8 become U+FFFD.
 
-        Raises: ValueError for an id outside the vocabulary (below -2^17, it is not looked for).
+        Raises: UserError for an id outside the vocabulary (ids below -2^17 are not checked).
         """
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         parts = [decoder.decode(data) for data in self._bytes_in_chunks(ids)]
@@ -281,7 +284,7 @@ class BPETokenizer:
             try:
                 tokens = itemgetter(*chunk)(self._tokens)
                 yield b"".join(tokens) if len(chunk) > 1 else b"" + tokens
-            except (IndexError, TypeError):  # beyond the list, or a hole in it
+            except (IndexError, TypeError):  # an id beyond the list, or without a token
                 wrong = next(i for i in chunk if i not in self.vocab)
                 raise UserError(
                     f"decode: got token id {wrong}, need an id of the vocabulary "
@@ -289,7 +292,7 @@ class BPETokenizer:
                 ) from None
 
     def encode_block(self, text: str, splitter: SpecialTokenSplitter | None = None) -> np.ndarray:
-        """`encode` to an array (int32)."""
+        """The ids of `encode` as an array (int32)."""
         splitter = splitter or self._splitter
         try:
             parts = self._words.encode(self._segments(text, splitter))
@@ -298,13 +301,13 @@ class BPETokenizer:
         return np.concatenate(parts) if parts else np.zeros(0, np.int32)
 
     def _segments(self, text: str, splitter: SpecialTokenSplitter) -> Iterator[str | int]:
-        """Ordinary text, and ids in the place of special tokens."""
+        """Ordinary text as strings, and special tokens as ids."""
         for place, segment in enumerate(splitter.split(text)):
             if segment:
                 yield self._special_ids[segment] if place % 2 else segment
 
     def _encode_short(self, text: str, splitter: SpecialTokenSplitter) -> list[int]:
-        """Word by word, by the pattern itself: quicker than arrays for a line or two."""
+        """`encode` word by word, with the split pattern: faster than arrays for a line or two."""
         ids: list[int] = []
         for segment in self._segments(text, splitter):
             if isinstance(segment, int):
@@ -333,7 +336,7 @@ class BPETokenizer:
 
     def _ids_of(self, tokens: list[bytes], word: bytes) -> list[int]:
         try:
-            return [self._ids[token] for token in tokens]
+            return [self.id_of[token] for token in tokens]
         except KeyError as error:
             shown = word[:_SHOWN_BYTES].decode("utf-8", "replace")
             raise UserError(
@@ -343,7 +346,7 @@ class BPETokenizer:
 
 
 def _groups(texts: Iterable[str], size_bytes: int) -> Iterator[list[str]]:
-    """Lists of texts that have at least this size in memory together; the last may have less."""
+    """Lists of texts that together have at least this size in memory; the last may have less."""
     group: list[str] = []
     held_bytes = 0
     for text in texts:

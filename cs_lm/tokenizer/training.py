@@ -21,16 +21,15 @@ def train_bpe(
     """The vocabulary and merges that byte-pair encoding learns from a text.
 
     Ids 0 to 255 are the bytes, then the merged tokens in the order they were learnt, then the
-    special tokens. The result depends on nothing but the text, `vocab_size` and
-    `special_tokens`: not on the number of workers, nor on PYTHONHASHSEED. A text with too few
-    pairs gives a smaller vocabulary than asked.
+    special tokens. The result depends only on the text, `vocab_size` and `special_tokens`, not on
+    the number of workers or PYTHONHASHSEED. A text with too few pairs gives a smaller vocabulary.
 
-    input_path   a file, several, a folder, a pattern, or "-" for standard input: read as one text,
-                 with the first special token between two documents; or the source of a text
-    num_workers  processes that count words; None takes all cores for a text over 16 MiB, else 1
-    progress     called with a phase, what is done of it, its total and a remark
-    Raises: ValueError when vocab_size is below 256 + special tokens, or the file is empty or not
-    UTF-8; FileNotFoundError when it is missing.
+    input_path   one or more files, a folder, a pattern, or "-" for standard input: read as one
+                 text, with the first special token between two documents; or a TextSource
+    num_workers  processes that count words; None: 1, or all cores for a pipe or a text over 16 MiB
+    progress     called with the phase, the amount done, the total and a remark
+    Raises: UserError when vocab_size is below 256 + special tokens, or the file is empty or not
+    UTF-8; MissingError when it does not exist.
     """
     special_tokens = list(dict.fromkeys(special_tokens))
     least = 256 + len(special_tokens)

@@ -1,9 +1,9 @@
-"""Where GPT-2's split pattern begins a word, found for all characters at once.
+"""The word starts of GPT-2's split pattern, found for all characters at once.
 
-`pretokenizer.SPLIT_PATTERN` is the definition. Here the same borders follow from a few array
-operations: characters fall into five classes, a word begins where the class changes, and the two
-special rules of the pattern (white space keeps its last character for the word behind it; English
-contractions) move some of these borders.
+`pretokenizer.SPLIT_PATTERN` is the definition. Here a few array operations find the same borders.
+Each character has one of five classes, and a word begins where the class changes. Two special rules
+of the pattern move some of these borders: white space leaves its last character to the word after
+it, and English contractions are words.
 """
 
 from collections.abc import Iterator
@@ -22,9 +22,9 @@ _TWO_LETTER_ENDINGS = [(ord(ending[0]), ord(ending[1])) for ending in ("ll", "ve
 
 @cache
 def character_classes() -> np.ndarray:
-    """The class of every code point, as the regex module's \\p{L}, \\p{N} and \\s have it."""
+    """The class of every code point, as the regex module's \\p{L}, \\p{N} and \\s define it."""
     classes = np.full(_NUM_CODE_POINTS, OTHER, np.uint8)  # 1.1 MB
-    for first in range(0, _NUM_CODE_POINTS, 1 << 12):  # a few at a time, to hold little
+    for first in range(0, _NUM_CODE_POINTS, 1 << 12):  # in parts, to use little memory
         codes = np.arange(first, first + (1 << 12), dtype=np.uint32)
         codes[(codes >= 0xD800) & (codes < 0xE000)] = 0  # surrogates are no characters
         text = codes.tobytes().decode("utf-32-le")
@@ -48,7 +48,7 @@ def word_starts(text: str) -> np.ndarray:
         return np.flatnonzero(_begins_word(np.frombuffer(data, np.uint8), classes))
     characters = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     classes = np.empty(len(characters), np.uint8)
-    for first in range(0, len(characters), _AT_ONCE):  # an index of 8 bytes for each is made
+    for first in range(0, len(characters), _AT_ONCE):  # in parts: each index takes 8 bytes
         some = slice(first, first + _AT_ONCE)
         classes[some] = character_classes()[characters[some]]
     starts = np.flatnonzero(_begins_word(characters, classes))
@@ -62,7 +62,7 @@ def word_starts(text: str) -> np.ndarray:
 
 
 def word_slices(text: str, max_words: int) -> Iterator[tuple[bytes, np.ndarray]]:
-    """(UTF-8 text, offsets of its words) of at most `max_words` words at a time, evenly many."""
+    """(UTF-8 text, offsets of its words) of equal slices of at most `max_words` words."""
     data, starts = text.encode("utf-8"), word_starts(text)
     num_slices = -(-len(starts) // max_words)
     size = -(-len(starts) // max(num_slices, 1))
@@ -73,7 +73,7 @@ def word_slices(text: str, max_words: int) -> Iterator[tuple[bytes, np.ndarray]]
 
 
 def cut(data: bytes, starts: np.ndarray, chosen: np.ndarray) -> list[bytes]:
-    """Of the words that begin at `starts`, the ones at the chosen places."""
+    """The words with the indices `chosen`; `starts` has the offsets of all words."""
     ends = np.append(starts[1:], len(data))
     return [data[a:b] for a, b in zip(starts[chosen].tolist(), ends[chosen].tolist())]
 
@@ -89,7 +89,7 @@ def _begins_word(characters: np.ndarray, classes: np.ndarray) -> np.ndarray:
     begins = np.empty(len(characters), bool)
     begins[0] = True
     np.not_equal(runs[1:], runs[:-1], out=begins[1:])
-    # a run of white space in front of a word: its last character is apart, a space joins the word
+    # white space before a word: its last character is separate, and a space joins the word
     run_ends = np.flatnonzero((runs[:-1] == SPACE) & begins[1:])
     begins[run_ends] = True
     begins[run_ends + 1] = classes[run_ends] != SPACE
@@ -98,7 +98,7 @@ def _begins_word(characters: np.ndarray, classes: np.ndarray) -> np.ndarray:
 
 
 def _begin_after_contractions(characters: np.ndarray, begins: np.ndarray) -> None:
-    """An apostrophe that begins a word is one word with a following s, d, m, t, ll, ve or re."""
+    """Joins an apostrophe at a word start with a following s, d, m, t, ll, ve or re to a word."""
     end = len(characters)
     at = np.flatnonzero(characters[: end - 1] == _APOSTROPHE)
     at = at[begins[at]]

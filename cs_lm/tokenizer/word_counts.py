@@ -19,7 +19,7 @@ Report = Callable[[int], None]
 class WordTally:
     """Counts words; special tokens split the text and are not counted.
 
-    Cost: memory follows the number of distinct words, not the length of the text.
+    Cost: memory grows with the number of distinct words, not with the length of the text.
     """
 
     def __init__(self, special_tokens: Sequence[str] = ()):
@@ -61,9 +61,9 @@ def count_words(
 ) -> Counter[bytes]:
     """The counts of all words in the joined parts, the same for any number of workers.
 
-    The text is cut where no word can reach across; where it is cut does not change the sum.
+    The text is cut only between words, so that the counts do not depend on the cuts.
 
-    report  called now and then with the number of different words that one process has met
+    report  called now and then with the number of different words that one process has seen
     """
     blocks = SpecialTokenSplitter(special_tokens).safe_blocks(parts, block_chars)
     report = report or (lambda num_different: None)
@@ -79,7 +79,7 @@ def count_words(
 def _count_in_processes(
     blocks: Iterable[str], special_tokens, num_workers: int, report: Report
 ) -> Counter[bytes]:
-    """Each process takes blocks as it gets done with them, and gives its sum at the end."""
+    """Each process takes a block whenever it is free, and returns its counts at the end."""
     met, total, num_left = 0, Counter(), num_workers
     with WorkerGroup(num_workers, _work, special_tokens) as workers:
         for block in blocks:

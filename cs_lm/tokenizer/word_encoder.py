@@ -1,4 +1,4 @@
-"""Ids of ordinary text, a block at a time: words are numbered, and each is encoded once."""
+"""Encodes ordinary text in blocks: different words get numbers, and each is encoded once."""
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -14,19 +14,19 @@ from cs_lm.tokenizer.word_table import MAX_BYTES, WordTable
 BLOCK_CHARS = 1 << 16  # arrays of this length stay in the processor's cache
 _WHOLE_TEXT = SpecialTokenSplitter()
 
-# Words of up to so many bytes are encoded together, if they are as many as this at least.
+# Words of at most so many bytes are encoded together if there are at least `_BATCH` of them.
 _LONGEST_IN_BATCH = 256
 _BATCH = 32
-# The memory for words without a number that are remembered.
+# Memory for the cache of words without a number.
 _OTHERS_BYTES = 1 << 18
-_ENTRY_BYTES = 250  # of a word and an array, empty, in a dictionary
-# Memory is claimed for this many ids a word on average. A slice of a quarter of all words fits in
-# it whatever they are, as a numbered word has 16 ids at most.
+_ENTRY_BYTES = 250  # of a dictionary entry: an empty word and an empty array
+# Memory is allocated for this many ids per word on average. A slice with a quarter of `max_words`
+# always fits, because a numbered word has at most 16 ids.
 _IDS_A_WORD = 4
 
 
 class BatchLimits(NamedTuple):
-    """How much is worked on at a time: more is quicker, and takes more memory."""
+    """Size of a batch: a larger batch is faster, and needs more memory."""
 
     words: int = 1 << 13
     new_words: int = 1 << 11
@@ -36,11 +36,11 @@ DEFAULT_LIMITS = BatchLimits()
 
 
 class WordEncoder:
-    """Text without special tokens, and ids -> ids.
+    """Encodes text without special tokens to ids; ids between texts stay as they are.
 
-    encode_word  ids of one word; raises ValueError for a byte that the vocabulary lacks
-    max_words    different words remembered before all are forgotten, 8 or more; memory for them,
-                 64 bytes each, is claimed at the start and never grows
+    encode_word  ids of one word; raises UserError for a byte that the vocabulary lacks
+    max_words    different words in the cache, 8 or more; a full cache is cleared; its memory, 64
+                 bytes per word, is allocated at the start and never grows
     Threads may share it: one encodes at a time.
     """
 
@@ -57,20 +57,20 @@ class WordEncoder:
         self._new_words: list[bytes] = []  # numbered, not encoded yet
         self._others: dict[bytes, np.ndarray] = {}
         self._others_bytes = 0
-        character_classes()  # memory for it, too, is claimed at the start
+        character_classes()  # allocate its table at the start, too
 
     def encode(
         self, segments: Iterable[str | int], at_once: BatchLimits = DEFAULT_LIMITS
     ) -> list[np.ndarray]:
-        """The ids (int32), in parts, of texts and, as they are, of ids between them.
+        """The ids (int32) of all texts, in parts; ids between the texts stay as they are.
 
-        The words of all texts are numbered before the new ones are encoded: the more of them there
-        are, the less time each one takes.
+        The words of all texts are numbered before the new words are encoded: in a larger batch,
+        each word takes less time.
         """
         with self._lock:
             try:
                 return list(self._encode(segments, at_once))
-            except BaseException:  # an interrupt, too, may come between a number and its word
+            except BaseException:  # an interrupt may leave a number without its word
                 self._forget()
                 raise
 
@@ -104,7 +104,7 @@ class WordEncoder:
     def _ids_of_all(
         self, waiting: list[np.ndarray | tuple], bytes_at_once: int
     ) -> Iterator[np.ndarray]:
-        """Of what has waited for the new words: ids as they are, those of words looked up."""
+        """Encodes the new words, then yields the ids of all that waited for them."""
         if self._new_words:
             self._encode_new_words(bytes_at_once)
         waiting.reverse()
@@ -113,7 +113,7 @@ class WordEncoder:
             yield self._ids_of(*one, bytes_at_once) if isinstance(one, tuple) else one
 
     def _ids_of(self, numbers, others: list[bytes], bytes_at_once: int) -> np.ndarray:
-        """The ids of words with numbers, and of the others where the number is negative."""
+        """The ids of words by their numbers; a negative number stands for the next of `others`."""
         lengths = self._length[numbers]
         other = np.flatnonzero(numbers < 0)
         other_ids = self._encode_others(others, bytes_at_once)
@@ -122,7 +122,7 @@ class WordEncoder:
         id_starts = id_ends - lengths
         source = np.repeat(self._first[numbers] - id_starts, lengths)
         source += np.arange(len(source), dtype=np.int32)
-        ids = self._ids.take(source, mode="clip")  # of the other words: anything, for now
+        ids = self._ids.take(source, mode="clip")  # arbitrary for the other words, replaced below
         for place, word_ids in zip(other.tolist(), other_ids):
             ids[id_starts[place] : id_ends[place]] = word_ids
         return ids
@@ -155,7 +155,7 @@ class WordEncoder:
         ids, lengths = self._merges.encode_words(words, bytes_at_once)
         if ids.min() < 0:
             for word in words:
-                self._encode_word(word)  # says which byte is missing
+                self._encode_word(word)  # raises the error with the missing byte
         to = slice(self._numbers.count - len(words), self._numbers.count)
         self._first[to], self._length[to] = self._num_ids + np.cumsum(lengths) - lengths, lengths
         self._ids[self._num_ids : self._num_ids + len(ids)] = ids

@@ -1,7 +1,7 @@
-"""Different words of at most 16 bytes as numbers 0, 1, 2, ..., many words at a time.
+"""Numbers 0, 1, 2, ... for different words of at most 16 bytes, many words at a time.
 
 A hash table in arrays with open addressing. Its keys are the words themselves, as two integers of
-eight bytes, so that equal numbers mean equal words; the hash only says where to look first.
+eight bytes, so that equal numbers mean equal words. The hash only gives the first slot to search.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ _EMPTY = -1
 # Odd constants with well mixed bits (from the fractional parts of two square roots).
 _FACTOR_LOW = np.uint64(0x9E3779B97F4A7C15)
 _FACTOR_HIGH = np.uint64(0xBB67AE8584CAA73B)
-# For a word of n bytes, what keeps the bytes of the first and of the second integer of eight.
+# Entry n: the masks that keep the bytes of a word of n bytes in its first and second integer.
 _LOW_MASKS, _HIGH_MASKS = (
     np.array([(1 << 8 * min(max(n - skipped, 0), 8)) - 1 for n in range(MAX_BYTES + 1)], np.uint64)
     for skipped in (0, 8)
@@ -19,10 +19,10 @@ _LOW_MASKS, _HIGH_MASKS = (
 
 
 class WordTable:
-    """Gives each different word its number; `count` says how many there are.
+    """Gives each different word its number; `count` is how many words there are.
 
-    Cost: 20 bytes a slot, two slots a word at least; memory is claimed for `capacity` words when
-    the table is made, and for more when there may be more.
+    Cost: 20 bytes per slot, at least two slots per word. Memory for `capacity` words is allocated
+    at the start; the table grows when more words may come.
     """
 
     def __init__(self, capacity: int = 1 << 16):
@@ -34,29 +34,29 @@ class WordTable:
         self._low.fill(0)
 
     def numbers(self, data: bytes, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The number of each word, or -1 for one that is no key; and the places of new words.
+        """The number of each word, or -1 for one that cannot be a key; and indices of new words.
 
-        A key has at most 16 bytes, and no byte 0: that fills up the shorter ones.
+        A key has at most 16 bytes and no byte 0, because zeros pad the shorter words.
 
-        Shapes: starts (W) are the offsets of the words that `data` is made of; returns (W) int32
-        and, for each number that was given out for the first time, in order, a place in [0, W).
+        Shapes: starts (W) are the offsets of the words that `data` consists of; returns (W) int32
+        and, for each new number in order, the index in [0, W) of a word that has it.
         """
         low, high, fits = _keys(data, starts)
         slots = self._slots(low, high)
-        is_hit = self._low[slots] == low  # in an empty slot it is 0, which no key begins with
+        is_hit = self._low[slots] == low  # an empty slot has 0, and no key begins with it
         is_hit &= self._high[slots] == high
         is_hit &= fits
         numbers = self._number[slots]
         np.logical_not(is_hit, out=is_hit)
         numbers[is_hit] = -1
-        others = np.flatnonzero(is_hit & fits)  # new, or not where they would be first
+        others = np.flatnonzero(is_hit & fits)  # new, or not in their first slot
         new = self._find_or_claim(others, low[others], high[others], slots[others], numbers)
         return numbers, new
 
     def _find_or_claim(self, pending, low, high, slots, numbers: np.ndarray) -> np.ndarray:
-        """Fills in the numbers of pending words; returns the places of the new ones.
+        """Fills in the numbers of pending words; returns the indices of the new ones.
 
-        Shapes: pending, low, high, slots are equally long; numbers are those of all words
+        Shapes: pending, low, high, slots have equal lengths; numbers (W) are those of all words
         """
         if 2 * (self.count + len(pending)) > len(self._number):  # all of them may be new
             self._grow(2 * (self.count + len(pending)))
@@ -78,7 +78,7 @@ class WordTable:
         return new
 
     def _claim(self, slots, pending, keys_low, keys_high, is_free) -> np.ndarray:
-        """Puts one of the words that found each free slot there; the others look again."""
+        """Gives each free slot to one of the words that found it; returns the indices of these."""
         free_slots = slots[is_free]
         claims = np.flatnonzero(is_free).astype(np.int32)
         self._number[free_slots] = claims
@@ -100,7 +100,7 @@ class WordTable:
         self.count = count
         pending = np.flatnonzero(old_number != _EMPTY)
         slots = self._slots(old_low[pending], old_high[pending])
-        while len(pending):  # all are different: no need to compare
+        while len(pending):  # all keys differ: no comparison is necessary
             is_free = self._number[slots] == _EMPTY
             self._number[slots[is_free]] = old_number[pending[is_free]]
             is_in = self._number[slots] == old_number[pending]
@@ -117,7 +117,7 @@ class WordTable:
 
 
 def _keys(data: bytes, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The first and second eight bytes of each word, and whether it is a key."""
+    """The first and second eight bytes of each word, and whether the word can be a key."""
     lengths = np.empty(len(starts), np.int64)
     np.subtract(starts[1:], starts[:-1], out=lengths[:-1])
     lengths[-1:] = len(data) - starts[-1:]

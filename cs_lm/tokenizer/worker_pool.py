@@ -1,7 +1,7 @@
-"""Processes that take tasks from one queue and put results into another, and end when told to.
+"""Worker processes that take tasks from one queue and put results into another.
 
-They start from this module, whatever the caller is: a notebook, standard input, a script that does
-its work without asking whether it is the main one. Nothing of the caller is imported in them.
+They start from this module and never import the caller's main module. So they work from a notebook,
+from standard input, and from a script without a main guard (`if __name__ == "__main__"`).
 """
 
 import contextlib
@@ -15,6 +15,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, Protocol
 
+from cs_lm.errors import UserError
+
 
 class Tasks(Protocol):
     def get(self) -> Any: ...
@@ -24,7 +26,7 @@ class Results(Protocol):
     def put(self, result: Any) -> None: ...
 
 
-# work(tasks, results, ...): takes tasks until it gets None. A function of a module.
+# work(tasks, results, ...): takes tasks until it gets None. A module-level function (pickled).
 Work = Callable[..., None]
 _LOOK_AGAIN_S = 0.5
 _LENGTH_BYTES = 8
@@ -35,11 +37,11 @@ _END = object()
 
 
 class WorkerGroup:
-    """Starts with the `with` block and ends with it, at once, however it is left.
+    """A context with worker processes. They are killed when the `with` block ends.
 
     work  runs in each process, called with tasks, results, and `args`
-    Why not multiprocessing: its processes import the caller's main module, or, forked, have the
-    locks of threads that they do not have.
+    Why not multiprocessing: spawned processes import the caller's main module, and forked ones
+    copy locks whose threads do not exist in them.
     """
 
     def __init__(self, num_workers: int, work: Work, *args: Any):
@@ -48,7 +50,7 @@ class WorkerGroup:
         self._results: queue.Queue = queue.Queue()
         self._processes: list[subprocess.Popen] = []
         self._collectors: list[threading.Thread] = []
-        self._error: Exception | None = None  # what a process has raised
+        self._error: Exception | None = None  # the first error of a process
 
     def __enter__(self) -> "WorkerGroup":
         try:
@@ -71,13 +73,14 @@ class WorkerGroup:
             process.kill()
         for process in self._processes:
             process.wait()
-        for _ in self._processes:  # its thread waits for a task
+        for _ in self._processes:  # wake its thread, which waits for a task
             with contextlib.suppress(queue.Full):
                 self._tasks.put_nowait(_END)
 
     def put(self, task: Any) -> None:
-        """Waits for a place in the queue. Raises: ValueError when a process has ended, or what it
-        raised.
+        """Adds a task; waits until the queue has room.
+
+        Raises: ValueError when a process has ended, or the error that a process raised.
         """
         data = pickle.dumps(task, pickle.HIGHEST_PROTOCOL)
         while True:
@@ -85,11 +88,11 @@ class WorkerGroup:
                 return self._tasks.put((task is None, data), timeout=_LOOK_AGAIN_S)
             except queue.Full:
                 self._raise_error()
-                if ended := self._ended():  # none has been told to
+                if ended := self._ended():  # although none should end yet
                     raise _death(ended[0]) from None
 
     def get(self) -> Any:
-        """Waits for a result. Raises: ValueError when a process has died, or what it raised."""
+        """The next result. Raises: ValueError when a process has died, or the error it raised."""
         while True:
             self._raise_error()
             try:
@@ -102,7 +105,7 @@ class WorkerGroup:
                     raise _death((dead or ended)[0]) from None
 
     def ready(self) -> Iterator[Any]:
-        """The results that are there already."""
+        """The results that have already arrived; does not wait."""
         while True:
             try:
                 yield self._results.get_nowait()
@@ -114,7 +117,7 @@ class WorkerGroup:
             raise self._error
 
     def _ended(self) -> list[subprocess.Popen]:
-        """Those that are not there any more, and whose results are."""
+        """The processes that have ended and whose results have all been collected."""
         return [
             process
             for process, collector in zip(self._processes, self._collectors)
@@ -122,7 +125,7 @@ class WorkerGroup:
         ]
 
     def _feed(self, process: subprocess.Popen, start: bytes) -> None:
-        """A thread for each process: its tasks, written as soon as it reads them."""
+        """Thread for one process: writes tasks to it as fast as it reads them."""
         with contextlib.suppress(OSError):
             _write(process.stdin, start)
             while (task := self._tasks.get()) is not _END:
@@ -141,17 +144,17 @@ class WorkerGroup:
                     self._results.put(result)
 
 
-def _death(process: subprocess.Popen) -> ValueError:
-    return ValueError(
+def _death(process: subprocess.Popen) -> UserError:
+    return UserError(
         f"tokenizer: a process ended with status {process.returncode}; is there enough memory? "
         "--num_workers 1 needs less"
     )
 
 
 def _started_process() -> subprocess.Popen:
-    path = [os.path.abspath(entry) for entry in sys.path]  # "" is the folder of now
+    path = [os.path.abspath(entry) for entry in sys.path]  # "" is the current folder
     argv = [sys.executable, "-c", _PROGRAM.format(path=path)]
-    # until it has said that Ctrl-C is not for it, the signal waits
+    # block Ctrl-C in the new process until it ignores the signal itself
     is_posix = hasattr(signal, "pthread_sigmask")
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if is_posix else None
     try:
@@ -168,7 +171,7 @@ def _write(file: BinaryIO, data: bytes) -> None:
 
 
 def _read(file: BinaryIO) -> bytes:
-    """Raises: EOFError where the other side has ended."""
+    """One message. Raises: EOFError when the other side has ended."""
     size = int.from_bytes(_exactly(file, _LENGTH_BYTES), "little")
     return _exactly(file, size)
 
@@ -184,12 +187,12 @@ def _exactly(file: BinaryIO, size: int) -> bytes:
 
 
 class _Pipe:
-    """Tasks in, results out; the process ends with whoever started it, also if that was killed."""
+    """Reads tasks, writes results; the process exits when its parent ends, even if killed."""
 
     def __init__(self):
         self._tasks = os.fdopen(os.dup(0), "rb")
         self._results = os.fdopen(os.dup(1), "wb")
-        os.dup2(2, 1)  # what is printed must not come between results
+        os.dup2(2, 1)  # printed text must not mix with results
 
     def get(self) -> Any:
         try:
@@ -205,8 +208,8 @@ class _Pipe:
 
 
 def serve() -> None:
-    """What a process does: work, called with its tasks, its results, and what it was given."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and ends this
+    """The main function of a worker process: calls `work` with tasks, results and `args`."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C, and ends this
     pipe = _Pipe()
     work, args = pipe.get()
     try:

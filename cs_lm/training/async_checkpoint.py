@@ -1,4 +1,4 @@
-"""Saves checkpoints in a thread while training goes on."""
+"""Saves checkpoints in a background thread while training continues."""
 
 import logging
 import threading
@@ -10,15 +10,15 @@ from cs_lm.training.checkpoint import copied
 from cs_lm.training.checkpoint_manager import CheckpointManager
 
 _log = logging.getLogger("cs_lm")
-# Before each attempt to save what would otherwise be lost.
+# Pause before each attempt of a save that must not fail [s].
 SAVE_AGAIN_S = (0, 1, 5)
 
 
 class BackgroundSaver:
-    """Saves while training goes on, which waits for no more than the copy of its state in memory.
+    """Saves checkpoints in a thread; training waits only for a copy of its state in memory.
 
-    One save at a time: the next one waits for it. A save that fails is a warning in the log, and
-    leaves `saved_step` as it was.
+    Only one save runs at a time: the next one waits for it. A failed save logs a warning and does
+    not change `saved_step`.
     """
 
     def __init__(
@@ -27,7 +27,7 @@ class BackgroundSaver:
         saved_step: int = -1,
         before: Callable[[], None] = lambda: None,
     ):
-        """before  called before each save: what must be on the disk earlier"""
+        """before  called before each save: it syncs files that must be on the disk earlier"""
         self._manager, self._before = manager, before
         self._thread: threading.Thread | None = None
         self.saved_step = self.asked_step = saved_step
@@ -39,25 +39,25 @@ class BackgroundSaver:
         self._start(self._save, copied(content))
 
     def save_best(self, step: int, valid_loss: float, measured_on: dict[str, Any]) -> bool:
-        """After the save of that step; whether it succeeded."""
+        """Keeps that step's checkpoint as the best; returns False if the step is not saved."""
         self.wait()
         if self.saved_step == step:
             self._start(self._save_best, step, valid_loss, measured_on)
         else:
-            _log.warning("step %d is not kept as the best: it could not be saved", step)
+            _log.warning("cannot keep step %d as the best checkpoint: its save failed", step)
         return self.saved_step == step
 
     def save_surely(self, save: Callable[[], None]) -> bool:
-        """Calls `save` and waits for it, several times if need be; says so where all fail."""
+        """Calls `save` and waits, with retries; logs an error and returns False if all fail."""
         for pause_s in SAVE_AGAIN_S:
             time.sleep(pause_s)
             save()
             self.wait()
             if self.saved_step == self.asked_step and not self.has_failed:
                 return True
-        again = "starts it again" if self.saved_step < 0 else "with --resume goes on from there"
+        again = "again" if self.saved_step < 0 else "with --resume to continue from there"
         _log.error(
-            "the last step could not be saved; %s; make room on the disk, then the same command %s",
+            "the last step could not be saved; %s; free disk space, then run the same command %s",
             self.kept,
             again,
         )
@@ -65,13 +65,13 @@ class BackgroundSaver:
 
     @property
     def kept(self) -> str:
-        """What a message can say of the work that is safe."""
+        """Text for messages: which checkpoint is safe on the disk."""
         if self.saved_step < 0:
             return "there is no checkpoint yet"
         return f"the checkpoint of step {self.saved_step} is kept"
 
     def wait(self) -> None:
-        """Until nothing is being written."""
+        """Waits until no save is running."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -86,11 +86,9 @@ class BackgroundSaver:
             self._before()
             self._manager.save(content)
             self.saved_step, self.has_failed = step, False
-        except Exception as error:  # whatever it is, it must not end the run
+        except Exception as error:  # a failed save must not end the run
             self.has_failed, self.asked_step = True, self.saved_step
-            _log.warning(
-                "step %d could not be saved (%s); %s; it is tried again", step, error, self.kept
-            )
+            _log.warning("cannot save step %d (%s); %s; will retry", step, error, self.kept)
 
     def _save_best(self, step: int, valid_loss: float, measured_on: dict[str, Any]) -> None:
         try:

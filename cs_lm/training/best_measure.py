@@ -1,4 +1,7 @@
-"""What a validation loss was measured on: only losses of one measure can be compared."""
+"""The measure of a validation loss: text, part of it, window length and tokenizer.
+
+Two losses are comparable only if their measures are equal.
+"""
 
 import logging
 from typing import Any
@@ -15,9 +18,9 @@ def is_comparable(
     before: RunConfig,
     now: RunConfig,
 ) -> bool:
-    """Whether the best checkpoint's loss may be compared with those of a run that goes on.
+    """Whether the losses of a resumed run are comparable with the best checkpoint's loss.
 
-    before, now  its settings, for a checkpoint of an earlier version, which says no more than that
+    before, now  the run's settings; used if the best checkpoint has no measure (earlier versions)
     """
     best = checkpoints.best()
     if best is not None and best.measured_on is not None:
@@ -30,8 +33,8 @@ def start_best_anew(checkpoints: CheckpointManager) -> None:
     if checkpoints.best() is not None:
         checkpoints.set_best_aside()
         _log.info(
-            "best: begins anew, as validation losses are measured on another text, part of it, "
-            "window or tokenizer from here on; the earlier best is set aside"
+            "the best checkpoint is reset: validation now uses another text, part of the text, "
+            "window length or tokenizer; the old one is renamed to *.aside"
         )
 
 

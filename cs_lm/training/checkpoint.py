@@ -1,4 +1,7 @@
-"""Checkpoint files: all that a run needs to go on, written whole, read without running code."""
+"""Checkpoint files: everything that a run needs to resume.
+
+A file is written completely or not at all. Reading it runs no code from the file.
+"""
 
 import copy
 import os
@@ -20,7 +23,7 @@ FORMAT_VERSION = 1
 def checkpoint_content(
     model: nn.Module, optimizer: torch.optim.Optimizer, iteration: int, **extras: Any
 ) -> dict[str, Any]:
-    """Model, optimizer, iteration and extras (tensors and plain values).
+    """State dicts of model and optimizer, iteration, and extras (tensors and plain values).
 
     The tensors are those of the model and optimizer, not copies.
     """
@@ -34,7 +37,7 @@ def checkpoint_content(
 
 
 def copied(content: Any) -> Any:
-    """The same content in memory of its own on the CPU, which later updates do not reach."""
+    """A deep copy of the content on the CPU, which later updates do not change."""
     if isinstance(content, Tensor):
         return content.detach().to("cpu", copy=True)
     if isinstance(content, dict):
@@ -51,9 +54,9 @@ def save_checkpoint(
     path_or_file: PathOrFile,
     **extras: Any,
 ) -> None:
-    """Writes what `checkpoint_content` gathers.
+    """Writes the result of `checkpoint_content`.
 
-    A path is written under a temporary name first, so that a crash leaves the older file whole.
+    A path is written under a temporary name first, so a crash leaves the older file unchanged.
     """
     content = checkpoint_content(model, optimizer, iteration, **extras)
     if not isinstance(path_or_file, (str, os.PathLike)):
@@ -64,21 +67,21 @@ def save_checkpoint(
 
 
 def read_checkpoint(path_or_file: PathOrFile, device: str | torch.device = "cpu") -> dict[str, Any]:
-    """The content of a checkpoint; tensors and plain values only, no code is run.
+    """The content of a checkpoint: tensors and plain values only; no code from the file is run.
 
-    Memory: no more than the file's length is taken, whatever the file says of its tensors.
-    Raises: FileNotFoundError, or ValueError for a file that is not one of our checkpoints.
+    Memory: at most the file's length, whatever tensor sizes the file declares.
+    Raises: FileNotFoundError, or UserError for a file that is not one of our checkpoints.
     """
     if isinstance(path_or_file, (str, os.PathLike)) and not Path(path_or_file).is_file():
         raise FileNotFoundError(
             f"checkpoint: got {str(path_or_file)!r}, which is not a file; check the path"
         )
     try:
-        if isinstance(path_or_file, (str, os.PathLike)):  # a file object is the caller's own
+        if isinstance(path_or_file, (str, os.PathLike)):  # a file object is not checked
             check_archive(path_or_file)
         content = torch.load(path_or_file, map_location=device, weights_only=True)
         _check_content(content)
-    except Exception as error:  # torch.load raises whatever its unpickler meets
+    except Exception as error:  # the unpickler of torch.load can raise any exception
         shown = os.fspath(path_or_file) if isinstance(path_or_file, os.PathLike) else path_or_file
         raise UserError(
             f"checkpoint: cannot read {shown!s} ({type(error).__name__}): it is damaged or of "
@@ -90,7 +93,7 @@ def read_checkpoint(path_or_file: PathOrFile, device: str | torch.device = "cpu"
 def load_checkpoint(
     path_or_file: PathOrFile, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
 ) -> int:
-    """Puts a checkpoint's state into the model and optimizer; returns its iteration."""
+    """Loads a checkpoint into the model and optimizer; returns its iteration."""
     content = read_checkpoint(path_or_file)
     restore(content, model, optimizer)
     return content["iteration"]
@@ -102,10 +105,10 @@ def restore(
     optimizer: torch.optim.Optimizer | None = None,
     keep_settings: bool = False,
 ) -> None:
-    """Puts what `read_checkpoint` gave into the model and the optimizer.
+    """Loads the content that `read_checkpoint` returned into the model and the optimizer.
 
-    keep_settings  the optimizer's learning rate, decay and so on stay as they are now
-    Raises: ValueError for a state of another model; nothing is changed then.
+    keep_settings  keep the optimizer's present learning rate, weight decay and so on
+    Raises: UserError for the state of another model; nothing is changed then.
     """
     _check_shapes(content["model"], model)
     if optimizer is not None:
@@ -118,7 +121,7 @@ def restore(
             group.update(before, params=group["params"])
 
 
-# ---- what is refused ----
+# ---- checks ----
 
 
 def _check_content(content: Any) -> None:
@@ -131,7 +134,7 @@ def _check_content(content: Any) -> None:
         ("iteration", int),
     ):
         if not isinstance(content[key], kind):
-            raise UserError(f"{key} is no {kind.__name__}")
+            raise UserError(f"{key} is not a {kind.__name__}")
     if content["iteration"] < 0:
         raise UserError("negative iteration")
     for tensor in _tensors(content):
@@ -162,7 +165,7 @@ def _check_shapes(state: dict[str, Any], model: nn.Module) -> None:
 
 
 def _check_moments(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
-    """Those of our AdamW; another optimizer looks after its own."""
+    """Checks the optimizer's state; only our AdamW declares the names that it must have."""
     try:
         sizes = [len(group["params"]) for group in state["param_groups"]]
         own = optimizer.param_groups

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: several that verify, so that no fault of one of them ends it."""
+"""The checkpoints of a run. It keeps several, so that one damaged file does not end the run."""
 
 import logging
 import math
@@ -27,7 +27,7 @@ _log = logging.getLogger("cs_lm")
 
 
 class Best(NamedTuple):
-    """loss [nats per token]; measured_on is None where an earlier version did not say it."""
+    """The best checkpoint: loss [nats per token]; measured_on None if an old version wrote it."""
 
     step: int
     loss: float
@@ -35,22 +35,22 @@ class Best(NamedTuple):
 
 
 class CheckpointManager:
-    """Folders `step-00000080`, of which the newest stay, and `best-00000040`, the lowest loss.
+    """Checkpoint folders: the newest `step-00000080`, and `best-00000040` with the lowest loss.
 
-    Each has `state.pt` and, written last, a manifest with its length and checksum. A folder gets
-    its name when all of it is on the disk. The best one is a hard link where the disk has them.
+    Each has `state.pt` and a manifest with its length and checksum, written last. A folder gets
+    its name when all of it is on the disk. The best one is a hard link if the disk supports it.
 
-    keep_last  how many of the newest stay, 2 or more
+    keep_last  number of newest checkpoints to keep, 2 or more
     """
 
     def __init__(self, folder: str | Path, keep_last: int = 2):
         self.folder = Path(folder)
         self.keep_last = keep_last
 
-    # ---- what there is ----
+    # ---- reading ----
 
     def steps(self, kind: str = "step") -> list[int]:
-        """The steps of which there is a checkpoint of the kind, newest first."""
+        """The steps that have a checkpoint of this kind, newest first."""
         if not self.folder.is_dir():
             return []
         own = [path for path in self.folder.iterdir() if not path.is_symlink()]
@@ -63,15 +63,15 @@ class CheckpointManager:
         return self.folder / f"{kind}-{step:08d}"
 
     def read(self, step: int, kind: str = "step") -> dict[str, Any]:
-        """The content of one checkpoint, if every byte of it is as it was written.
+        """The content of one checkpoint, after its checksum is verified.
 
-        Raises: FileNotFoundError, or ValueError naming the file that is not.
+        Raises: FileNotFoundError, or UserError naming the damaged file.
         """
         path = self.path(step, kind)
         if not path.is_dir():
             have = sorted({step for kind in KINDS for step in self.steps(kind)}, reverse=True)
             raise FileNotFoundError(
-                f"checkpoint: {str(path)!r} is not there; there are those of steps: "
+                f"checkpoint: {str(path)!r} does not exist; checkpoints exist for steps: "
                 f"{', '.join(map(str, have)) or 'none'}"
             )
         try:
@@ -84,14 +84,14 @@ class CheckpointManager:
         return content
 
     def read_newest(self, kinds: Sequence[str] = KINDS) -> dict[str, Any]:
-        """The newest that verifies; a warning for each that does not.
+        """The newest checkpoint that verifies; logs a warning for each that does not.
 
-        Raises: FileNotFoundError where there is none, ValueError where none verifies.
+        Raises: FileNotFoundError if there is none, UserError if none verifies.
         """
         found = sorted(((step, kind) for kind in kinds for step in self.steps(kind)), reverse=True)
         if not found:
             raise FileNotFoundError(
-                f"checkpoint: {str(self.folder)!r} holds none of kind {' or '.join(kinds)}"
+                f"checkpoint: {str(self.folder)!r} has no checkpoint of kind {' or '.join(kinds)}"
             )
         for step, kind in found:
             try:
@@ -103,12 +103,12 @@ class CheckpointManager:
             "from a copy, or start a new run in another --out_dir"
         )
 
-    # ---- what changes it ----
+    # ---- writing ----
 
     def save(self, content: dict[str, Any]) -> None:
-        """Writes the checkpoint of its iteration, then removes those that are too many.
+        """Writes the checkpoint of its iteration, then removes those beyond `keep_last`.
 
-        Raises: OSError when the disk does not take it; those that there are stay as they are.
+        Raises: OSError if the disk cannot store it; the existing checkpoints stay unchanged.
         """
         step = content["iteration"]
         with _writing_folder(self.path(step)) as writing:
@@ -117,7 +117,7 @@ class CheckpointManager:
                 hashing = HashingFile(syncing)
                 try:
                     torch.save(content, hashing)
-                except RuntimeError as error:  # what torch makes of an error of the disk
+                except RuntimeError as error:  # torch hides a disk error behind it
                     raise hashing.error or error from None
                 syncing.sync()
             facts = {"format_version": FORMAT_VERSION, "iteration": step}
@@ -128,13 +128,12 @@ class CheckpointManager:
     def save_best(
         self, step: int, valid_loss: float, measured_on: dict[str, Any] | None = None
     ) -> bool:
-        """Keeps the checkpoint of that step as the best, if its validation loss is the lowest.
+        """Keeps that step's checkpoint as the best if its loss is lowest; returns whether it is.
 
-        measured_on  what the loss was measured on; the best of another measure is no rival
-        Raises: OSError or ValueError when the step has no checkpoint that could be kept.
+        measured_on  the measure of the loss; a best checkpoint of another measure is replaced
+        Raises: OSError or UserError when the step has no sound checkpoint.
         """
-        best = self.best()
-        if best is not None and best.measured_on == measured_on and not valid_loss < best.loss:
+        if not self.is_better(valid_loss, measured_on):
             return False
         source = self.path(step)
         files, facts = self._verify(source, step, completely=False)
@@ -147,8 +146,8 @@ class CheckpointManager:
                 _remove(self.path(old, "best"))
         return True
 
-    def best(self) -> "Best | None":
-        """The lowest validation loss, and what it was measured on; None without one."""
+    def best(self) -> Best | None:
+        """The checkpoint with the lowest validation loss, or None; checks lengths, not contents."""
         for step in self.steps("best"):
             try:
                 _, facts = self._verify(self.path(step, "best"), step, completely=False)
@@ -158,15 +157,21 @@ class CheckpointManager:
                 continue
         return None
 
+    def is_better(self, valid_loss: float, measured_on: dict[str, Any] | None) -> bool:
+        """Whether a validation loss is lower than the best one of the same measure so far."""
+        best = self.best()
+        is_rival = best is not None and best.measured_on in (None, measured_on)
+        return math.isfinite(valid_loss) and not (is_rival and valid_loss >= best.loss)
+
     def set_best_aside(self) -> None:
-        """For a course whose validation losses cannot be compared with it."""
+        """Renames the best checkpoint, because later losses cannot be compared with its loss."""
         for step in self.steps("best"):
             self._set_aside(self.path(step, "best"))
 
     def discard_after(self, step: int) -> None:
-        """Sets aside what is newer than that step: damaged, or of a course that is left.
+        """Renames checkpoints after that step, and damaged best ones, so that nobody reads them.
 
-        What a crash left half written or half removed goes.
+        Removes folders that a crash left half written or half removed.
         """
         for kind in KINDS:
             for other in self.steps(kind):
@@ -200,7 +205,7 @@ class CheckpointManager:
 
 @contextmanager
 def _writing_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into, which gets its name when the block ends without an exception."""
+    """A folder to write into. It gets its name if the block ends without an exception."""
     writing = path.with_name(path.name + WRITING)
     shutil.rmtree(writing, ignore_errors=True)
     writing.mkdir(parents=True)
@@ -213,7 +218,7 @@ def _writing_folder(path: Path) -> Iterator[Path]:
 
 
 def _remove(path: Path) -> None:
-    """The name first: what is left when this is cut short is no checkpoint."""
+    """Renames before deleting, so that an interrupted delete leaves no half-empty checkpoint."""
     nameless = path.with_name(path.name + WRITING)
     shutil.rmtree(nameless, ignore_errors=True)
     os.replace(path, nameless)

@@ -1,4 +1,4 @@
-"""What a run shows on the terminal."""
+"""Terminal output of a run: log lines, progress bar, stopwatch, formats of numbers."""
 
 import contextlib
 import logging
@@ -15,7 +15,7 @@ _PREFIXES = {logging.WARNING: "WARNING: ", logging.ERROR: "error: "}
 
 
 class _LineHandler(logging.Handler):
-    """Gives each message to a function as a line, with its level where that is not INFO."""
+    """Passes each message to a function as a line; warnings and errors get a prefix."""
 
     def __init__(self, write_line: Callable[[str], None]):
         super().__init__()
@@ -27,9 +27,9 @@ class _LineHandler(logging.Handler):
 
 @contextmanager
 def log_to(write_line: Callable[[str], None]) -> Iterator[None]:
-    """While entered, messages of the logger `cs_lm` are lines given to the function.
+    """While entered, passes each message of the logger `cs_lm` to the function, as a line.
 
-    They go nowhere else that an earlier `log_to` named; other handlers of the logger stay.
+    This replaces the function of an outer `log_to`; other handlers of the logger stay.
     """
     logger = logging.getLogger("cs_lm")
     before, level = logger.handlers[:], logger.level
@@ -44,7 +44,7 @@ def log_to(write_line: Callable[[str], None]) -> Iterator[None]:
 
 
 class Stopwatch:
-    """Seconds, of which those inside `pause()` do not count."""
+    """Elapsed seconds; time inside `pause()` does not count."""
 
     def __init__(self):
         self._start = time.perf_counter()
@@ -64,7 +64,7 @@ class Stopwatch:
 
 
 class Display:
-    """A progress bar on a terminal that has tqdm, plain lines anywhere else."""
+    """A progress bar on a terminal if tqdm is installed, otherwise plain lines."""
 
     def __init__(self, num_steps: int, first_step: int, file: TextIO | None = None):
         self._file = file or sys.stdout
@@ -113,25 +113,25 @@ class Display:
 
 
 def print_line(text: str, file: TextIO, write: Callable[..., None] | None = None) -> None:
-    """Prints on a file that may be gone: that is no reason to stop the work.
+    """Prints a line; a closed terminal or pipe does not stop the work.
 
-    write  a progress bar's own way to print above it
+    write  a progress bar's own method to print above the bar
     """
     try:
         if write is not None:
             write(text, file=file)
         else:
             print(text, file=file, flush=True)
-    except UnicodeEncodeError:  # what a model writes may have characters that no console shows
+    except UnicodeEncodeError:  # generated text may have characters that the console cannot encode
         print_line(shown_on(file, text), file, write)
-    except BrokenPipeError:  # nobody reads any more
+    except BrokenPipeError:  # the reader closed the pipe: discard all further output
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
-    except OSError:  # a terminal that is gone, a full disk
+    except OSError:  # a closed terminal, a full disk
         pass
 
 
 def shown_on(file: TextIO, text: str) -> str:
-    """The text with codes in the place of characters that the file's encoding does not have."""
+    """The text, with escape codes for characters that the file's encoding does not have."""
     encoding = file.encoding or "ascii"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 

@@ -1,4 +1,4 @@
-"""What a run would do and need, without doing it."""
+"""Estimates of a run's steps, FLOPs, memory and disk space, without training (--dry_run)."""
 
 import math
 from pathlib import Path
@@ -7,16 +7,17 @@ from cs_lm.config.run import RunConfig
 from cs_lm.data.corpus import find_corpus
 from cs_lm.data.pipeline import check_length, find_prepared_store, num_training_tokens
 from cs_lm.models.registry import ARCHITECTURES, SavedActivations
-from cs_lm.models.stats import count_weights, flops_per_token, num_parameters
+from cs_lm.models.stats import FLOAT_BYTES, count_weights, flops_per_token, num_parameters
 from cs_lm.optim.schedule import learning_rate
 from cs_lm.tokenizer import BPETokenizer
 from cs_lm.training.console import format_bytes
 
-FLOAT_BYTES = 4
-
 
 def saved_activations(config: RunConfig) -> SavedActivations:
-    """Those of the run, with dropout where it has any: its masks, and attention as in CLEAR."""
+    """Activations that the run's forward pass keeps for the backward pass.
+
+    Dropout adds its masks, and attention then keeps as much as in the `clear` ops.
+    """
     saved = ARCHITECTURES[config.model.architecture].saved_activations
     found = saved[config.ops, config.dtype]
     if getattr(config.model, "drop_rate", 0):
@@ -26,26 +27,26 @@ def saved_activations(config: RunConfig) -> SavedActivations:
 
 
 def store_tokens(config: RunConfig, tokenizer: BPETokenizer | None = None) -> tuple[int, bool]:
-    """Tokens of the whole corpus, and whether that number is known rather than guessed."""
+    """Number of tokens in the whole corpus, and whether it is exact (True) or a guess."""
     store = find_prepared_store(config, tokenizer)
     if store is not None:
         return len(store), True
     corpus = find_corpus(config.data, remember=False)
     if corpus.paths:
-        next(corpus.open().read())  # whether there is text in it
+        next(corpus.open().read())  # raises for a corpus without text
     num_bytes = corpus.description["bytes"]
     return max(1, int(num_bytes / guessed_bytes_per_token(config.model.vocab_size))), False
 
 
 def guessed_bytes_per_token(vocab_size: int) -> float:
-    """About what English text gave: 2.1 with 512 tokens, 3.6 with 2,048, 4.2 with 32,000."""
+    """A fit to English text: 2.1 bytes with 512 tokens, 3.6 with 2,048, 4.2 with 32,000."""
     return max(1.0, min(4.2, 0.8 * (math.log2(vocab_size) - 6.4)))
 
 
 def memory_bytes(config: RunConfig) -> int:
-    """Weights, gradients and two averages; and what a forward pass keeps for the backward one.
+    """Bytes for weights, gradients, AdamW's two averages, and activations kept for backward.
 
-    Counted for a run without --compile, which keeps what it chooses.
+    Valid without --compile; torch.compile chooses itself which activations to keep.
     """
     model = config.model
     state = 4 * num_parameters(model)
@@ -54,18 +55,21 @@ def memory_bytes(config: RunConfig) -> int:
     per_layer += saved.of_heads_and_keys * model.num_heads * config.seq_length
     layers, blocks_at_once = model.num_layers * per_layer, model.num_layers
     if config.activation_checkpointing:
-        layers = model.num_layers * model.d_model + per_layer  # inputs, and one block at a time
+        layers = model.num_layers * model.d_model + per_layer  # all blocks' inputs, one whole block
         blocks_at_once = 1
     per_position = layers + 3 * model.d_model + saved.of_vocab * model.vocab_size
     positions = config.batch_size * config.seq_length
-    copies = 0.0  # of the weights, in bfloat16
+    copies = 0.0  # of the weights in bfloat16; a copy of one weight counts 1/2
     if config.dtype == "bfloat16":
         copies = blocks_at_once * count_weights(model).in_block / 2
     return int(FLOAT_BYTES * (state + copies + positions * per_position))
 
 
 def report(config: RunConfig, out_dir: Path, tokenizer: BPETokenizer | None = None) -> str:
-    """tokenizer  of the run that goes on, where it is not made from the corpus"""
+    """The estimates as a table of text.
+
+    tokenizer  the one of the resumed run or of --init_from; None: it is made from the corpus
+    """
     model = config.model
     all_tokens, known = store_tokens(config, tokenizer)
     tokens = num_training_tokens(config, all_tokens)
@@ -93,7 +97,7 @@ def report(config: RunConfig, out_dir: Path, tokenizer: BPETokenizer | None = No
         ),
         (
             "disk",
-            # the newest, the best one, and one that is being written
+            # the newest ones, the best one, and the one that is being written
             f"{format_bytes((config.keep_last + 2) * checkpoint_bytes)} for checkpoints in "
             f"{out_dir}, "
             f"{about}{format_bytes(id_bytes * all_tokens)} for the token store",

@@ -1,4 +1,4 @@
-"""Training a language model: next tokens of a text."""
+"""The task of a language model: predict the next token of a text."""
 
 import functools
 import logging
@@ -51,8 +51,8 @@ def language_model_trainer(
 ) -> Trainer:
     """The trainer of a run.
 
-    checkpoint  what `RunFolder.read` gave, to resume
-    weights     to begin a new run with
+    checkpoint  content from `RunFolder.read`, to resume
+    weights     state dict with the initial weights of a new run
     Raises: UserError when the checkpoint was trained with another tokenizer.
     """
     task = LanguageModeling(config, data, World(resolve_device(config.device)))
@@ -60,7 +60,7 @@ def language_model_trainer(
 
 
 class LanguageModeling(Task):
-    """The model of the config, trained on the text."""
+    """Trains the model of the config on the text."""
 
     def __init__(self, config: RunConfig, data: PreparedData, world: World):
         self.config, self.data = config, data
@@ -139,7 +139,7 @@ class LanguageModeling(Task):
             [text] = generate_text(
                 self.model, self.data.tokenizer, [prompt], choice, lambda *_: check_stop()
             )
-        except NotANumberError as error:  # finite weights whose products are not
+        except NotANumberError as error:  # the weights are finite, the logits are not
             return None, str(error)
         return {"prompt": prompt, "text": text}, prompt + text
 

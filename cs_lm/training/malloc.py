@@ -1,21 +1,21 @@
-"""Lets the process keep the memory that tensors give back."""
+"""Keeps the memory of freed tensors in the process, which is faster on a CPU."""
 
 import ctypes
 import sys
 
-# Numbers of glibc's malloc.h.
+# Constants of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> None:
-    """Lets the process keep what tensors give back, for the next ones; Linux with glibc only.
+    """Keeps the memory of freed tensors for the next tensors; Linux with glibc only.
 
-    Otherwise large tensors of a CPU go back to the system and are cleared page by page when they
-    are made again: tens of thousands of page faults in each training step.
+    Otherwise glibc returns large CPU tensors to the system, which clears each page again when it
+    is used next: tens of thousands of page faults in each training step.
     Cost: memory is not returned until the process ends.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:
             mallopt(_M_MMAP_MAX, 0)
-            mallopt(_M_TRIM_THRESHOLD, -1)  # never
+            mallopt(_M_TRIM_THRESHOLD, -1)  # never trim

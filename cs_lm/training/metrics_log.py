@@ -1,4 +1,4 @@
-"""What a run reports: a JSON-lines log, a progress display, TensorBoard events, the plot."""
+"""The log of a run, `metrics.jsonl`. It survives a crash and a full disk."""
 
 import contextlib
 import json
@@ -9,17 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cs_lm.errors import UserError
+from cs_lm.errors import MissingError, Problem
 from cs_lm.storage.atomic import atomic_write
 
 _log = logging.getLogger("cs_lm")
-INSTALL_HINT = "install the extra with: pip install 'cs_lm[ui]'"
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one object a line, the first one the run's config and versions.
+    """`metrics.jsonl`: one JSON object per line; the first has the run's config and versions.
 
-    A record that the disk does not take is kept in memory, with one warning, and written before
+    If the disk cannot store a record, it is kept in memory, with one warning, and written before
     the next one.
     """
 
@@ -28,7 +27,7 @@ class MetricsLog:
         self._held = b""
 
     def write(self, kind: str, **values: Any) -> None:
-        """Appends one record; a number that is not finite becomes null, as JSON has none."""
+        """Appends one record; NaN and infinity become null, because JSON has neither."""
         was_held = bool(self._held)
         self._held += _as_line({"kind": kind, **values})
         try:
@@ -39,7 +38,7 @@ class MetricsLog:
                 _log.warning("%r cannot be written (%s); trying again", str(self.path), error)
 
     def _append(self, lines: bytes) -> None:
-        """All of the lines or, after an error, none of them."""
+        """Appends all of the lines or, after an error, none of them."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "ab", buffering=0) as file:
             before = file.tell()
@@ -51,12 +50,12 @@ class MetricsLog:
                 raise
 
     def sync(self) -> None:
-        """Waits until all of it is on the disk, as far as the disk takes it."""
+        """Waits until the log is on the disk; ignores disk errors."""
         with contextlib.suppress(OSError), open(self.path, "ab") as file:
             os.fsync(file.fileno())
 
     def records(self, warn: bool = True) -> Iterator[dict[str, Any]]:
-        """What a crash did not cut short; a warning for each line that is no record any more."""
+        """The records, without a last line that a crash cut short; warns of damaged lines."""
         for number, record in self._lines():
             if record is None and not warn:
                 continue
@@ -66,7 +65,7 @@ class MetricsLog:
                 yield record
 
     def damaged_lines(self) -> list[int]:
-        """The numbers of the lines that are no record any more."""
+        """The line numbers of damaged records."""
         return [number for number, record in self._lines() if record is None]
 
     def _lines(self) -> Iterator[tuple[int, dict[str, Any] | None]]:
@@ -77,9 +76,9 @@ class MetricsLog:
         self.path.unlink(missing_ok=True)
 
     def discard_after(self, step: int) -> list[dict[str, Any]]:
-        """Removes what was logged after the step of a checkpoint; returns the rest.
+        """Removes the records after the step of a checkpoint; returns the rest.
 
-        Damaged lines go too.
+        Also removes the "end" record and damaged lines.
         """
         kept = [r for r in self.records() if r["step"] <= step and r["kind"] != "end"]
         atomic_write(self.path, b"".join(map(_as_line, kept)))
@@ -108,19 +107,11 @@ def _finite(value: Any) -> Any:
 
 
 def read_metrics(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The records of a log; a last line that a crash cut short is left out.
+    """The records of a log; a warning for each damaged line.
 
-    Raises: FileNotFoundError, or ValueError naming a line in the middle that is no JSON.
+    Raises: MissingError where there is no log.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"metrics: got {str(path)!r}, which is not a file; check the path")
-    lines = Path(path).read_bytes().split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        if not line:
-            continue
-        try:
-            yield json.loads(line.decode("utf-8"))
-        except ValueError:
-            if number == len(lines):
-                return
-            raise UserError(f"metrics: line {number} of {str(path)!r} is not JSON") from None
+        what = f"got {str(path)!r}, which is not a file"
+        raise MissingError(Problem("metrics", what, fix="check the path"))
+    return MetricsLog(path).records()

@@ -1,7 +1,8 @@
-"""Steps whose loss or gradient is not finite: noticed without waiting, and written out."""
+"""Finds steps whose loss or gradient is NaN or infinite, and writes a report of them."""
 
 import json
 import math
+import shlex
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,19 +14,19 @@ from cs_lm.storage.atomic import atomic_write
 from cs_lm.training.step import accumulate_gradients
 from cs_lm.training.task import Task
 
-# With --on_nan skip, so many steps in a row are left out before the run stops after all.
+# With --on_nan skip, the run skips at most this many steps in a row, and then stops.
 MAX_SKIPPED = 10
 
 
 class NonFiniteError(Exception):
-    """The run cannot go on with these weights and batches; the message says what is kept."""
+    """The run cannot continue with these weights and batches; the message says what is saved."""
 
 
 class NonFiniteMonitor:
-    """Which steps were not finite, known as soon as the device has said so.
+    """Finds the steps that were not finite, without an extra wait for the device.
 
-    On CUDA a flag is on its way to the host while the next step is launched; elsewhere reading
-    it is the waiting that each step ends with anyway.
+    On CUDA, the flag of a step is copied to the host while the next step is launched. On other
+    devices, reading the flag waits for the end of the step, which happens anyway.
     """
 
     def __init__(self):
@@ -43,9 +44,9 @@ class NonFiniteMonitor:
         self._under_way.append((step, flag, event))
 
     def bad_steps(self, wait: bool = False) -> Iterator[int]:
-        """Those that were not finite, of the steps known by now, or of all of them.
+        """The steps that were not finite, among those known by now; `wait`: among all steps.
 
-        `are_too_many` speaks of them up to the one just given.
+        Meanwhile `are_too_many` counts up to the step that was yielded last.
         """
         while self._under_way:
             step, flag, event = self._under_way[0]
@@ -64,27 +65,28 @@ class NonFiniteMonitor:
 
 
 def are_finite(model: nn.Module) -> bool:
-    """Whether all weights are. Waits for the device."""
+    """Whether all weights are finite. Waits for the device."""
     return bool(torch.stack([p.isfinite().all() for p in model.parameters()]).all())
 
 
 def advice(folder: Path, on_nan: str) -> str:
-    """What a user can do about the step at which the run stopped."""
-    again = f"python run_clm.py --out_dir {folder} --resume --on_nan"
-    leave_out = f"to leave it out: {again} skip"
+    """Text for the user: how to continue after the step at which the run stopped."""
+    again = f"python run_clm.py --out_dir {shlex.quote(str(folder))} --resume --on_nan"
+    hint = f"to skip it: {again} skip"
     if on_nan == "skip":
-        leave_out = f"it was the {MAX_SKIPPED + 1}th in a row: the weights may be past help"
+        count = f"{MAX_SKIPPED + 1}th"
+        hint = f"it was the {count} bad step in a row: skipping more will probably not help"
     return (
-        f"to do the step again: {again} stop\n{leave_out}\n"
+        f"to do the step again: {again} stop\n{hint}\n"
         "or start again with a lower --lr or --max_norm in another --out_dir"
     )
 
 
 def write_bad_step(path: Path, step: int, lr: float, task: Task) -> None:
-    """Computes a step's micro-batches again and writes what came of each, layer by layer.
+    """Repeats a step's micro-batches; writes the loss and each layer's norms to a JSON file.
 
-    step  counted from 0; what the step draws has to be seeded before
-    The gradients that this leaves in the model are of no use.
+    step  counted from 0; the caller sets the step's random seed before
+    Overwrites the gradients in the model; they must not be used afterwards.
     """
     model = task.model
     batches = []
@@ -103,6 +105,6 @@ def write_bad_step(path: Path, step: int, lr: float, task: Task) -> None:
 
 
 def _shown(number: Tensor) -> float | str:
-    """JSON has no NaN and no infinity: these become text."""
+    """A number for JSON; NaN and infinity become text, because JSON has neither."""
     value = number.item()
     return value if math.isfinite(value) else str(value)

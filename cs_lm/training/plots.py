@@ -1,13 +1,13 @@
-"""Loss and perplexity of a run as PNG files; matplotlib is an extra, imported where it is used."""
+"""Plots of loss and perplexity as PNG files. matplotlib is an extra, imported only when needed."""
 
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cs_lm.errors import UserError
+from cs_lm.errors import UserError, missing_package
 from cs_lm.storage.atomic import atomic_open
-from cs_lm.training.metrics_log import INSTALL_HINT, read_metrics
+from cs_lm.training.metrics_log import read_metrics
 
 Record = dict[str, Any]
 AGAINST = ("step", "epoch", "tokens")
@@ -15,15 +15,15 @@ SHOWN = ("loss", "perplexity")
 
 
 class _Axis(NamedTuple):
-    """How far a run has got, in one of several units."""
+    """The lower axis: progress of the run in steps, epochs or tokens."""
 
     label: str
     value: Callable[[Record], float]
-    tokens_each: float  # trained tokens to one of the unit
+    tokens_each: float  # trained tokens per unit
 
 
 def plotted(metrics_path: Path, png_path: Path) -> str:
-    """Draws the losses and says where, or why not: a run does without."""
+    """Draws the losses; returns a line with the path or the error, which does not end the run."""
     try:
         return f"plot: {plot_losses(metrics_path, png_path)}"
     except (ValueError, OSError) as error:
@@ -37,7 +37,7 @@ def plot_losses(
 
     against  one of AGAINST: the lower axis
     show     one of SHOWN; perplexities are drawn on a logarithmic axis
-    Raises: ValueError when matplotlib is missing or the log holds no loss yet.
+    Raises: UserError when matplotlib is missing or the log holds no loss yet.
     """
     records = list(read_metrics(metrics_path))
     train, valid = (_of_kind(records, kind) for kind in ("train", "valid"))
@@ -46,7 +46,7 @@ def plot_losses(
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError(f"plot: needs the package matplotlib; {INSTALL_HINT}") from None
+        raise UserError(missing_package("plot", "matplotlib", "ui")) from None
     x = _axis(against, records, train + valid)
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
@@ -59,7 +59,7 @@ def plot_losses(
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(_thousands_formatter())
         lowest, highest = axes.get_ylim()
-        if highest < 10 * lowest:  # no room for them where there is more than a decade
+        if highest < 10 * lowest:  # minor labels have no room beyond one decade
             axes.yaxis.set_minor_formatter(_thousands_formatter())
     if against == "tokens":
         axes.xaxis.set_major_formatter(_thousands_formatter())
@@ -110,7 +110,7 @@ def _draw(axes, x: _Axis, show: str, train: list[Record], valid: list[Record]) -
         last_loss = f"{last['loss_nats']:.3f} nats"
         if show == "perplexity":
             last_loss = f"{math.exp(min(last['loss_nats'], 700.0)):.1f}"
-        if "bits_per_byte" in last:  # where the task scores a text
+        if "bits_per_byte" in last:  # only for tasks that score a text
             last_loss += f", {last['bits_per_byte']:.3f} bits/byte"
         label = f"validation (last: {last_loss})"
         line(valid, "loss_nats", marker="o", color="C1", ms=4, label=label)

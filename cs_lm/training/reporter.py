@@ -1,4 +1,4 @@
-"""What a run tells while it trains: the display, the log, TensorBoard events."""
+"""Output of a run while it trains: terminal display, metrics log, TensorBoard events."""
 
 import logging
 import math
@@ -22,7 +22,7 @@ _log = logging.getLogger("cs_lm")
 
 
 class LossSpikeDetector:
-    """Tells of a loss that is a tenth above every one of the last 20 that were logged."""
+    """True for a loss that is more than 10 % above each of the last 20 logged losses."""
 
     def __init__(self, earlier: Iterable[float | None] = ()):
         self._recent = deque((loss for loss in earlier if loss is not None), maxlen=20)
@@ -34,10 +34,10 @@ class LossSpikeDetector:
 
 
 class Reporter:
-    """Every number and message of a run, each in all the places where it belongs.
+    """Sends every number and message of a run to the display, the log and TensorBoard.
 
-    logged  the records of the log up to the step that a run is resumed from
-    watch   seconds of training; evaluations and saves do not count
+    logged  the records of the log up to the step that the run is resumed from
+    watch   stopwatch of training time; evaluations and saves do not count
     """
 
     def __init__(self, config: RunConfig, task: Task, folder: RunFolder):
@@ -49,9 +49,9 @@ class Reporter:
         self._entered = ExitStack()
 
     def begin(self, step: int, elapsed_s: float, is_resumed: bool) -> None:
-        """From here to `close`, messages of the log appear on the display.
+        """Starts the display and the log. Log messages appear on the display until `close`.
 
-        elapsed_s  training time of earlier calls
+        elapsed_s  training time before the resume [s]
         """
         config, task = self._config, self._task
         self._elapsed_before_s = elapsed_s
@@ -60,7 +60,7 @@ class Reporter:
         if is_resumed:
             self.logged = self.log.discard_after(step)
         else:
-            self.log.clear()  # of a run that ended before its first checkpoint
+            self.log.clear()  # left by a run that ended before its first checkpoint
         losses = (r.get("loss_nats") for r in self.logged if r["kind"] == "train")
         self._is_spike = LossSpikeDetector(losses)
         device = next(task.model.parameters()).device
@@ -95,15 +95,15 @@ class Reporter:
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds of training, those of earlier calls included."""
+        """Training time [s], including the time before a resume."""
         return self._elapsed_before_s + self.watch.elapsed_s
 
     def update(self, step: int) -> None:
-        """After each step."""
+        """Call it after each step."""
         self._display.update(step)
 
     def report(self, step: int, tokens: int, loss: float, lr: float, norm: float) -> None:
-        """Every `--log_interval` steps."""
+        """Call it every `--log_interval` steps."""
         speed = self._meter.look(step, self.watch.elapsed_s)
         self._display.report(step, loss, lr, norm, speed)
         spike = {"spike": True} if math.isfinite(loss) and self._is_spike(loss) else {}
@@ -126,7 +126,10 @@ class Reporter:
         self._tensorboard.write(kind, step, values)
 
     def end(self, step: int, tokens: int, found: dict[str, Any] | None) -> None:
-        """found  what the last evaluation gave"""
+        """Writes the last record, the closing lines and the plot.
+
+        found  result of the last evaluation
+        """
         summary = self._task.summary(found) if found else {}
         self.log.write("end", step=step, elapsed_s=self.elapsed_s, **summary)
         _log.info(

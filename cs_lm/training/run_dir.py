@@ -1,4 +1,4 @@
-"""What lies where in a run's folder, and the model in it."""
+"""The folder of a run: its files, its tokenizer, and its trained model."""
 
 import json
 import logging
@@ -29,7 +29,7 @@ _log = logging.getLogger("cs_lm")
 
 
 class RunFolder:
-    """metrics.jsonl, loss.png, checkpoints/, tokenizer/ and tensorboard/ of a run."""
+    """The folder of a run: metrics.jsonl, loss.png, checkpoints/, tokenizer/, tensorboard/."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -40,14 +40,14 @@ class RunFolder:
         self._tokenizer = self.path / "tokenizer"
 
     def plot_of(self, shown: str, against: str) -> Path:
-        """`loss.png`, or `perplexity-tokens.png` where it is not drawn against steps."""
+        """Path of a plot: `loss.png`, or `perplexity-tokens.png` if the axis is not steps."""
         return self.path / f"{shown}{'' if against == 'step' else f'-{against}'}.png"
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keeps other processes from training in the folder while entered.
+        """While entered, no other process can train in this folder.
 
-        Raises: ValueError when one does.
+        Raises: UserError when another process does.
         """
         with locked(self.path / "lock") as is_ours:
             if not is_ours:
@@ -58,11 +58,11 @@ class RunFolder:
             yield
 
     def exists(self) -> bool:
-        """Whether there is work to lose; a run that ended before its first checkpoint has none."""
+        """Whether there is a checkpoint. Without one, the run has no work to lose."""
         return any(self.checkpoints.steps(kind) for kind in KINDS)
 
     def refuse_a_run(self) -> None:
-        """Raises: ValueError when there is work to lose."""
+        """Raises: UserError when the folder has a checkpoint, so that no work is overwritten."""
         if self.exists():
             raise UserError(
                 f"--out_dir: {str(self.path)!r} holds a run already; add --resume to continue it, "
@@ -70,7 +70,7 @@ class RunFolder:
             )
 
     def require(self) -> None:
-        """Raises: FileNotFoundError saying that there is no run here."""
+        """Raises: FileNotFoundError when the folder has no checkpoint."""
         if not self.exists():
             raise FileNotFoundError(
                 f"run: {str(self.path)!r} holds no checkpoint; check --out_dir, or start the run "
@@ -78,7 +78,7 @@ class RunFolder:
             )
 
     def save_tokenizer(self, tokenizer: BPETokenizer) -> None:
-        """A copy, so that the folder alone is enough to generate text."""
+        """Saves a copy of the tokenizer, so that the folder alone is enough to generate text."""
         tokenizer.save(self._tokenizer / "vocab.json", self._tokenizer / "merges.txt")
         for name, tokens in (
             ("special_tokens.json", tokenizer.special_tokens),
@@ -88,7 +88,7 @@ class RunFolder:
             atomic_write(self._tokenizer / name, content)
 
     def load_tokenizer(self) -> BPETokenizer:
-        """The run's own. Raises: FileNotFoundError or ValueError saying what to do."""
+        """The run's tokenizer. Raises: FileNotFoundError or UserError saying what to do."""
         if not self.exists() and not self._tokenizer.is_dir():
             raise FileNotFoundError(
                 f"run: {str(self.path)!r} holds no tokenizer; name the folder of a run (--out_dir)"
@@ -96,7 +96,7 @@ class RunFolder:
         try:
             return self._read_tokenizer()
         except (ValueError, OSError) as error:
-            # a problem's flag asks for other files; here there are only these
+            # leave out a Problem's flag and fix: they ask for other files, which a run cannot use
             found = "; ".join(getattr(each, "what", str(each)) for each in error.args)
             raise UserError(
                 f"run: its tokenizer is damaged ({found}); restore {str(self._tokenizer)!r} from a "
@@ -108,14 +108,14 @@ class RunFolder:
         tokenizer = BPETokenizer.from_files(
             self._tokenizer / "vocab.json", self._tokenizer / "merges.txt", specials
         )
-        if (self._tokenizer / _END_TOKENS).exists():  # earlier versions had none
+        if (self._tokenizer / _END_TOKENS).exists():  # earlier versions did not write it
             tokenizer.end_tokens = _read_texts(self._tokenizer / _END_TOKENS)
         return tokenizer
 
     def create_from_pretrained(
         self, config: RunConfig, model: LanguageModel, tokenizer: BPETokenizer
     ) -> None:
-        """A run at step 0 of a model that was trained elsewhere."""
+        """Writes a run at step 0 from a model that another program trained."""
         self.save_tokenizer(tokenizer)
         log = MetricsLog(self.metrics)
         log.clear()
@@ -133,9 +133,10 @@ class RunFolder:
         self.checkpoints.save(content)
 
     def read(self, which: str) -> dict[str, Any]:
-        """The content of the `last` or `best` checkpoint that verifies, or of that of a step.
+        """The content of a checkpoint.
 
-        Raises: FileNotFoundError or ValueError when there is none; so too for a step's own.
+        which  "last": the newest that verifies; "best"; or the number of a step
+        Raises: FileNotFoundError or UserError when there is none. A step has no fallback.
         """
         self.require()
         if which == "last":
@@ -143,7 +144,7 @@ class RunFolder:
         elif which == "best":
             if not self.checkpoints.steps("best"):
                 _log.info(
-                    "there is no best checkpoint yet, before a validation: the last one is taken"
+                    "there is no best checkpoint before the first validation; using the last one"
                 )
                 return self.read("last")
             try:
@@ -158,14 +159,14 @@ class RunFolder:
         return content
 
     def ends(self) -> list[int]:
-        """The steps at which its log says that all was done."""
+        """The steps of the "end" records in the log: there the run was complete."""
         records = MetricsLog(self.metrics).records(warn=False)
         return [record["step"] for record in records if record["kind"] == "end"]
 
     def verify(self) -> list[str]:
-        """A line for everything that is not as it was written; all of it is read.
+        """Reads the whole run; returns a line for each damaged file.
 
-        Raises: FileNotFoundError where there is nothing to verify.
+        Raises: FileNotFoundError when there is no checkpoint.
         """
         self.require()
         wrong: list[str] = []
@@ -191,7 +192,7 @@ class RunFolder:
         return wrong
 
     def check_tokenizer(self, content: dict[str, Any], tokenizer: BPETokenizer) -> None:
-        """Raises: ValueError when a checkpoint was trained with another one."""
+        """Raises: UserError when the checkpoint was trained with another tokenizer."""
         if content["extras"]["tokenizer_fingerprint"] != tokenizer.fingerprint:
             raise UserError(
                 f"run: the tokenizer in {str(self.path)!r} is not the one that the checkpoint of "
@@ -217,13 +218,15 @@ def _check_extras(extras: dict[str, Any]) -> None:
         ("trained_tokens", int),
     ):
         if not isinstance(extras.get(name), kind):
-            raise UserError(f"checkpoint: its {name} is {extras.get(name)!r}; is it of a run?")
+            raise UserError(
+                f"checkpoint: its {name} is {extras.get(name)!r}; was it written by a training run?"
+            )
 
 
 def saved_config(content: dict[str, Any]) -> RunConfig:
-    """The settings in a checkpoint, for a model that is no larger than its weights there.
+    """The settings in a checkpoint, checked: their model has as many weights as the checkpoint.
 
-    Raises: ValueError for others: they would take memory before anything is read.
+    Raises: UserError for other settings: such a model could take too much memory.
     """
     config = from_json(RunConfig, content["extras"]["config"])
     weights = content["model"].values()
@@ -253,15 +256,15 @@ def load_trained(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> TrainedModel:
-    """The model of `RunFolder.read(which)`, ready to generate, with weights of that dtype.
+    """The model of `RunFolder.read(which)`, ready to generate text, with weights of that dtype.
 
-    Raises: FileNotFoundError, or ValueError when model and tokenizer do not belong together.
+    Raises: FileNotFoundError, or UserError when model and tokenizer do not belong together.
     """
     tokenizer = folder.load_tokenizer()
     content = folder.read(which)
     folder.check_tokenizer(content, tokenizer)
     config = saved_config(content)
-    # every weight is overwritten: an explicit generator keeps the global one untouched
+    # restore() overwrites all weights; a separate generator leaves torch's global one untouched
     model = build_model(config.model, generator=torch.Generator(), device=device)
     restore(content, model)
     cast_weights(model, dtype).eval()

@@ -1,4 +1,4 @@
-"""The signals that ask a process to stop, noted so that it can finish what it is at."""
+"""Signal handlers for Ctrl-C, SIGTERM and SIGHUP: the process stops without losing work."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *_HANGUP)
 
 
 class StopRequested(BaseException):
-    """A stop signal was noted, and the work has come to a place where it may end."""
+    """Raised after a stop signal, at a point where the work may end."""
 
     def __init__(self, number: signal.Signals):
         super().__init__(number.name)
@@ -20,14 +20,14 @@ class StopRequested(BaseException):
 
     @property
     def exit_status(self) -> int:
-        """As shells have it: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP."""
+        """Exit status as in shells: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP."""
         return 128 + self.number
 
 
 class StopSignals:
-    """While entered, the first stop signal is noted instead of ending the process.
+    """While entered, the first stop signal is recorded and does not end the process.
 
-    A second one ends it at once: what it was writing keeps its temporary name.
+    A second one ends it at once; a file that is being written keeps its temporary name.
     """
 
     def __init__(self):
@@ -42,7 +42,7 @@ class StopSignals:
         _restore_handlers(self._previous)
 
     def check(self) -> None:
-        """Raises: StopRequested when a signal has come."""
+        """Raises: StopRequested when a signal has arrived."""
         if self.received is not None:
             raise StopRequested(self.received)
 
@@ -54,9 +54,9 @@ class StopSignals:
 
 @contextmanager
 def raise_on_signal() -> Iterator[None]:
-    """While entered, a stop signal raises StopRequested, where the main thread is.
+    """While entered, a stop signal raises StopRequested at once, in the main thread.
 
-    For work that is safe at any moment, and has processes or temporary files to clear away.
+    For work that may stop at any moment, but must end its processes or delete temporary files.
     """
 
     def stop(number: int, _frame) -> None:
@@ -71,13 +71,13 @@ def raise_on_signal() -> Iterator[None]:
 
 
 def _set_handlers(handler: Any) -> dict[signal.Signals, Any]:
-    """The earlier ones. Only the main thread has handlers to set."""
+    """Sets the handlers; returns the earlier ones. Python allows it in the main thread only."""
     if threading.current_thread() is not threading.main_thread():
         return {}
     return {
         number: signal.signal(number, handler)
         for number in STOP_SIGNALS
-        # `nohup` has said that the end of the terminal is none of ours
+        # `nohup` ignores SIGHUP: it must stay ignored
         if number not in _HANGUP or signal.getsignal(number) is not signal.SIG_IGN
     }
 

@@ -1,4 +1,4 @@
-"""The state of a run: what a checkpoint holds, and where the run stands."""
+"""The training state of a run, which a checkpoint saves."""
 
 from dataclasses import replace
 from typing import Any
@@ -12,9 +12,11 @@ from cs_lm.training.checkpoint import checkpoint_content, restore
 
 
 class TrainState:
-    """step            updates so far
-    trained_tokens  in these steps
-    elapsed_s       seconds of training in earlier calls
+    """Model, optimizer and progress of a run.
+
+    step            number of updates so far
+    trained_tokens  number of tokens in these updates
+    elapsed_s       training time before the resume [s]
     """
 
     def __init__(self, model: nn.Module, optimizer: AdamW):
@@ -23,7 +25,7 @@ class TrainState:
         self._updates_before: set[int] = set()
 
     def load(self, checkpoint: dict[str, Any]) -> None:
-        """Raises: UserError for a checkpoint of another model."""
+        """Loads a checkpoint. Raises: UserError for a checkpoint of another model."""
         restore(checkpoint, self.model, self.optimizer, keep_settings=True)
         self._updates_before = self.optimizer.num_updates()
         self.step = checkpoint["iteration"]
@@ -31,7 +33,7 @@ class TrainState:
         self.elapsed_s = checkpoint["extras"]["elapsed_s"]
 
     def content(self, config: RunConfig, elapsed_s: float, **extras: Any) -> dict[str, Any]:
-        """What `load` needs, for a file."""
+        """The content of a checkpoint, which `load` reads."""
         return checkpoint_content(
             self.model,
             self.optimizer,
@@ -52,11 +54,11 @@ class TrainState:
 
     @property
     def is_within_update(self) -> bool:
-        """Whether some parameters have had an update that others have not had."""
+        """Whether an update is incomplete: some parameters are updated and others are not."""
         return self.optimizer.num_updates() != self._updates_before
 
     def rewind(self, step: int, tokens_per_step: int) -> None:
-        """Takes back steps that had no effect: weights and moments are those of an earlier one."""
+        """Sets the counters back to `step`: the later updates changed no weights and moments."""
         made, self.step = self.step - step, step
         self.trained_tokens -= made * tokens_per_step
         for state in self.optimizer.state.values():

@@ -11,19 +11,19 @@ from cs_lm.models.base import next_token_loss
 from cs_lm.optim.adamw import AdamW
 from cs_lm.optim.clip import clip_gradients
 
-# (model, batch) -> the sum of the losses in the batch, and how many they are
+# (model, batch) -> sum of the losses in the batch, number of losses
 LossFunction = Callable[[Any, Any], tuple[Tensor, Tensor]]
 
 
 def autocast_context(device: torch.device, dtype: str) -> AbstractContextManager:
-    """Matrix products in bfloat16 where asked; weights, sums and the optimizer stay float32."""
+    """Autocast of matrix products to bfloat16; weights, sums and the optimizer stay float32."""
     if dtype == "bfloat16":
         return torch.autocast(device.type, torch.bfloat16)
     return nullcontext()
 
 
 def under_autocast(loss: LossFunction, device: torch.device, dtype: str) -> LossFunction:
-    """The loss with its matrix products in that dtype."""
+    """The loss function with its matrix products in that dtype."""
 
     def cast(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         with autocast_context(device, dtype):
@@ -35,9 +35,9 @@ def under_autocast(loss: LossFunction, device: torch.device, dtype: str) -> Loss
 def accumulate_gradients(
     model: nn.Module, batches: Sequence[Any], loss: LossFunction = next_token_loss
 ) -> tuple[Tensor, Tensor]:
-    """Leaves in the parameters the gradients of the summed loss; returns the sum and the count.
+    """Sum of the losses and their count; leaves the gradients of the sum in the parameters.
 
-    The gradients of the mean are these divided by the count, which is known at the end only.
+    Divide them by the count to get the gradients of the mean; it is known only at the end.
     """
     for parameter in model.parameters():
         parameter.grad = None
@@ -61,11 +61,11 @@ def train_step(
     """One update from one or more micro-batches, as if they were a single batch.
 
     Returns the mean loss before the update and the norm of its gradient before clipping, both
-    scalars on the device: nothing here waits for the device. Where one of them is not finite,
-    weights and moments stay as they are.
+    scalars on the device: nothing here waits for the device. If one of them is not finite,
+    weights and moments do not change.
 
-    all_finite_so_far  a bool on the device that becomes False then; as long as it is False,
-                       nothing is updated
+    all_finite_so_far  a bool on the device; it becomes False at a step that is not finite, and
+                       then no later step updates anything
     """
     loss_sum, count = accumulate_gradients(model, batches, loss)
     count = count.clamp(min=1)

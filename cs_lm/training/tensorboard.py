@@ -9,7 +9,7 @@ _log = logging.getLogger("cs_lm")
 
 
 class TensorBoardLog:
-    """TensorBoard event files, until the disk takes no more; needs the package tensorboard.
+    """Writes TensorBoard event files, until a disk error; needs the package tensorboard.
 
     folder  None: nothing is written
     """
@@ -22,7 +22,7 @@ class TensorBoardLog:
             self._writer = SummaryWriter(str(folder))
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """The numbers among the values."""
+        """Writes the floats among the values."""
         for name, value in values.items():
             if isinstance(value, float):
                 self._attempt(
@@ -41,4 +41,4 @@ class TensorBoardLog:
             action()
         except OSError as error:
             self._writer = None
-            _log.warning("no more TensorBoard events (%s); training goes on", error)
+            _log.warning("TensorBoard events stopped (%s); training continues", error)

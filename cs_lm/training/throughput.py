@@ -1,4 +1,4 @@
-"""How fast a run goes: tokens and model FLOP a second, and the time that is left."""
+"""Training speed: tokens and model FLOPs per second, and the remaining time."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,10 @@ from cs_lm.training.task import Task
 
 @dataclass(frozen=True)
 class Speed:
-    """matmul_utilisation  part of the device's matrix product rate, at most 1; None: not known"""
+    """Speeds, and the remaining time.
+
+    matmul_utilisation  fraction of the device's matrix product speed, at most 1; None: unknown
+    """
 
     tokens_per_s: float
     model_flops_per_s: float
@@ -16,10 +19,10 @@ class Speed:
 
 
 class SpeedMeter:
-    """Speeds between two looks at the clock.
+    """Measures the speed between two calls of `look`.
 
-    peak_flops_per_s  what matrix products were measured to do. A run that does more shows that the
-                      measurement was disturbed: it is raised then.
+    peak_flops_per_s  measured speed of matrix products. A faster run shows that the measurement was
+                      disturbed: then the peak is raised.
     """
 
     def __init__(self, task: Task, step: int, peak_flops_per_s: float | None):
@@ -29,7 +32,7 @@ class SpeedMeter:
         self.peak_flops_per_s = peak_flops_per_s
 
     def look(self, step: int, elapsed_s: float) -> Speed:
-        """Since the last look; `elapsed_s` is the time of training since the meter was made."""
+        """Speed since the last call; `elapsed_s` is the training time since the meter was made."""
         tokens = (step - self._last_step) * self._task.tokens_per_step
         tokens_per_s = tokens / (elapsed_s - self._last_s)
         self._last_step, self._last_s = step, elapsed_s

@@ -1,7 +1,6 @@
-"""The training loop: steps, and what follows them, until the end, a stop signal or a fault."""
+"""The training loop: steps, saves and evaluations, until the end, a stop signal or an error."""
 
 import logging
-import math
 from contextlib import suppress
 from typing import Any
 
@@ -29,16 +28,16 @@ from cs_lm.training.state import TrainState
 from cs_lm.training.step import train_step
 from cs_lm.training.task import Task
 
-NOT_SAVED = 4  # exit status
+NOT_SAVED = 4  # exit status: the last step could not be saved
 _log = logging.getLogger("cs_lm")
 
 
 class Trainer:
     """Trains a task, from the first step or from a checkpoint.
 
-    checkpoint  what `RunFolder.read` gave, to resume
-    weights     to begin a new run with
-    Raises: UserError for a checkpoint of something else.
+    checkpoint  content from `RunFolder.read`, to resume
+    weights     state dict with the initial weights of a new run
+    Raises: UserError for a checkpoint that does not fit the task.
     """
 
     def __init__(
@@ -51,7 +50,6 @@ class Trainer:
     ):
         self.config, self.task, self.folder = config, task, folder
         self.state = TrainState(task.model, task.optimizer)
-        self.num_steps = task.num_steps
         self.signals = StopSignals()
         self.monitor = NonFiniteMonitor()
         device = next(task.model.parameters()).device
@@ -59,8 +57,8 @@ class Trainer:
         self._all_finite = torch.ones((), dtype=torch.bool, device=device) if stops else None
         folder.checkpoints.keep_last = config.keep_last
         self.reporter = Reporter(config, task, folder)
-        self.valid: dict[str, Any] | None = None  # what the last evaluation found
-        self._is_comparable = True  # the best loss so far, with those to come
+        self.valid: dict[str, Any] | None = None  # result of the last evaluation
+        self._is_comparable = True  # whether new losses compare with the best one
         self._is_resumed = checkpoint is not None
         if checkpoint is not None:
             self._load(checkpoint)
@@ -76,13 +74,17 @@ class Trainer:
         self._is_comparable = is_comparable(checkpoints, self.task.measure, before, self.config)
 
     @property
+    def num_steps(self) -> int:
+        return self.task.num_steps
+
+    @property
     def step(self) -> int:
-        """Updates so far."""
+        """Number of updates so far."""
         return self.state.step
 
     @property
     def has_ended(self) -> bool:
-        """Whether there is nothing left to do, not even what follows the last step."""
+        """Whether nothing is left to do: the last step is done and logged as "end", or exceeded."""
         return self.step > self.num_steps or self.step == self.num_steps in self.folder.ends()
 
     # ---- the loop ----
@@ -91,7 +93,7 @@ class Trainer:
         """Trains to the last step or to a stop signal; returns the exit status for the process.
 
         Raises: NonFiniteError when a loss, gradient or weight is not finite and the run cannot
-        go on.
+        continue.
         """
         self._begin()
         with self.signals:
@@ -148,7 +150,7 @@ class Trainer:
         state.end_update(self.task.tokens_per_step)
 
     def _seed(self, step: int) -> None:
-        """All that the step draws follows from the seed and its number."""
+        """Seeds all random numbers of the step from the run's seed and the step's number."""
         seed = step_seed(self.config.seed, step)
         torch.manual_seed(seed)
         if hasattr(self.task.model, "seed_dropout"):
@@ -159,7 +161,7 @@ class Trainer:
         return self.task.loss(model, batch)
 
     def _after_step(self, is_last: bool) -> None:
-        """Saves before it validates and samples: what can fail comes after the work is safe."""
+        """Logs and saves, then evaluates and samples: these may fail, so the save comes first."""
         config = self.config
         self.reporter.update(self.step)
         reports = self._is_due(config.log_interval, is_last) or self.step == 1
@@ -189,7 +191,7 @@ class Trainer:
         return is_first or self._is_due(self.config.eval_interval, is_last)
 
     def _run_missed_evaluations(self) -> None:
-        """What should have followed the step that a run is resumed from, and is not in its log."""
+        """Evaluates and samples at the resumed step, if that was due and the log lacks it."""
         if self.step == 0:
             return
         at_step = {r["kind"]: r for r in self.reporter.logged if r["step"] == self.step}
@@ -203,10 +205,10 @@ class Trainer:
             if "sample" not in at_step and self._is_due(self.config.sample_interval, is_last):
                 self._sample()
 
-    # ---- what follows a step ----
+    # ---- after a step ----
 
     def _save(self) -> None:
-        """Raises: NonFiniteError when the weights are not finite: they are not worth keeping."""
+        """Saves this step once. Raises: NonFiniteError for weights that are not finite."""
         if self.step == self.saver.asked_step:
             return
         if not are_finite(self.task.model):
@@ -226,9 +228,9 @@ class Trainer:
         _log.info("step %d | %s%s", self.step, self.task.describe_evaluation(self.valid), best)
 
     def _keep_if_best(self) -> bool:
-        loss, best = self.valid["loss_nats"], self.folder.checkpoints.best()
-        is_best = loss is not None and math.isfinite(loss) and (best is None or loss < best.loss)
-        return is_best and self.saver.save_best(self.step, loss, self.task.measure)
+        loss, measure = self.valid["loss_nats"], self.task.measure
+        is_best = loss is not None and self.folder.checkpoints.is_better(loss, measure)
+        return is_best and self.saver.save_best(self.step, loss, measure)
 
     def _sample(self) -> None:
         record, shown = self.task.sample(self.signals.check)
@@ -240,7 +242,7 @@ class Trainer:
     def _record(self, kind: str, **values: Any) -> None:
         self.reporter.record(kind, self.step, self.state.trained_tokens, **values)
 
-    # ---- ends ----
+    # ---- end of the run ----
 
     def _finish(self) -> int:
         if not self.saver.save_surely(self._save):
@@ -253,7 +255,8 @@ class Trainer:
         if not self.saver.save_surely(self._save):
             return NOT_SAVED
         _log.info(
-            "stopped by %s after step %d of %d: saved; the same command with --resume goes on",
+            "stopped by %s after step %d of %d: saved; run the same command with --resume "
+            "to continue",
             stop,
             self.step,
             self.num_steps,
@@ -262,11 +265,14 @@ class Trainer:
         return stop.exit_status
 
     def _rescue(self) -> None:
-        """Saves what an unexpected exception has left whole, if it came between two updates."""
+        """Saves the state after an unexpected exception, unless an update is incomplete."""
         if self.step == 0:
-            return  # nothing is lost, and no run stands in the way of the next attempt
+            return  # no work to lose; without a checkpoint, the same command works again
         if self.state.is_within_update:
-            _log.error("the exception came within an update of weights: %s", self.saver.kept)
+            _log.error(
+                "the exception interrupted an update, so the weights are not saved: %s",
+                self.saver.kept,
+            )
             return
         try:
             self._look_for_bad_steps(wait=True)
@@ -274,35 +280,37 @@ class Trainer:
                 _log.info(
                     "step %d of %d is saved: --resume goes on from it", self.step, self.num_steps
                 )
-        except Exception as error:  # the first one is what has to be shown
+        except Exception as error:  # it must not hide the first one
             _log.error("step %d could not be saved (%s); %s", self.step, error, self.saver.kept)
 
     # ---- steps that are not finite ----
 
     def _look_for_bad_steps(self, wait: bool) -> None:
-        """Raises: NonFiniteError after a step that was not finite, where the run has to stop."""
+        """Reports steps that were not finite. Raises: NonFiniteError if the run has to stop."""
         for step in self.monitor.bad_steps(wait):
             path = self.folder.path / f"bad_step_{step + 1:08d}.json"
-            with suppress(OSError):  # what a full disk does not take is no reason to lose the run
+            with suppress(OSError):  # a full disk must not end the run
                 self._seed(step)
                 write_bad_step(path, step, self.lr, self.task)
             _log.warning(
-                "step %d | loss or gradient is not finite: left out; see %s", step + 1, path
+                "step %d | loss or gradient is not finite: the step is skipped; details in %s",
+                step + 1,
+                path,
             )
             self.reporter.log.write("bad_step", step=step + 1, file=path.name)
             if self.config.on_nan == "stop" or self.monitor.are_too_many:
                 self._stop_before(step)
 
     def _stop_before(self, step: int) -> None:
-        """Saves the weights that the bad step found; it is yet to be made, unless it was skipped.
+        """Saves the weights from before the bad step. A resume repeats it, unless it was skipped.
 
-        Raises: NonFiniteError.
+        Raises: NonFiniteError, always.
         """
-        if self._all_finite is not None:  # on CUDA, a few more were launched, with no effect
+        if self._all_finite is not None:  # on CUDA, later steps were launched, without effect
             self.state.rewind(step, self.task.tokens_per_step)
         self.saver.save_surely(self._save)
         raise NonFiniteError(
-            f"training: the loss or gradient of step {step + 1} is not finite; the weights are "
-            f"those that it found; {self.saver.kept}\n"
+            f"training: the loss or gradient of step {step + 1} is not finite; the saved "
+            f"weights are those from before it; {self.saver.kept}\n"
             f"{advice(self.folder.path, self.config.on_nan)}"
         )

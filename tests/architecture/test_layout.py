@@ -1,6 +1,7 @@
 """Wings import only what the table allows; importing a module does nothing else."""
 
 import ast
+import importlib.util
 import os
 import subprocess
 import sys
@@ -152,6 +153,23 @@ def test_every_torch_load_is_weights_only():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
                 assert "weights_only=True" in ast.unparse(node), path
+
+
+def names_from_cs_lm(path: Path) -> list[tuple[str, str]]:
+    return [
+        (node.module, alias.name)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cs_lm")
+        for alias in node.names
+    ]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda p: p.stem)
+def test_benchmarks_name_things_that_exist(path):
+    """They import inside their functions, which nothing else runs."""
+    for module, name in names_from_cs_lm(path):
+        found = importlib.import_module(module)
+        assert hasattr(found, name) or importlib.util.find_spec(f"{module}.{name}"), (module, name)
 
 
 def test_importing_does_nothing(tmp_path):

@@ -32,12 +32,12 @@ TRAIN_CASES = [
     ("--num_heads 16", "which makes the head size 1, need an even one"),
     ("--seq_length 33", "--seq_length: got 33, need at most --max_seq_length (32)"),
     ("--device tpu", "--device: got 'tpu', need one of auto, cuda, cpu, mps"),
-    ("--device cuda", "finds no such device here; use --device cpu or auto"),
+    ("--device cuda", "finds no such device on this machine; use --device cpu or auto"),
     ("--num_layer 2", "--num_layer: unknown flag; did you mean --num_layers?"),
     ("--betas 0.9", "--betas: got 0.9, need two numbers"),
     ("--resume --out_dir none", "holds no checkpoint; check --out_dir, or start the run without"),
     ("--prompt=", "--prompt: got an empty text, need at least one character"),
-    ("--vocab_path v.json --merges_path empty.txt", "--vocab_path: got 'v.json', which is not a"),
+    ("--vocab_path v.json --merges_path empty.txt", "--vocab_path: got 'v.json', which does not exist, but the other"),
 ]
 
 

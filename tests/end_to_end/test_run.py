@@ -133,7 +133,7 @@ def test_interrupted_and_resumed_is_the_uninterrupted_run(tmp_path, sampling):
             break
     rest, errors = process.communicate()
     assert process.returncode == 128 + signal.SIGINT, errors
-    assert "saved; the same command with --resume goes on" in rest
+    assert "saved; run the same command with --resume to continue" in rest
     stopped = last_checkpoint(tmp_path / "cut")["iteration"]
     assert 30 <= stopped < 200
     resumed = run_script(tmp_path, *argv, "--out_dir", "cut", "--resume")

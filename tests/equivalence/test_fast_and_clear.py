@@ -173,7 +173,7 @@ def test_many_small_tiles_and_parts_are_as_good(name, small_tiles):
 
 def test_blocks_of_scores_do_not_change_the_loss(monkeypatch):
     (args, _), *_ = linear_cross_entropy_inputs(torch.float64)
-    monkeypatch.setattr(fast_ops, "_BLOCK_SCORES", 3 * V)  # blocks of three rows, the last of one
+    monkeypatch.setattr(fast_ops, "_BLOCK_LOGITS", 3 * V)  # blocks of three rows, the last of one
     assert_same(FAST.linear_cross_entropy, CLEAR.linear_cross_entropy, args, {}, torch.float64)
 
 

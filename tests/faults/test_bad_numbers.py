@@ -80,7 +80,7 @@ def test_stops_with_the_weights_from_before(work, what):
         short._one_step()
     status, message = run(spoilt_trainer(work / "run", data, CONFIG, [BAD], what))
     assert status == NON_FINITE
-    assert f"gradient of step {BAD} is not finite; the weights are those that it found" in message
+    assert f"gradient of step {BAD} is not finite; the saved weights are those from before it" in message
     assert "the checkpoint of step 7 is kept" in message
     content = RunFolder(work / "run").read("last")
     assert content["iteration"] == BAD - 1
@@ -188,7 +188,7 @@ def test_skip_leaves_the_step_out_and_goes_on(work, capsys):
     trainer = spoilt_trainer(work / "run", data, config, [4, BAD])
     assert run(trainer) == (0, "")
     shown = capsys.readouterr().out
-    assert "step 4 | loss or gradient is not finite: left out" in shown
+    assert "step 4 | loss or gradient is not finite: the step is skipped" in shown
     train = [r for r in MetricsLog(work / "run/metrics.jsonl").records() if r["kind"] == "train"]
     assert [r["step"] for r in train] == list(range(1, 13))
     assert [r["step"] for r in train if r["loss_nats"] is None] == [4, BAD]
@@ -212,7 +212,7 @@ def test_skip_has_an_end(work):
     data = prepared(work, config)
     status, message = run(spoilt_trainer(work / "run", data, config, range(5, 30)))
     assert status == NON_FINITE and "step 15 is not finite" in message
-    assert "it was the 11th in a row" in message
+    assert "it was the 11th bad step in a row" in message
     assert RunFolder(work / "run").verify() == []
 
 

@@ -31,20 +31,20 @@ def test_another_text_begins_its_own_best(trained, capsys):
     first = trained.checkpoints.best()
     again = ["--resume", "--out_dir", "runs/animals"]
     assert run_clm([*again, "--corpus_path", "other.txt", "--max_steps", "24"]) == 0
-    assert "best: begins anew" in capsys.readouterr().out
+    assert "the best checkpoint is reset" in capsys.readouterr().out
     best = trained.checkpoints.best()
     assert best.step > 20 and best.loss > first.loss, "the older one was no rival"
     assert best.measured_on != first.measured_on
     assert trained.read("best")["iteration"] == best.step
     assert run_clm([*again, "--max_steps", "25"]) == 0
-    assert "begins anew" not in capsys.readouterr().out, "the text is the same as before"
+    assert "checkpoint is reset" not in capsys.readouterr().out, "the text is the same as before"
 
 
 @pytest.mark.parametrize("flags", [["--eval_tokens", "200"], ["--seq_length", "8"]])
 def test_another_measure_of_the_same_text(trained, flags, capsys):
     again = ["--resume", "--out_dir", "runs/animals", "--max_steps", "21"]
     assert run_clm([*again, *flags]) == 0
-    assert "best: begins anew" in capsys.readouterr().out
+    assert "the best checkpoint is reset" in capsys.readouterr().out
     assert trained.checkpoints.best().step == 21
 
 
@@ -53,7 +53,7 @@ def test_before_the_first_validation_the_last_one_is_taken(trained):
     said = []
     with log_to(said.append):
         assert trained.read("best")["iteration"] == 20
-    assert "the last one is taken" in said[0]
+    assert "using the last one" in said[0]
 
 
 def test_a_best_of_an_earlier_version_is_kept_for_the_same_settings(trained, capsys):
@@ -67,9 +67,9 @@ def test_a_best_of_an_earlier_version_is_kept_for_the_same_settings(trained, cap
     write_manifest(path.parent, files, facts)
     again = ["--resume", "--out_dir", "runs/animals", "--max_steps", "21"]
     assert run_clm(again) == 0
-    assert "begins anew" not in capsys.readouterr().out
+    assert "checkpoint is reset" not in capsys.readouterr().out
     assert run_clm([*again[:-1], "22", "--corpus_path", "other.txt"]) == 0
-    assert "begins anew" in capsys.readouterr().out
+    assert "checkpoint is reset" in capsys.readouterr().out
 
 
 def test_a_run_begins_with_the_weights_of_another(trained, work, capsys):
@@ -161,7 +161,10 @@ def test_an_unexpected_exception_saves_first(work, place, kept, monkeypatch, cap
     shown = capsys.readouterr().out
     assert RunFolder(work / "run").checkpoints.steps()[0] == kept, shown
     if place == "within":
-        assert "came within an update of weights: the checkpoint of step 6 is kept" in shown
+        assert (
+            "interrupted an update, so the weights are not saved: the checkpoint of step "
+            "6 is kept" in shown
+        )
 
 
 def test_its_traceback_is_shown(trained, monkeypatch, capsys):

@@ -111,7 +111,7 @@ def test_a_run_outlives_a_disk_that_fails_for_a_while(work, number, capsys):
     with FailingDisk(fails).entered():
         assert trainer.fit() == 0
     shown = capsys.readouterr().out
-    assert "WARNING: step 12 could not be saved" in shown and "it is tried again" in shown
+    assert "WARNING: cannot save step 12" in shown and "it is tried again" in shown
     # the save of step 9 may still be under way when the disk begins to fail
     assert re.search(r"the checkpoint of step [69] is kept", shown)
     assert "metrics.jsonl' cannot be written" in shown
@@ -129,7 +129,7 @@ def test_a_disk_that_stays_full_is_said_and_the_run_can_go_on(work, capsys, monk
     with FailingDisk(lambda _: NO_SPACE if trainer.step >= 8 else None).entered():
         assert trainer.fit() == NOT_SAVED
     shown = capsys.readouterr().out
-    assert re.search(r"could not be saved; the checkpoint of step [36] is kept; make room", shown)
+    assert re.search(r"could not be saved; the checkpoint of step [36] is kept; free disk", shown)
     assert RunFolder(work / "run").verify() == []
     assert trainer_of(work / "run", data, config).fit() == 0
     assert_same_run(work / "quiet", work / "run")

@@ -141,7 +141,7 @@ def test_a_file_system_without_locks_is_no_reason_to_refuse(work, name, monkeypa
     locks._warn_once.cache_clear()
     data = prepared(work, CONFIG)
     assert train(work / "run", data, CONFIG) == 0
-    warnings = [r.getMessage() for r in caplog.records if "has no locks" in r.getMessage()]
+    warnings = [r.getMessage() for r in caplog.records if "has no file locks" in r.getMessage()]
     assert len(warnings) == len(set(warnings)) == 2, "once for data/, once for the run's folder"
 
 

@@ -122,7 +122,7 @@ def test_a_signal_is_seen_in_every_kind_of_work(work, capsys, monkeypatch):
         assert stop_at.looks == number_of_look, "it ends at the first look after the signal"
         if trainer.step:
             assert RunFolder(folder).read("last")["iteration"] == trainer.step
-        assert "saved; the same command with --resume goes on" in capsys.readouterr().out
+        assert "saved; run the same command with --resume to continue" in capsys.readouterr().out
     assert min(interrupted[name] for name in ("_one_step", "_evaluate", "_sample")) > 0
 
 

@@ -182,7 +182,7 @@ def test_encoding_many_words_is_the_definition(merges, words):
 def test_forgetting_words_changes_nothing(parts, max_words):
     """A table that holds next to nothing gives the same ids, text after text."""
     plain = BPETokenizer(tokenizer().vocab, tokenizer().merges)
-    merges = MergeTable({pair: rank for rank, pair in enumerate(plain.merges)}, plain._ids)
+    merges = MergeTable({pair: rank for rank, pair in enumerate(plain.merges)}, plain.id_of)
     encoder = WordEncoder(merges, plain._encode_word, max_words)
     for text in parts:
         assert [i for ids in encoder.encode([text]) for i in ids.tolist()] == plain.encode(text)

@@ -58,7 +58,7 @@ def test_defaults_are_sound():
         ("--prompt \udcff", "--prompt: got .*, need text that UTF-8 can hold"),
         (
             "--compile --activation_checkpointing",
-            "--activation_checkpointing: does not go with --compile, .*; leave one",
+            "--activation_checkpointing: cannot be used with --compile, .*; leave one",
         ),
         ("--log_interval 0", "--log_interval: got 0, need 1 or more"),
         ("--max_steps 0", "--max_steps: got 0, need 1 or more"),

@@ -83,7 +83,7 @@ def test_packed_files(kind, suffix, tmp_path):
         assert source.bytes_read == source.total_bytes == len(packed)
         assert source.description() == TextSource(name, separator=END).describe()
     (tmp_path / "x.txt").write_bytes(packed[:-7])
-    with pytest.raises(ValueError, match=r"'x.txt' cannot be unpacked .*; is it whole\?"):
+    with pytest.raises(ValueError, match=r"'x.txt' cannot be decompressed .*; is the file complete\?"):
         read("x.txt")
     (tmp_path / "x.txt").write_bytes(packed + packed)  # as `cat` joins them
     if kind == "text":
@@ -174,7 +174,7 @@ def test_what_we_make_is_no_corpus(tmp_path):
 
 def test_an_empty_pipe_leaves_nothing(monkeypatch, tmp_path):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"")))
-    with pytest.raises(UserError, match="got nothing from -; need text"):
+    with pytest.raises(UserError, match="- is empty; need UTF-8 text"):
         with_pipes_kept(config(corpus_path="-"))
     assert not list(tmp_path.glob("data/*"))
 
@@ -247,7 +247,7 @@ def test_a_pipe_is_kept_for_later(monkeypatch, tmp_path):
     writer.start()
     assert with_pipes_kept(config(corpus_path="pipe")) == kept, "the same text has the same name"
     writer.join()
-    with pytest.raises(UserError, match="--dry_run: cannot look at -, a pipe, without using it up"):
+    with pytest.raises(UserError, match="--dry_run: - is a pipe, and reading it would consume the text"):
         check_no_pipe(config(corpus_path="-"))
     found = [str(problem) for problem in DataConfig("-", "-").validate()]
     assert "--corpus_path, --valid_path: got - for both" in found[0]
@@ -290,7 +290,7 @@ def test_damage_to_packed_files_is_named(size, suffix, damage, tmp_path):
     else:
         packed[len(packed) // 2 : len(packed) // 2 + 9] = b"nine more"
     (tmp_path / "x.txt").write_bytes(packed)
-    with pytest.raises(ValueError, match="'x.txt' (cannot be unpacked|is not UTF-8)"):
+    with pytest.raises(ValueError, match="'x.txt' (cannot be decompressed|is not UTF-8)"):
         read("x.txt")
 
 

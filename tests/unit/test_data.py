@@ -99,7 +99,7 @@ def test_store_takes_the_place_of_an_older_one_only_when_complete(tmp_path):
 
 
 def test_bad_stores(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"holds no manifest.json; encode a text"):
+    with pytest.raises(FileNotFoundError, match=r"has no manifest.json; encode a text"):
         MemmapManager(tmp_path)
     with pytest.raises(ValueError, match="got an empty text"):
         MemmapManager.save_as_memmap([], BYTES, tmp_path / "empty")
@@ -318,7 +318,7 @@ def test_what_is_received_waits_for_its_event(monkeypatch):
 def test_a_store_that_was_replaced_is_not_read_as_the_old_one(tmp_path):
     old = save(tmp_path / "s")
     save(tmp_path / "s", text=TEXT[::-1])
-    with pytest.raises(ValueError, match="was written anew while in use"):
+    with pytest.raises(ValueError, match="was replaced while in use"):
         old.load_by_range(0, 5)
 
 

@@ -226,4 +226,4 @@ def test_samples_of_a_prompt_draw_each_their_own(model):
     one = DecodingConfig(max_new_tokens=12, temperature=1.0, seed=5)
     assert generate_text(model, BYTES, ["ab"], one) == texts[:1]
     problems = [str(p) for p in DecodingConfig(temperature=0.0, num_samples=2).validate()]
-    assert "--num_samples: all are the same at --temperature 0" in problems[0]
+    assert "--num_samples: all samples are the same at --temperature 0" in problems[0]

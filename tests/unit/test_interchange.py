@@ -59,5 +59,5 @@ def test_what_we_would_do_otherwise_is_refused(tokenizer, tmp_path):
 
 def test_ids_that_do_not_follow_the_merges_are_no_ranks(tmp_path):
     vocab = {**{i: bytes([i]) for i in range(256)}, 256: b"cd", 257: b"ab"}
-    with pytest.raises(ValueError, match="ids do not follow its merges"):
+    with pytest.raises(ValueError, match="ids are not in the order of the merges"):
         write_tiktoken(BPETokenizer(vocab, [(b"a", b"b"), (b"c", b"d")]), tmp_path / "x")

@@ -4,7 +4,7 @@ import json
 import pytest
 
 from cs_lm.training import console
-from cs_lm.training.console import Display, Stopwatch, format_duration
+from cs_lm.training.console import Display, Stopwatch, format_duration, log_to
 from cs_lm.training.metrics_log import MetricsLog, read_metrics
 from cs_lm.training.plots import plot_losses
 from cs_lm.training.throughput import Speed
@@ -20,17 +20,20 @@ def test_log_round_trip(tmp_path):
     ]
 
 
-def test_a_line_that_a_crash_cut_is_left_out(tmp_path):
+def test_a_damaged_line_is_left_out_and_named(tmp_path):
     path = tmp_path / "m.jsonl"
-    path.write_text('{"kind": "a"}\n{"kind": "b", "st', encoding="utf-8")
-    assert list(read_metrics(path)) == [{"kind": "a"}]
-    path.write_bytes('{"kind": "a"}\n{"prompt": "é'.encode()[:-1])
-    assert list(read_metrics(path)) == [{"kind": "a"}]
-    path.write_text('{"kind": "a"}\n{"ki\n{"kind": "c"}\n', encoding="utf-8")
-    with pytest.raises(ValueError, match="metrics: line 2 of .* is not JSON"):
-        list(read_metrics(path))
+    first, third = '{"kind": "a", "step": 1}\n', '{"kind": "c", "step": 3}\n'
+    path.write_text(first + '{"kind": "b", "st', encoding="utf-8")
+    assert [r["kind"] for r in read_metrics(path)] == ["a"]
+    path.write_bytes((first + '{"prompt": "é').encode()[:-1])
+    assert [r["kind"] for r in read_metrics(path)] == ["a"]
+    path.write_text(first + '{"ki\n' + third, encoding="utf-8")
+    said = []
+    with log_to(said.append):
+        assert [r["kind"] for r in read_metrics(path)] == ["a", "c"]
+    assert said == [f"WARNING: SKIPPED line 2 of {str(path)!r}: it is damaged"]
     with pytest.raises(FileNotFoundError, match="metrics: got .* is not a file"):
-        list(read_metrics(tmp_path / "no.jsonl"))
+        read_metrics(tmp_path / "no.jsonl")
 
 
 def test_discard_after(tmp_path):

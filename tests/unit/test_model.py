@@ -155,7 +155,7 @@ def test_cache_capacity():
     keys = torch.zeros(1, 3, 4, 2)
     cache.extend(0, keys, keys)
     cache.advance(4)
-    with pytest.raises(ValueError, match="KVCache: got position 5, need at most 4"):
+    with pytest.raises(ValueError, match="KVCache: got 5 positions, need at most"):
         cache.extend(0, keys[:, :, :1], keys[:, :, :1])
 
 

@@ -163,7 +163,7 @@ def test_a_damaged_tokenizer_is_made_again():
     (merges,) = [*__import__("pathlib").Path("data").glob("cats_tokenizer-*/merges.txt")]
     merges.write_bytes(merges.read_bytes()[:-9])
     data, said = prepared()
-    assert "is damaged, and made again" in said
+    assert "is damaged; making it again" in said
     assert data.tokenizer.fingerprint == first.tokenizer.fingerprint
 
 

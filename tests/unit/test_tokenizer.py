@@ -192,13 +192,13 @@ def test_hostile_vocabularies(tmp_path):
     for vocab, merges, message in [
         ({10**12: b"a"}, [], "got the id 1000000000000, need 0 to"),
         ({0: b"a", 1: b""}, [], "a token without bytes"),
-        ({0: b"a", 1: b"b", 2: b"ab"}, [(b"a", b"b")] * 2, "merge 1 of .* stands there twice"),
+        ({0: b"a", 1: b"b", 2: b"ab"}, [(b"a", b"b")] * 2, "merge 1 of .* occurs twice"),
     ]:
         with pytest.raises(ValueError, match=message):
             BPETokenizer(vocab, merges)
     (tmp_path / "merges.txt").write_text("", encoding="utf-8")
     for text, message in [
-        ('{"a": 0, "a": 1}', "a name stands there twice"),
+        ('{"a": 0, "a": 1}', "a token name occurs twice"),
         ('{"a": true}', "an id is not an integer"),
         ("[" * 100_000, "is not a vocab.json"),
     ]:
