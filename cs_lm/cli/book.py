@@ -35,6 +35,13 @@ TRAINING = (
 # Updates, loss on the training text and on the validation text [nats per token].
 # Source: Raschka 2024, Build a large language model (from scratch), section 5.2.
 PUBLISHED = ((1, 9.781, 9.933), (16, 5.961, 6.616), (86, 0.391, 6.452))
+NUM_UPDATES = 90
+# (training, validation) losses after all updates, of five seeds on "The Verdict", from
+# `python -m benchmarks.book`: ours, and the book's model from torch.nn.
+SEED_ENDS = {
+    "cs_lm": ((0.956, 6.365),),
+    "torch.nn": ((0.280, 6.526),),
+}
 PLOTS = (("epoch", "loss"), ("tokens", "perplexity"))
 
 
@@ -62,7 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     for against, show in PLOTS:
         print(f"plot: {plot_losses(folder.metrics, folder.plot_of(show, against), against, show)}")
-    print(comparison(list(read_metrics(folder.metrics))))
+    records = list(read_metrics(folder.metrics))
+    print(comparison(records))
+    print(place_among_seeds(records))
     return 0
 
 
@@ -95,3 +104,25 @@ def comparison(records: list[dict[str, Any]]) -> str:
             f"{near['train_loss_nats']:5.3f}  {near['loss_nats']:10.3f}"
         )
     return "\n".join(lines)
+
+
+def place_among_seeds(records: list[dict[str, Any]]) -> str:
+    """Where the end of the run lies among the ends of five seeds on "The Verdict"."""
+    last = [r for r in records if r["kind"] == "valid"][-1]
+    if last["step"] != NUM_UPDATES:
+        return f"the range of five seeds is known after {NUM_UPDATES} updates"
+    lines = [f"after {NUM_UPDATES} updates: five seeds, lowest to highest, and this run"]
+    for which, key in enumerate(("train_loss_nats", "loss_nats")):
+        for who, ends in SEED_ENDS.items():
+            losses = sorted(end[which] for end in ends)
+            place = _place(last[key], losses)
+            kind = ("training", "validation")[which]
+            shown = f"{losses[0]:.3f} to {losses[-1]:.3f}"
+            lines.append(f"  {kind:10}  {who:8}  {shown}   this run {last[key]:.3f}: {place}")
+    return "\n".join(lines)
+
+
+def _place(loss: float, losses: list[float]) -> str:
+    if losses[0] <= loss <= losses[-1]:
+        return "in the range"
+    return "below the range" if loss < losses[0] else "above the range"

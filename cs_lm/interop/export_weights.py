@@ -13,12 +13,13 @@ from torch import Tensor
 from cs_lm.config.model import GPT2Config
 from cs_lm.errors import UserError, missing_package
 from cs_lm.interop.layouts import LAYOUTS, layout_for, written_config
-from cs_lm.interop.sources import ADDED_TOKENS, write_json
+from cs_lm.interop.sources import ADDED_TOKENS
 from cs_lm.interop.tensor_mapping import Layout, TensorMapping
 from cs_lm.interop.tokenizers import end_ids, pad_token, write_tokenizer
 from cs_lm.models.base import LanguageModel
 from cs_lm.models.stats import FLOAT_BYTES
 from cs_lm.storage.atomic import atomic_write, fsync_directory
+from cs_lm.storage.json_file import write_json
 from cs_lm.tokenizer import BPETokenizer
 
 FORMATS = ("safetensors", "pytorch", "tensorflow")

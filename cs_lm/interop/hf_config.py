@@ -7,7 +7,7 @@ from typing import Any
 from cs_lm.config.fields import MAX_COUNT
 from cs_lm.config.model import GPT2Config, ModelConfig
 from cs_lm.errors import UserError
-from cs_lm.interop.sources import read_json
+from cs_lm.storage.json_file import read_json
 
 _DROPOUT_RATES = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 
@@ -20,7 +20,7 @@ class Settings:
 
     def __init__(self, path: Path, values: dict[str, Any] | None = None):
         self.path = path
-        self.values = read_json(path) if values is None else values
+        self.values = read_json(path, "weights") if values is None else values
 
     def get(self, name: str, kind: type, *default: Any) -> Any:
         value = self.values.get(name)

@@ -1,6 +1,5 @@
 """Weight files of other programs, read one tensor at a time."""
 
-import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -10,10 +9,9 @@ import torch
 from torch import Tensor
 
 from cs_lm.errors import UserError, missing_package
-from cs_lm.storage.atomic import atomic_write
+from cs_lm.storage.json_file import read_json
 from cs_lm.storage.safe_load import check_archive, check_old_file, check_tensor
 
-MAX_JSON_BYTES = 64 << 20
 ADDED_TOKENS = "added_tokens.json"
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 
@@ -33,23 +31,6 @@ class Source(Protocol):
     def reading(self, name: str) -> AbstractContextManager[Tensor]:
         """A context with the tensor, valid inside only. Call it once for each name."""
         ...
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises: UserError for a file that is too large or holds no JSON object."""
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise UserError(f"more than {MAX_JSON_BYTES >> 20} MB")
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise UserError("no JSON object")
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"weights: {str(path)!r} cannot be read ({error})") from None
-    return content
-
-
-def write_json(path: Path, content: dict) -> None:
-    atomic_write(path, json.dumps(content, indent=2).encode("utf-8"))
 
 
 class SafetensorsSource:
@@ -234,7 +215,7 @@ def open_source(path: Path) -> Source:
 
 def _shards(index: Path) -> list[Path]:
     """The files that an index lists; all must be in its folder."""
-    files = read_json(index).get("weight_map")
+    files = read_json(index, "weights").get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
         raise UserError(f"weights: {str(index)!r} has no weight_map of names and files")
     paths = []

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from cs_lm.config.shared import DEFAULT_SPECIAL_TOKENS
 from cs_lm.errors import UserError
 from cs_lm.interop.layouts import HF, written_ids
-from cs_lm.interop.sources import ADDED_TOKENS, read_json, write_json
+from cs_lm.interop.sources import ADDED_TOKENS
+from cs_lm.storage.json_file import read_json, write_json
 from cs_lm.tokenizer import BPETokenizer
 from cs_lm.tokenizer.formats import (
     read_tokenizer_json,
@@ -167,7 +168,7 @@ def _ends(folder: Path, vocab: dict[int, bytes]) -> list[str]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
+    return read_json(path, "weights") if path.is_file() else {}
 
 
 def pad_token(tokenizer: BPETokenizer, vocab_size: int) -> tuple[str, int] | None:

@@ -76,7 +76,8 @@ def read_manifest(folder: Path) -> tuple[list[FileEntry], dict[str, Any]]:
             raise UserError("its checksum does not match")
         files = [FileEntry(*entry) for entry in content.pop("files")]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(f"{str(path)!r} is damaged ({type(error).__name__}: {error})") from None
+        why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"{str(path)!r} is damaged ({why})") from None
     for entry in files:
         if not _is_sound(entry):
             raise UserError(f"{str(path)!r} lists an invalid file: {entry!r}")

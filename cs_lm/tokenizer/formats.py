@@ -10,6 +10,7 @@ from typing import Any
 
 from cs_lm.errors import MissingError, Problem, UserError
 from cs_lm.storage.atomic import atomic_write
+from cs_lm.storage.json_file import read_json
 from cs_lm.tokenizer.bpe import Pair, as_single_bytes
 from cs_lm.tokenizer.byte_encoder import name_of_token, token_of_name
 from cs_lm.tokenizer.tokenizer import BPETokenizer
@@ -144,7 +145,7 @@ def read_tokenizer_json(path: str | Path) -> BPETokenizer:
     Settings of padding and truncation are ignored: they belong to the code that makes batches.
     Raises: FileNotFoundError, or UserError with every setting of the file that we do not support.
     """
-    content = _read_json(path)
+    content = read_json(_existing(path), "tokenizer.json")
     try:
         added = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
         renamed = _refuse_other_kinds(content, path)
@@ -165,7 +166,7 @@ def read_tokenizer_json(path: str | Path) -> BPETokenizer:
 
 def read_written_names(path: str | Path) -> dict[str, str]:
     """Name -> text, for special tokens of a `tokenizer.json` whose name is not their text."""
-    return _refuse_other_kinds(_read_json(path), path)
+    return _refuse_other_kinds(read_json(_existing(path), "tokenizer.json"), path)
 
 
 def write_tiktoken(tokenizer: BPETokenizer, path: str | Path) -> None:
@@ -200,7 +201,9 @@ def read_tiktoken(
     Raises: FileNotFoundError, or UserError with the line that is not a token and a rank.
     """
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(_read(path).splitlines(), start=1):
+    for number, line in enumerate(
+        _existing(path).read_text(encoding="utf-8").splitlines(), start=1
+    ):
         try:
             encoded, rank = line.split()
             ranks[base64.b64decode(encoded, validate=True)] = int(rank)
@@ -277,17 +280,7 @@ def _adds_nothing(after: dict[str, Any]) -> bool:
     return after.get("type") == "TemplateProcessing" and all("Sequence" in part for part in parts)
 
 
-def _read(path: str | Path) -> str:
+def _existing(path: str | Path) -> Path:
     if not Path(path).is_file():
         raise MissingError(Problem("tokenizer", f"got {str(path)!r}, which is not a file"))
-    return Path(path).read_text(encoding="utf-8")
-
-
-def _read_json(path: str | Path) -> dict[str, Any]:
-    try:
-        content = json.loads(_read(path))
-        if not isinstance(content, dict):
-            raise UserError("no object")
-    except ValueError as error:
-        raise UserError(f"tokenizer.json: cannot read {str(path)!r} ({error})") from None
-    return content
+    return Path(path)

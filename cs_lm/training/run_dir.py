@@ -18,6 +18,7 @@ from cs_lm.models.stats import num_parameters
 from cs_lm.optim.adamw import AdamW
 from cs_lm.optim.param_groups import parameter_groups
 from cs_lm.storage.atomic import atomic_write
+from cs_lm.storage.json_file import read_json
 from cs_lm.storage.lock import locked
 from cs_lm.tokenizer import BPETokenizer
 from cs_lm.training.checkpoint import checkpoint_content, restore
@@ -201,12 +202,9 @@ class RunFolder:
 
 
 def _read_texts(path: Path) -> list[str]:
-    try:
-        texts = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(texts, list) or not all(type(one) is str for one in texts):
-            raise ValueError
-    except (ValueError, RecursionError):
-        raise UserError(f"run: {str(path)!r} is damaged; need a JSON list of texts") from None
+    texts = read_json(path, "run", list)
+    if not all(type(one) is str for one in texts):
+        raise UserError(Problem("run", f"{str(path)!r} is damaged", "a JSON list of texts"))
     return texts
 
 

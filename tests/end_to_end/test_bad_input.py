@@ -37,7 +37,10 @@ TRAIN_CASES = [
     ("--betas 0.9", "--betas: got 0.9, need two numbers"),
     ("--resume --out_dir none", "holds no checkpoint; check --out_dir, or start the run without"),
     ("--prompt=", "--prompt: got an empty text, need at least one character"),
-    ("--vocab_path v.json --merges_path empty.txt", "--vocab_path: got 'v.json', which does not exist, but the other"),
+    (
+        "--vocab_path v.json --merges_path empty.txt",
+        "--vocab_path: got 'v.json', which does not exist, but",
+    ),
 ]
 
 

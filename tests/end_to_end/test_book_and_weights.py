@@ -50,7 +50,8 @@ def test_the_experiment_by_command(work, monkeypatch, capsys):
     assert len(story.read_text(encoding="utf-8")) == 20_479
     valid = [r for r in read_metrics(work / "run" / "metrics.jsonl") if r["kind"] == "valid"]
     assert [r["step"] for r in valid] == [1, 5, 10, 15, 18]
-    *_, first, middle, last = shown.splitlines()
+    *_, first, middle, last, note = shown.splitlines()
+    assert note == "the range of five seeds is known after 90 updates"
     assert first.split() == [
         "1",
         "9.781",
@@ -62,6 +63,20 @@ def test_the_experiment_by_command(work, monkeypatch, capsys):
     assert middle.split()[3] == "15" and last.split()[:4] == ["86", "0.391", "6.452", "18"]
     assert command(["book", "--max_steps", "18", "--out_dir", "run"]) == 0  # only shows it
     assert "18 already" in capsys.readouterr().out
+
+
+def test_the_end_is_placed_among_the_seeds(monkeypatch):
+    ends = {"cs_lm": ((0.9, 6.3), (0.5, 6.6)), "torch.nn": ((0.3, 6.5), (0.7, 6.4))}
+    monkeypatch.setattr(book, "SEED_ENDS", ends)
+    early = {"kind": "valid", "step": 85, "train_loss_nats": 9.0, "loss_nats": 9.0}
+    last = {"kind": "valid", "step": 90, "train_loss_nats": 0.8, "loss_nats": 6.2}
+    _, *rows = book.place_among_seeds([early, last, {"kind": "end", "step": 90}]).splitlines()
+    assert [" ".join(row.split()) for row in rows] == [
+        "training cs_lm 0.500 to 0.900 this run 0.800: in the range",
+        "training torch.nn 0.300 to 0.700 this run 0.800: above the range",
+        "validation cs_lm 6.300 to 6.600 this run 6.200: below the range",
+        "validation torch.nn 6.400 to 6.500 this run 6.200: below the range",
+    ]
 
 
 def imported(work, text):

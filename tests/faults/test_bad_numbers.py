@@ -80,7 +80,10 @@ def test_stops_with_the_weights_from_before(work, what):
         short._one_step()
     status, message = run(spoilt_trainer(work / "run", data, CONFIG, [BAD], what))
     assert status == NON_FINITE
-    assert f"gradient of step {BAD} is not finite; the saved weights are those from before it" in message
+    assert (
+        f"gradient of step {BAD} is not finite; the saved weights are those from before it"
+        in message
+    )
     assert "the checkpoint of step 7 is kept" in message
     content = RunFolder(work / "run").read("last")
     assert content["iteration"] == BAD - 1

@@ -111,7 +111,7 @@ def test_a_run_outlives_a_disk_that_fails_for_a_while(work, number, capsys):
     with FailingDisk(fails).entered():
         assert trainer.fit() == 0
     shown = capsys.readouterr().out
-    assert "WARNING: cannot save step 12" in shown and "it is tried again" in shown
+    assert "WARNING: cannot save step 12" in shown and "will retry" in shown
     # the save of step 9 may still be under way when the disk begins to fail
     assert re.search(r"the checkpoint of step [69] is kept", shown)
     assert "metrics.jsonl' cannot be written" in shown

@@ -166,7 +166,9 @@ def test_a_step_that_is_named_must_verify(tmp_path):
     (tmp_path / "step-00000002" / "state.pt").write_bytes(b"short")
     with pytest.raises(ValueError, match=r"step-00000002' does not verify: .*5 bytes, not"):
         manager.read(2)
-    with pytest.raises(FileNotFoundError, match=r"does not exist; checkpoints exist for steps: 2, 1"):
+    with pytest.raises(
+        FileNotFoundError, match="does not exist; checkpoints exist for steps: 2, 1"
+    ):
         manager.read(3)
     said = []
     with log_to(said.append):

@@ -83,7 +83,7 @@ def test_packed_files(kind, suffix, tmp_path):
         assert source.bytes_read == source.total_bytes == len(packed)
         assert source.description() == TextSource(name, separator=END).describe()
     (tmp_path / "x.txt").write_bytes(packed[:-7])
-    with pytest.raises(ValueError, match=r"'x.txt' cannot be decompressed .*; is the file complete\?"):
+    with pytest.raises(ValueError, match=r"'x.txt' cannot be decompressed .*; is the file"):
         read("x.txt")
     (tmp_path / "x.txt").write_bytes(packed + packed)  # as `cat` joins them
     if kind == "text":
@@ -247,7 +247,7 @@ def test_a_pipe_is_kept_for_later(monkeypatch, tmp_path):
     writer.start()
     assert with_pipes_kept(config(corpus_path="pipe")) == kept, "the same text has the same name"
     writer.join()
-    with pytest.raises(UserError, match="--dry_run: - is a pipe, and reading it would consume the text"):
+    with pytest.raises(UserError, match="--dry_run: - is a pipe, and reading it would"):
         check_no_pipe(config(corpus_path="-"))
     found = [str(problem) for problem in DataConfig("-", "-").validate()]
     assert "--corpus_path, --valid_path: got - for both" in found[0]

@@ -218,7 +218,7 @@ def test_second_signal_ends_the_process_at_once(how):
     assert (result.returncode, result.stdout) == (128 + signal.SIGINT, "noted\n")
 
 
-@pytest.mark.parametrize("of_float32, hint", [(1e9, ""), (152e9, "; float32: 152 GFLOP/s, so --dtype")])
+@pytest.mark.parametrize("of_float32, hint", [(1e9, ""), (152e9, "; float32: 152 GFLOP/s, so")])
 def test_a_device_that_is_slow_in_bfloat16_is_told_of(monkeypatch, of_float32, hint):
     speeds = {torch.float32: of_float32, torch.bfloat16: 1e9}
     monkeypatch.setattr(device, "matrix_flops_per_s", lambda _device, dtype: speeds[dtype])
