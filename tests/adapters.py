@@ -77,7 +77,7 @@ def run_multihead_self_attention_with_rope(
 ):
     if token_positions is None:
         token_positions = torch.arange(in_features.shape[-2])
-    rotation = RoPE(ops.rope_frequencies(theta, d_model // num_heads), max_seq_len).rotation(
+    rotation = RoPE(ops.inverse_frequencies(theta, d_model // num_heads), max_seq_len).rotation(
         token_positions
     )
     weights = (q_proj_weight, k_proj_weight, v_proj_weight, o_proj_weight)
@@ -85,12 +85,12 @@ def run_multihead_self_attention_with_rope(
 
 
 def run_rope(d_k, theta, max_seq_len, in_query_or_key, token_positions):
-    return RoPE(ops.rope_frequencies(theta, d_k), max_seq_len)(in_query_or_key, token_positions)
+    return RoPE(ops.inverse_frequencies(theta, d_k), max_seq_len)(in_query_or_key, token_positions)
 
 
 def run_transformer_block(d_model, num_heads, d_ff, max_seq_len, theta, weights, in_features):
     config = ModelConfig(d_model, num_heads, d_ff, 1, 1, max_seq_len, theta)
-    rope = RoPE(ops.rope_frequencies(theta, d_model // num_heads), max_seq_len)
+    rope = RoPE(ops.inverse_frequencies(theta, d_model // num_heads), max_seq_len)
     rotation = rope.rotation(torch.arange(in_features.shape[-2]))
     return _with_weights(TransformerBlock(config), weights)(in_features, rotation)
 

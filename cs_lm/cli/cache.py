@@ -1,4 +1,4 @@
-"""`cs-lm cache`: lists what is in data/, and removes some of it on request.
+"""`python -m cs_lm cache`: lists what is in data/, and removes some of it on request.
 
 Every tokenizer and token store there can be made again by the command that made it. Text that came
 through a pipe cannot: it is removed by name only. Nothing that a process is using is removed.
@@ -36,7 +36,7 @@ class CacheConfig:
 
 @readable_errors
 def main(argv: Sequence[str] | None = None) -> int:
-    config = parse_config(CacheConfig, "cs-lm cache", __doc__, argv)
+    config = parse_config(CacheConfig, "python -m cs_lm cache", __doc__, argv)
     found = list(entries())
     asked = {Path(name).name for name in config.remove}  # shells complete it to `data/name/`
     unknown = asked - {entry.path.name for entry in found}

@@ -93,7 +93,7 @@ def _checks(normal, generator: torch.Generator, device: torch.device) -> Iterato
         lambda s: F.cross_entropy(s.float().flatten(0, 1), ids.flatten(), reduction="sum"),
         [scores],
     )
-    rope = RoPE(ops.rope_frequencies(10_000.0, K), T, device=device)
+    rope = RoPE(ops.inverse_frequencies(10_000.0, K), T, device=device)
     rotation = rope.rotation(torch.arange(T, device=device))
     swiglu_weights = [normal(FF, D) / 8, normal(D, FF) / 8, normal(FF, D) / 8]
     qkv = [normal(B, H, T, K) for _ in range(3)]

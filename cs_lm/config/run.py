@@ -38,7 +38,9 @@ class RunConfig:
     batch_size: int = setting(32, "windows in one forward pass")
     grad_accum: int = setting(1, "forward passes per update (gradient accumulation)")
     num_epochs: float = setting(10.0, "passes over the training tokens; sets the number of updates")
-    max_steps: int | None = setting(None, "at most this many updates", "steps")
+    max_steps: int | None = setting(
+        None, "at most this many updates, whatever --num_epochs", "steps"
+    )
     device: str = device_setting()
     dtype: str = setting(
         "float32",

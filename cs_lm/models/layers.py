@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cs_lm.models.init import EMBEDDING_STD, linear_std, truncated_normal_
 from cs_lm.models.kv_cache import KVCache
-from cs_lm.ops import reference as clear_ops
+from cs_lm.ops import reference
 from cs_lm.ops.dropout_mask import DropoutFn
 from cs_lm.ops.reference import CLEAR, Ops
 
@@ -49,10 +49,10 @@ class Linear(nn.Module):
         self.bias = factory.full(d_out, 0.0) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:  # (..., d_in) -> (..., d_out)
-        return clear_ops.linear(x, self.weight, self.bias)
+        return reference.linear(x, self.weight, self.bias)
 
 
-def is_untouched(module: nn.Module) -> bool:
+def has_no_hooks(module: nn.Module) -> bool:
     """Whether the module has no hooks, and the `forward` of its class."""
     return not (
         module._forward_pre_hooks
@@ -65,7 +65,7 @@ def is_untouched(module: nn.Module) -> bool:
 
 def is_product(module: nn.Module | None) -> bool:
     """Whether calling the module is a product with its weight, and nothing else."""
-    return type(module) is Linear and module.bias is None and is_untouched(module)
+    return type(module) is Linear and module.bias is None and has_no_hooks(module)
 
 
 class Embedding(nn.Module):
@@ -76,7 +76,7 @@ class Embedding(nn.Module):
         self.weight = factory.normal(vocab_size, d_model, EMBEDDING_STD)
 
     def forward(self, token_ids: Tensor) -> Tensor:  # (...) -> (..., D)
-        return clear_ops.embedding(token_ids, self.weight)
+        return reference.embedding(token_ids, self.weight)
 
 
 class RMSNorm(nn.Module):
@@ -116,7 +116,7 @@ class RoPE(nn.Module):
     Pair i of a head rotates by position * frequencies[i] radians. The tables are not parameters
     and not in the state dict, because they follow from the frequencies.
 
-    frequencies  (K/2) float64 [radians per position], as `ops.rope_frequencies` gives them
+    frequencies  (K/2) float64 [radians per position], as `ops.inverse_frequencies` gives them
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class SwiGLU(nn.Module):
         layers = self.w1, self.w2, self.w3
         if all(map(is_product, layers)):
             return self.ops.swiglu(x, *(layer.weight for layer in layers))
-        return self.w2(clear_ops.silu(self.w1(x)) * self.w3(x))
+        return self.w2(reference.silu(self.w1(x)) * self.w3(x))
 
 
 class MultiHeadSelfAttention(nn.Module):

@@ -16,10 +16,10 @@ from cs_lm.models.layers import (
     RoPE,
     Rotation,
     SwiGLU,
+    has_no_hooks,
     is_product,
-    is_untouched,
 )
-from cs_lm.ops import reference as ops_reference
+from cs_lm.ops import reference
 from cs_lm.ops.fused import FAST
 from cs_lm.ops.fused_block import transformer_block
 from cs_lm.ops.reference import Ops
@@ -52,12 +52,12 @@ class TransformerBlock(nn.Module):
     ) -> Tensor:  # (..., T, D) -> (..., T, D)
         plain = mask is None and cache is None and rotation[0].dim() == 2
         learning = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if self.fused and plain and learning and x.numel() and self._is_as_made():
+        if self.fused and plain and learning and x.numel() and self._layers_are_unchanged():
             return self._fused_forward(x, rotation)
         x = x + self.attn(self.ln1(x), rotation, mask, cache, layer)
         return x + self.ffn(self.ln2(x))
 
-    def _is_as_made(self) -> bool:
+    def _layers_are_unchanged(self) -> bool:
         """Whether calling the layers one by one gives the same result as `_fused_forward`."""
         own = self._modules
         if any(type(own.get(name)) is not kind for name, kind in _PARTS.items()):
@@ -65,7 +65,7 @@ class TransformerBlock(nn.Module):
         projections = [own[name]._modules.get(part) for name, part in _PROJECTIONS]
         return (
             all(map(is_product, projections))
-            and all(map(is_untouched, own.values()))
+            and all(map(has_no_hooks, own.values()))
             and all(own[name].ops is FAST for name in _PARTS)
         )
 
@@ -84,7 +84,7 @@ _PROJECTIONS = (
 
 def rope_frequencies(config: ModelConfig) -> Tensor:
     """The rotary frequencies of the model: (K/2) float64 [radians per position]."""
-    return ops_reference.rope_frequencies(config.rope_theta, config.d_model // config.num_heads)
+    return reference.inverse_frequencies(config.rope_theta, config.d_model // config.num_heads)
 
 
 class TransformerLM(LanguageModel):

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cs_lm.ops import reference as clear_ops
+from cs_lm.ops import reference
 from cs_lm.ops.manual_backward import CACHE_NUMBERS
 
 DropoutFn = Callable[[Tensor], Tensor]
@@ -64,7 +64,7 @@ def dropout_at(probability: float, key: Tensor, stream: int) -> DropoutFn:
     """`ops.dropout` with the mask of this stream in this forward pass."""
 
     def drop(x: Tensor) -> Tensor:
-        return clear_ops.dropout(x, dropout_mask(x.shape, probability, key, stream), probability)
+        return reference.dropout(x, dropout_mask(x.shape, probability, key, stream), probability)
 
     return drop
 

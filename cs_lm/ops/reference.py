@@ -199,7 +199,7 @@ def dropout(x: Tensor, kept: Tensor, probability: float) -> Tensor:
     return x * kept / (1 - probability)
 
 
-def rope_frequencies(theta: float, head_size: int) -> Tensor:
+def inverse_frequencies(theta: float, head_size: int) -> Tensor:
     """The rotation of each pair of a head from one position to the next.
 
         theta^(-2i/K)   for pair i of K/2                           [radians per position]

@@ -122,7 +122,7 @@ class AdamW(torch.optim.Optimizer):
 
 # Far below eps^2. A CPU takes six times as long for the root of 0, and thirty times for that of a
 # number below 1e-38. Embedding rows have 0 until their token occurs, and such numbers long after.
-_NO_ROOT_OF_LESS = 1e-36
+_SMALLEST_SQUARE = 1e-36
 
 
 def _adamw(
@@ -150,7 +150,7 @@ def _adamw(
         torch._foreach_add_(means, gradients, alpha=1 - beta1)
     torch._foreach_mul_(squares, factor(beta2, 1))
     torch._foreach_addcmul_(squares, gradients, gradients, value=1 - beta2)
-    roots = torch._foreach_add(squares, _NO_ROOT_OF_LESS)
+    roots = torch._foreach_add(squares, _SMALLEST_SQUARE)
     torch._foreach_sqrt_(roots)
     torch._foreach_add_(roots, [eps] * len(roots))
     if should_apply is not None:

@@ -85,7 +85,8 @@ class Trainer:
     @property
     def has_ended(self) -> bool:
         """Whether nothing is left to do: the last step is done and logged as "end", or exceeded."""
-        return self.step > self.num_steps or self.step == self.num_steps in self.folder.ends()
+        is_done = self.step == self.num_steps and self.num_steps in self.folder.ends()
+        return is_done or self.step > self.num_steps
 
     # ---- the loop ----
 

@@ -17,7 +17,7 @@ from cs_lm.models.layers import (
 )
 from cs_lm.models.stats import flops_per_token, num_parameters
 from cs_lm.models.transformer import TransformerLM
-from cs_lm.ops.reference import rope_frequencies
+from cs_lm.ops.reference import inverse_frequencies
 from tests.tolerances import DEEP, close
 
 CONFIG = ModelConfig(12, 3, 20, 17, 2, 11, 10000.0)
@@ -101,7 +101,7 @@ def test_layers_refuse_impossible_shapes():
     with pytest.raises(ValueError, match="need num_heads to divide d_model"):
         MultiHeadSelfAttention(12, 5)
     with pytest.raises(ValueError, match="got head size 3, need an even one"):
-        rope_frequencies(10.0, 3)
+        inverse_frequencies(10.0, 3)
 
 
 def test_initialisation(generator):

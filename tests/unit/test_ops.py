@@ -85,7 +85,7 @@ def test_rms_norm_computes_in_float32():
 def test_rope_keeps_length_and_depends_on_distance_alone():
     from cs_lm.models.layers import RoPE
 
-    rope = RoPE(ops.rope_frequencies(10_000.0, 8), 64)
+    rope = RoPE(ops.inverse_frequencies(10_000.0, 8), 64)
     q, k = torch.randn(8), torch.randn(8)
 
     def product(m, n):
