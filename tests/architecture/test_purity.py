@@ -60,7 +60,7 @@ FORBIDDEN_OPERATIONS = {
     "bilinear",
 }
 # Our own operations have the field's names too: they are reached through these.
-OUR_RECORDS = {"ops", "clear_ops", "CLEAR", "FAST", "record", "gradients"}
+OUR_RECORDS = {"ops", "reference", "CLEAR", "FAST", "record", "gradients"}
 
 
 def dotted(node: ast.AST) -> str:
