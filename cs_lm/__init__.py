@@ -31,6 +31,9 @@ _HOME = {
     "evaluate": "cs_lm.inference.evaluate",
     "train_step": "cs_lm.training.step",
     "Trainer": "cs_lm.training.trainer",
+    "Task": "cs_lm.training.task",
+    "LanguageModeling": "cs_lm.training.language_modeling",
+    "language_model_trainer": "cs_lm.training.language_modeling",
 }
 __all__ = sorted(_HOME)
 

@@ -15,13 +15,15 @@ from cs_lm.config.data import DataConfig
 from cs_lm.config.model import ModelConfig
 from cs_lm.data.batches import load_windows
 from cs_lm.data.corpus import find_corpus
-from cs_lm.data.stores import find_or_encode_store, use_labelled_store
+from cs_lm.data.stores import find_or_encode_store, find_store
+from cs_lm.data.token_store import MemmapManager
 from cs_lm.errors import Problem, UserError
 from cs_lm.models.transformer import TransformerLM
 from cs_lm.ops import reference as ops
 from cs_lm.optim.adamw import AdamW
 from cs_lm.optim.clip import clip_gradients
 from cs_lm.optim.schedule import cosine_schedule
+from cs_lm.storage.lock import FileLock
 from cs_lm.tokenizer import BPETokenizer
 from cs_lm.training.checkpoint import load_checkpoint, save_checkpoint
 
@@ -76,15 +78,16 @@ class Memmap_Manager:
             special_tokens=tuple(special_tokens),
         )
         self._tokenizer = BPE_Tokenizer.from_files(vocab_path, merge_path, special_tokens)
-        self._used = None
+        self._opened: MemmapManager | None = None
+        self._lock: FileLock | None = None  # nobody removes the store while it is held
 
     def save_as_memmap(self) -> None:
         """Encodes the corpus, unless its store exists already."""
         corpus = find_corpus(self._data)
-        self._used = find_or_encode_store(corpus, self._tokenizer)
+        self._opened, self._lock = find_or_encode_store(corpus, self._tokenizer)
 
     def load_by_range(self, start_idx: int, end_idx: int) -> np.ndarray:
-        """The ids [start_idx, end_idx). Raises: UserError for a range outside the store."""
+        """The ids [start_idx, end_idx). Raises: ValueError for a range outside the store."""
         return self._store.load_by_range(start_idx, end_idx)
 
     def __len__(self) -> int:
@@ -92,11 +95,14 @@ class Memmap_Manager:
         return len(self._store)
 
     @property
-    def _store(self):
-        if self._used is None:  # saved by an earlier process
-            size = self._tokenizer.vocab_size
-            self._used, _ = use_labelled_store(self._data, size, self._tokenizer)
-        return self._used.store
+    def _store(self) -> MemmapManager:
+        if self._opened is None:  # saved by an earlier process
+            corpus = find_corpus(self._data)
+            self._opened = find_store(corpus, self._tokenizer)
+            if self._opened is None:
+                what, fix = f"{corpus.shown} is not encoded yet", "call save_as_memmap() first"
+                raise UserError(Problem("Memmap_Manager", what, fix=fix))
+        return self._opened
 
 
 class Batch_By_Memmap:

@@ -40,7 +40,7 @@ def readable_errors(main: Main) -> Main:
                 file=sys.stderr,
             )
             return 2
-        except (UserError, OSError) as error:
+        except (UserError, OSError, UnicodeError) as error:  # text that UTF-8 cannot hold
             print_error(error)
             return 2
         except StopRequested as stop:

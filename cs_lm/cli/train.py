@@ -83,7 +83,7 @@ def _named_base(given: dict[str, Any]) -> RunConfig:
     return named_run(model_name)
 
 
-def _resume(namespace, given: dict[str, Any], wrong_values: list[str]) -> int:
+def _resume(namespace, given: dict[str, Any], wrong_values: list[Problem]) -> int:
     if wrong_values:
         raise UserError(*wrong_values)
     if given.get("init_from") is not None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from cs_lm.config.fields import not_positive, setting
+from cs_lm.config.fields import is_unicode, not_positive, not_unicode, setting
 from cs_lm.config.shared import (
     CORPUS_HELP,
     STANDARD_INPUT,
@@ -76,6 +76,11 @@ class DataConfig:
         if any(not token for token in self.special_tokens):
             need = "at least one character each"
             found.append(Problem("--special_tokens", "got an empty one", need))
+        found += [
+            not_unicode("--special_tokens", token)
+            for token in self.special_tokens
+            if not is_unicode(token)
+        ]
         return found + self._validate_label()
 
     def _validate_label(self) -> list[Problem]:

@@ -54,7 +54,7 @@ def settings_of(config_class: type) -> dict[str, tuple[type, dataclasses.Field]]
 
 def configs_of(hint: Any) -> list[type]:
     """The config classes that a field of this type allows: itself, or all registered with it."""
-    if hasattr(hint, "registered"):
+    if isinstance(hint, type) and "registered" in vars(hint):
         return list(hint.registered.values())
     return [hint] if dataclasses.is_dataclass(hint) else []
 

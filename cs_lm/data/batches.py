@@ -63,8 +63,9 @@ def shuffle_windows(tokens: Tokens, batch_size: int, seq_length: int, seed: int)
         return np.random.default_rng((seed, epoch)).permutation(count)
 
     def starts(index: int) -> np.ndarray:
-        positions = range(index * batch_size, (index + 1) * batch_size)
-        return np.array([order(at // count)[at % count] for at in positions]) * seq_length
+        epochs, places = np.divmod(index * batch_size + np.arange(batch_size), count)
+        drawn = [order(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)]
+        return np.concatenate(drawn) * seq_length
 
     return starts
 

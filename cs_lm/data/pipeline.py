@@ -1,7 +1,17 @@
 """From text to tokens: corpus -> tokenizer -> store -> tokens to train and validate on.
 
 Each part takes the result of the part before it. A tokenizer or store that is missing is made; one
-that fits is used again. Training draws batches from the tokens (batches.py).
+that fits is used again. From `--corpus_path` to a batch there are nine stops:
+
+    DataConfig        config/data.py      the paths, as the user gave them
+    find_corpus       corpus.py           which text that is: files, lengths, hashes
+    TextSource        text_source.py      reads it, block by block
+    find_or_train_tokenizer               tokenizers.py
+    find_or_encode_store                  stores.py, which writes with store_writer.py
+    MemmapManager     token_store.py      token ids on disk, read by range
+    TokenRange        token_store.py      the part to train on, the part to validate on
+    BatchSource       batches.py          batch number -> windows
+    Batch             batches.py          what the loss takes
 """
 
 import logging
@@ -17,7 +27,7 @@ from cs_lm.data.stores import (
     find_labelled_store,
     find_or_encode_store,
     find_store,
-    use_labelled_store,
+    use_store,
 )
 from cs_lm.data.token_store import MemmapManager, TokenRange, Tokens
 from cs_lm.data.tokenizers import find_or_train_tokenizer, find_tokenizer
@@ -51,20 +61,20 @@ def prepare(
 ) -> PreparedData:
     """The tokenizer, and the tokens to train and validate on.
 
-    tokenizer    of a resumed run, used instead of the one in data/
+    tokenizer    of a run that is resumed or begun from weights, instead of the one in data/
     on_progress  called with the progress of training a tokenizer and encoding a text
     Raises: UserError or FileNotFoundError for texts, tokenizers and stores that cannot be used.
     """
-    is_resumed = tokenizer is not None
     corpus, valid_corpus = find_corpus(config.data), find_valid_corpus(config.data)
     text_locks = _keep_texts(corpus, valid_corpus)
     if corpus is None:
-        used, tokenizer = use_labelled_store(config.data, config.model.vocab_size, tokenizer)
+        store, tokenizer = find_labelled_store(config.data, config.model.vocab_size, tokenizer)
         check_vocab_size(config, tokenizer)
+        used = use_store(store, in_use(store.folder))
     else:
-        if not is_resumed:
-            tokenizer = find_or_train_tokenizer(corpus, config.model.vocab_size, on_progress)
-            check_vocab_size(config, tokenizer)
+        size = config.model.vocab_size
+        tokenizer = tokenizer or find_or_train_tokenizer(corpus, size, on_progress)
+        check_vocab_size(config, tokenizer)
         used = find_or_encode_store(corpus, tokenizer, on_progress)
     valid_used = None
     if valid_corpus is not None:

@@ -55,7 +55,7 @@ def find_or_encode_store(
     store, lock = find_or_make(path, lambda: find_store(corpus, tokenizer), make)
     if store.folder != path:  # made by an earlier version, under another name
         lock = in_use(store.folder)
-    return _verified(store, lock)
+    return use_store(store, lock)
 
 
 def find_store(corpus: Corpus, tokenizer: BPETokenizer) -> MemmapManager | None:
@@ -77,14 +77,6 @@ def find_store(corpus: Corpus, tokenizer: BPETokenizer) -> MemmapManager | None:
         if _staleness_reason(store, tokenizer, corpus.data, corpus) is None:
             return store
     return None
-
-
-def use_labelled_store(
-    data: DataConfig, vocab_size: int, tokenizer: BPETokenizer | None
-) -> tuple[UsedStore, BPETokenizer]:
-    """`find_labelled_store`, verified, with a lock that keeps others from removing it."""
-    store, tokenizer = find_labelled_store(data, vocab_size, tokenizer)
-    return _verified(store, in_use(store.folder)), tokenizer
 
 
 def find_labelled_store(
@@ -126,7 +118,8 @@ def _path(corpus: Corpus, tokenizer: BPETokenizer) -> Path:
     return cache_path(corpus.label, STORE, facts)
 
 
-def _verified(store: MemmapManager, lock: FileLock) -> UsedStore:
+def use_store(store: MemmapManager, lock: FileLock) -> UsedStore:
+    """The store, verified unless that was done since its files were written."""
     store.verify_once()
     _log.info("token store: %s, %s tokens", store.folder, f"{len(store):,}")
     return UsedStore(store, lock)

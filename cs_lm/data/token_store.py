@@ -178,7 +178,7 @@ class MemmapManager:
         Raises: UserError for a range outside the store, or a chunk file that is too short.
         """
         if not 0 <= start <= end <= len(self):
-            raise UserError(
+            raise ValueError(
                 f"load_by_range: got [{start}, {end}), need a range inside [0, {len(self)})"
             )
         ids = np.empty(end - start, self.dtype)
@@ -275,7 +275,7 @@ class TokenRange:
 
     def __init__(self, tokens: Tokens, start: int, end: int):
         if not 0 <= start <= end <= len(tokens):
-            raise UserError(f"TokenRange: got [{start}, {end}), need inside [0, {len(tokens)})")
+            raise ValueError(f"TokenRange: got [{start}, {end}), need inside [0, {len(tokens)})")
         self._tokens, self._start, self._end = tokens, start, end
 
     def __len__(self) -> int:
@@ -283,7 +283,7 @@ class TokenRange:
 
     def load_by_range(self, start: int, end: int) -> np.ndarray:
         if not 0 <= start <= end <= len(self):
-            raise UserError(f"load_by_range: got [{start}, {end}), need inside [0, {len(self)})")
+            raise ValueError(f"load_by_range: got [{start}, {end}), need inside [0, {len(self)})")
         return self._tokens.load_by_range(self._start + start, self._start + end)
 
 

@@ -51,7 +51,7 @@ def clip_gradients(
         return torch.zeros(())
     norm, scale = _joint_norm(gradients), None
     if divide_by is not None:
-        scale = 1 / divide_by
+        scale = 1 / divide_by.to(norm.dtype)
         norm = norm * scale
     if max_norm < math.inf:
         # the small number avoids 0 / 0 if max_norm and norm are both tiny

@@ -80,7 +80,7 @@ class WorkerGroup:
     def put(self, task: Any) -> None:
         """Adds a task; waits until the queue has room.
 
-        Raises: ValueError when a process has ended, or the error that a process raised.
+        Raises: UserError when a process has ended, or the error that a process raised.
         """
         data = pickle.dumps(task, pickle.HIGHEST_PROTOCOL)
         while True:
@@ -92,7 +92,7 @@ class WorkerGroup:
                     raise _death(ended[0]) from None
 
     def get(self) -> Any:
-        """The next result. Raises: ValueError when a process has died, or the error it raised."""
+        """The next result. Raises: UserError when a process has died, or the error it raised."""
         while True:
             self._raise_error()
             try:

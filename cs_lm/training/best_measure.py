@@ -23,7 +23,7 @@ def is_comparable(
     before, now  the run's settings; used if the best checkpoint has no measure (earlier versions)
     """
     best = checkpoints.best()
-    if best is not None and best.measured_on is not None:
+    if measure is not None and best is not None and best.measured_on is not None:
         return best.measured_on == measure
     return _settings(before) == _settings(now)
 

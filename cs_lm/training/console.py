@@ -36,9 +36,11 @@ def log_to(write_line: Callable[[str], None]) -> Iterator[None]:
     others = [handler for handler in before if not isinstance(handler, _LineHandler)]
     logger.handlers[:] = [*others, _LineHandler(write_line)]
     logger.setLevel(min(logging.INFO, level or logging.INFO))
+    propagates, logger.propagate = logger.propagate, not logging.getLogger().handlers
     try:
         yield
     finally:
+        logger.propagate = propagates
         logger.handlers[:] = before
         logger.setLevel(level)
 

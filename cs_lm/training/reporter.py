@@ -46,6 +46,7 @@ class Reporter:
         self._tensorboard = TensorBoardLog(folder.tensorboard if config.tensorboard else None)
         self.logged: list[dict[str, Any]] = []
         self._elapsed_before_s = 0.0
+        self._display: Display | None = None  # between `begin` and `close`
         self._entered = ExitStack()
 
     def begin(self, step: int, elapsed_s: float, is_resumed: bool) -> None:
@@ -91,6 +92,9 @@ class Reporter:
             f"{task.tokens_per_step:,}",
             self._folder.path,
         )
+
+    def start_watch(self) -> None:
+        """From here on, time is time of training."""
         self.watch = Stopwatch()
 
     @property
@@ -153,5 +157,6 @@ class Reporter:
 
     def close(self) -> None:
         self._entered.close()
-        self._display.close()
+        if self._display is not None:
+            self._display.close()
         self._tensorboard.close()

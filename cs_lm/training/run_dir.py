@@ -98,7 +98,8 @@ class RunFolder:
             return self._read_tokenizer()
         except (ValueError, OSError) as error:
             # leave out a Problem's flag and fix: they ask for other files, which a run cannot use
-            found = "; ".join(getattr(each, "what", str(each)) for each in error.args)
+            problems = error.args if isinstance(error, UserError) else (error,)
+            found = "; ".join(getattr(each, "what", str(each)) for each in problems)
             raise UserError(
                 f"run: its tokenizer is damaged ({found}); restore {str(self._tokenizer)!r} from a "
                 "copy"

@@ -1,8 +1,12 @@
 """Training speed: tokens and model FLOPs per second, and the remaining time."""
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-from cs_lm.training.task import Task
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # commands that need no torch import this module
+    from cs_lm.training.task import Task
 
 
 @dataclass(frozen=True)

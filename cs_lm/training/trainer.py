@@ -57,6 +57,7 @@ class Trainer:
         self._all_finite = torch.ones((), dtype=torch.bool, device=device) if stops else None
         folder.checkpoints.keep_last = config.keep_last
         self.reporter = Reporter(config, task, folder)
+        self.saver: BackgroundSaver | None = None  # while it trains
         self.valid: dict[str, Any] | None = None  # result of the last evaluation
         self._is_comparable = True  # whether new losses compare with the best one
         self._is_resumed = checkpoint is not None
@@ -96,12 +97,13 @@ class Trainer:
         Raises: NonFiniteError when a loss, gradient or weight is not finite and the run cannot
         continue.
         """
-        self._begin()
         with self.signals:
             try:
+                self._begin()
                 return self._train()
             finally:
-                self.saver.wait()
+                if self.saver is not None:
+                    self.saver.wait()
                 self.reporter.close()
 
     def _begin(self) -> None:
@@ -115,6 +117,7 @@ class Trainer:
         )
         if not self._is_comparable:
             start_best_anew(self.folder.checkpoints)
+        self.reporter.start_watch()
 
     def _train(self) -> int:
         try:

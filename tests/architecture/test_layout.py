@@ -111,6 +111,16 @@ def test_importing_the_tokenizer_loads_no_torch():
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
+TORCH_FREE = ("commands", "train_tokenizer", "tokenizer_report", "encode", "cache")
+
+
+@pytest.mark.parametrize("command", TORCH_FREE)
+def test_commands_on_text_load_no_torch(command):
+    """They start in a fraction of a second."""
+    program = f"import sys, cs_lm.cli.{command}; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
 def test_names_say_something():
     assert not {path.stem for path in FILES} & {"utils", "common", "core", "helpers", "misc"}
 

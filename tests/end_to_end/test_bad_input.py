@@ -57,6 +57,31 @@ def test_training(argv, message, capsys, tmp_path):
     assert not (tmp_path / "runs").exists() and not list(tmp_path.rglob("*.writing"))
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["train-tokenizer", "--corpus_path", "animals.txt", "--special_tokens", "\udcff"],
+        [
+            "tokenizer-report",
+            "--word",
+            "a\udcff",
+            "--vocab_path",
+            "v.json",
+            "--merges_path",
+            "m.txt",
+        ],
+        ["train", "--corpus_path", "animals.txt", "--special_tokens", "\udcff"],
+    ],
+    ids=lambda argv: argv[0],
+)
+def test_bytes_that_are_no_text_are_one_line(argv, capsys, tmp_path):
+    """What a terminal makes of bytes that are not UTF-8."""
+    BPETokenizer({i: bytes([i]) for i in range(256)}, []).save("v.json", "m.txt")
+    assert command(argv) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+
+
 def test_every_wrong_argument_at_once(capsys):
     argv = ["--corpus_path", "no.txt", "--num_heads", "3", "--device", "tpu", "--lr", "x"]
     for more in ([], ["--dry_run"]):

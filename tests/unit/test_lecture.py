@@ -107,6 +107,19 @@ def test_the_store_is_found_again_and_holds_the_text(manager):
         later.load_by_range(0, len(later) + 1)
 
 
+def test_a_text_that_has_changed_is_not_the_saved_one(manager):
+    manager.save_as_memmap()
+    with open("animals.txt", "a", encoding="utf-8") as file:
+        file.write("One more line.\n")
+    later = Memmap_Manager(1000, "vocab.json", "merges.txt", [END], "animals.txt", "animals")
+    with pytest.raises(UserError, match="animals.txt is not encoded yet; call save_as_memmap"):
+        len(later)
+    later.save_as_memmap()
+    assert len(later) > len(manager)
+    again = Memmap_Manager(1000, "vocab.json", "merges.txt", [END], "animals.txt", "animals")
+    assert len(again) == len(later)
+
+
 def test_the_last_window_is_left_out(manager, monkeypatch):
     """Ours takes it: the two differ by one start."""
     manager.save_as_memmap()

@@ -1,5 +1,7 @@
 import io
 import json
+import logging
+import sys
 
 import pytest
 
@@ -143,3 +145,24 @@ def test_log_lines_are_plain_json(tmp_path):
     write_log(tmp_path / "m.jsonl", 2)
     for line in (tmp_path / "m.jsonl").read_text(encoding="utf-8").splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_messages_appear_once_and_only_while_entered(capsys):
+    """Also where a program has set up logging for itself."""
+    root = logging.getLogger()
+    before = root.handlers[:]
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, force=True)
+    try:
+        said, inner = [], []
+        log = logging.getLogger("cs_lm")
+        with log_to(said.append):
+            log.info("one")
+            with log_to(inner.append):
+                log.warning("two")
+            log.error("three")
+        assert said == ["one", "error: three"] and inner == ["WARNING: two"]
+        assert capsys.readouterr().err == ""
+        log.warning("four")
+        assert "four" in capsys.readouterr().err and len(said) == 2
+    finally:
+        root.handlers[:] = before
