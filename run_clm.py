@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Trains a language model: `python run_clm.py --help` lists every setting.
 
-cs_lm/cli/train.py reads the flags, cs_lm/training/trainer.py has the loop. `cs-lm train` is the same
-where cs_lm is installed.
+cs_lm/cli/train.py reads the flags, cs_lm/training/trainer.py has the loop. The command
+`cs-lm train`, of an installed cs_lm, is the same.
 """
 
 import sys
