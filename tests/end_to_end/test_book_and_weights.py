@@ -51,7 +51,7 @@ def test_the_experiment_by_command(work, monkeypatch, capsys):
     valid = [r for r in read_metrics(work / "run" / "metrics.jsonl") if r["kind"] == "valid"]
     assert [r["step"] for r in valid] == [1, 5, 10, 15, 18]
     *_, first, middle, last, note = shown.splitlines()
-    assert note == "the range of five seeds is known after 90 updates"
+    assert note == "the range of other seeds is known after 90 updates"
     assert first.split() == [
         "1",
         "9.781",
@@ -72,10 +72,10 @@ def test_the_end_is_placed_among_the_seeds(monkeypatch):
     last = {"kind": "valid", "step": 90, "train_loss_nats": 0.8, "loss_nats": 6.2}
     _, *rows = book.place_among_seeds([early, last, {"kind": "end", "step": 90}]).splitlines()
     assert [" ".join(row.split()) for row in rows] == [
-        "training cs_lm 0.500 to 0.900 this run 0.800: in the range",
-        "training torch.nn 0.300 to 0.700 this run 0.800: above the range",
-        "validation cs_lm 6.300 to 6.600 this run 6.200: below the range",
-        "validation torch.nn 6.400 to 6.500 this run 6.200: below the range",
+        "training cs_lm (2 seeds) 0.500 to 0.900 this run 0.800: in the range",
+        "training torch.nn (2 seeds) 0.300 to 0.700 this run 0.800: above the range",
+        "validation cs_lm (2 seeds) 6.300 to 6.600 this run 6.200: below the range",
+        "validation torch.nn (2 seeds) 6.400 to 6.500 this run 6.200: below the range",
     ]
 
 
