@@ -294,7 +294,9 @@ def test_damage_to_packed_files_is_named(size, suffix, damage, tmp_path):
         read("x.txt")
 
 
-@pytest.mark.parametrize("text", [b"", gzip.compress(b"packed"), b"plain"])
+@pytest.mark.parametrize(
+    "text", [b"", gzip.compress(b"packed", mtime=0), b"plain"], ids=["nothing", "packed", "plain"]
+)
 def test_a_slow_pipe_is_told_by_its_content_too(text, monkeypatch):
     """What has come by the first look does not decide."""
 
