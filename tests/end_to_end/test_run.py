@@ -310,6 +310,7 @@ def test_a_damaged_store_is_noticed(tmp_path):
     assert result.returncode == 2 and "has changed since it was written; delete" in result.stderr
 
 
+@pytest.mark.slow
 def test_checkpoints_do_not_tell_whether_a_run_was_compiled(tmp_path, monkeypatch, capsys):
     """The same names and, to rounding, the same weights; and a run may go on without it."""
     monkeypatch.chdir(tmp_path)

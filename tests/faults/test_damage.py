@@ -63,6 +63,7 @@ def _is_the_same(folder, tokenizer):
         return False
 
 
+@pytest.mark.slow
 def test_every_file_of_a_run(work, run, capsys):
     """`verify` names it; what reads the run refuses it, or takes a checkpoint that is whole."""
     told = 0

@@ -126,7 +126,11 @@ def test_in_several_processes(work):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)],
+    ids=lambda n: n.name,
+)
 def test_the_command_is_killed_and_given_again(work, number):
     (work / "text.txt").write_text(text_of(1_500_000), encoding="utf-8")
     TOKENIZER.save(work / "vocab.json", work / "merges.txt")

@@ -78,7 +78,13 @@ def config_of(case: str) -> RunConfig:
     return replace(dataclasses.replace(SHORT, model=model), CASES[case])
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW_CASES = {"dropout, compiled", "dropout, accumulation", "epoch, accumulation", "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=pytest.mark.slow) if case in SLOW_CASES else case for case in CASES],
+)
 def test_stopped_anywhere(case, work, monkeypatch):
     torch._dynamo.reset()  # what other tests compiled, of other models
     # a backend that needs no compiler

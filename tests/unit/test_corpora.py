@@ -279,7 +279,7 @@ def test_half_a_surrogate_pair_in_json_becomes_a_sign(tmp_path):
 
 @pytest.mark.parametrize("damage", ["cut", "changed"])
 @pytest.mark.parametrize("suffix", [*PACKERS, ".zst"])
-@pytest.mark.parametrize("size", [10, 3_000_000])
+@pytest.mark.parametrize("size", [10, pytest.param(3_000_000, marks=pytest.mark.slow)])
 def test_damage_to_packed_files_is_named(size, suffix, damage, tmp_path):
     if (size, suffix, damage) == (10, ".zst", "changed"):
         pytest.skip("so short a frame is not packed, and has no checksum")
