@@ -78,7 +78,14 @@ def config_of(case: str) -> RunConfig:
     return replace(dataclasses.replace(SHORT, model=model), CASES[case])
 
 
-SLOW_CASES = {"dropout, compiled", "dropout, accumulation", "epoch, accumulation", "bfloat16"}
+SLOW_CASES = {
+    "compiled",
+    "dropout, checkpointing",
+    "dropout, compiled",
+    "dropout, accumulation",
+    "epoch, accumulation",
+    "bfloat16",
+}
 
 
 @pytest.mark.parametrize(
