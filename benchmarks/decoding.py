@@ -31,8 +31,8 @@ def our_model(dtype: str, context_length: int):
 
 
 def ours(dtype: str):
+    from cs_lm.inference.decoding_config import DecodingConfig
     from cs_lm.inference.generate import generate
-    from cs_lm.inference.sampling import DecodingConfig
 
     model = our_model(dtype, 512)
     generate(model, [PROMPT], DecodingConfig(max_new_tokens=8, temperature=0))
@@ -67,8 +67,8 @@ def transformers(dtype: str):
 
 def by_length(dtype: str):
     """Whether a token late in the text costs what an early one does."""
+    from cs_lm.inference.decoding_config import DecodingConfig
     from cs_lm.inference.generate import generate_tokens
-    from cs_lm.inference.sampling import DecodingConfig
 
     model = our_model(dtype, len(PROMPT) + LONG)
 

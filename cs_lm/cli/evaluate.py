@@ -21,7 +21,7 @@ from cs_lm.data.corpus import text_of
 from cs_lm.data.token_store import ArrayTokens
 from cs_lm.device import resolve_device
 from cs_lm.errors import Problem, UserError
-from cs_lm.inference.evaluate import EvalOptions, evaluate, token_byte_lengths
+from cs_lm.evaluation.perplexity import EvalOptions, evaluate, token_byte_lengths
 from cs_lm.training.run_dir import RunFolder, load_trained
 
 

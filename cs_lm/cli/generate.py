@@ -19,7 +19,8 @@ from cs_lm.config.run import DTYPES
 from cs_lm.config.shared import checkpoint_setting, device_setting, validate_checkpoint
 from cs_lm.device import resolve_device
 from cs_lm.errors import Problem, UserError
-from cs_lm.inference.sampling import DecodingConfig, NotANumberError
+from cs_lm.inference.decoding_config import DecodingConfig
+from cs_lm.inference.sampling import NotANumberError
 from cs_lm.inference.text import generate_text, stop_ids_of
 from cs_lm.training.run_dir import RunFolder, TrainedModel, load_trained
 from cs_lm.training.signals import StopRequested, raise_on_signal

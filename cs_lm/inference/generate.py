@@ -1,60 +1,36 @@
-"""Generates tokens with a key-value cache, several rows at once."""
+"""Generates tokens, several rows at once."""
 
-import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from cs_lm.errors import UserError
-from cs_lm.inference.sampling import DecodingConfig, sample_token
-from cs_lm.models.base import LanguageModel, evaluating, new_cache
+from cs_lm.inference.beam_search import beam_search
+from cs_lm.inference.decoder import CachedDecoder, TokenRows, check_prompts
+from cs_lm.inference.decoding_config import DecodingConfig
+from cs_lm.inference.sampling import (
+    NOT_A_NUMBER,
+    NOT_NUMBERS,
+    NotANumberError,
+    sample_tokens,
+    token_logprobs,
+    uniform_draws,
+)
+from cs_lm.models.base import LanguageModel
 
-# ---- generation ----
 
+class Step(NamedTuple):
+    """One new token of each row.
 
-class _CachedDecoder:
-    """The last logits of sequences of different length, computed in one batch.
-
-    Rows are padded on the left. Positions count from each row's own first token, and padding is
-    masked, so a row's logits do not depend on the other rows. The exception is beyond the context
-    with `slide` > 1: there all rows drop their oldest positions at the same time.
+    token_ids  the new id, or None for a row that has finished
+    logits     (B, V), from which the ids were chosen, before any filter
+    chosen     (B) the same ids as a tensor; without a meaning for finished rows
     """
 
-    def __init__(self, model: LanguageModel, rows: Sequence[list[int]], max_new: int, slide: int):
-        self._model, self._slide = model, slide
-        self._context = model.config.context_length
-        longest = max(map(len, rows))
-        self._cache = new_cache(model, len(rows), min(self._context, longest + max_new))
-
-    def logits(self, rows: Sequence[list[int]]) -> Tensor:
-        """Logits (B, V) after each row. The cache may hold all tokens but the newest already."""
-        if self._cache.length == 0:
-            return self._read_window(rows, self._context)
-        if self._cache.length < self._cache.capacity:
-            newest = torch.tensor([[row[-1]] for row in rows])
-            return self._read(newest, self._num_padding)
-        return self._read_window(rows, max(1, self._context - self._slide + 1))
-
-    def _read_window(self, rows: Sequence[list[int]], length: int) -> Tensor:
-        windows = [row[-length:] for row in rows]
-        width = max(map(len, windows))
-        self._cache.clear()
-        self._num_padding = [width - len(window) for window in windows]
-        ids = torch.tensor([[0] * (width - len(w)) + w for w in windows])
-        return self._read(ids, self._num_padding)
-
-    def _read(self, ids: Tensor, num_padding: list[int]) -> Tensor:
-        device = self._model.output_embedding.device
-        seen, end = self._cache.length, self._cache.length + ids.shape[1]
-        positions = mask = None
-        if any(num_padding):
-            padding = torch.tensor(num_padding).unsqueeze(-1)  # (B, 1)
-            positions = (torch.arange(seen, end) - padding).clamp(min=0).to(device)  # (B, T)
-            is_real = torch.arange(end) >= padding  # (B, S)
-            mask = is_real.unsqueeze(1).expand(-1, ids.shape[1], -1).to(device)  # (B, T, S)
-        hidden = self._model.hidden_states(ids.to(device), positions, mask, self._cache)
-        return self._model.logits_of(hidden[:, -1])  # (B, V)
+    token_ids: list[int | None]
+    logits: Tensor
+    chosen: Tensor
 
 
 @torch.inference_mode()
@@ -64,54 +40,107 @@ def generate_tokens(
     config: DecodingConfig,
     finished: list[bool],
     stop_ids: frozenset[int] = frozenset(),
-    usable_ids: Tensor | None = None,
-) -> Iterator[list[int | None]]:
-    """For each step, the new token of each row, or None for a row that has finished.
+    allowed: Tensor | None = None,
+) -> Iterator[Step]:
+    """Draws the next token of all rows, again and again.
 
-    A row finishes at a stop id, which is not returned, or when the caller sets its entry of
-    `finished` to True. Each row has its own random generator, seeded with (seed, row).
+    Each prompt has `config.num_rows` consecutive rows. A row finishes at a stop id, which is not
+    returned, when the filters leave no token, or when the caller sets its entry of `finished` to
+    True. What a row draws follows from the seed and its number, whatever its neighbours are.
 
-    usable_ids  (V) boolean; ids with False are never chosen
-    Raises: UserError for an empty prompt or an id outside the model's vocabulary.
+    allowed  (V) boolean; ids with False are never chosen
+    Raises: UserError for an empty prompt or an id outside the model's vocabulary,
+    NotANumberError for logits that are NaN.
     """
-    if found := config.validate():
-        raise UserError(*found)
-    rows = [list(prompt) for prompt in prompts]
-    for row in rows:
-        check_prompt(row, model.config.vocab_size)
-    generators = [
-        torch.Generator().manual_seed((config.seed * 1_000_003 + row) % (1 << 63))
-        for row in range(len(rows))
-    ]
-    reader = _CachedDecoder(model, rows, config.max_new_tokens, config.slide)
-    for _ in range(config.max_new_tokens):
-        with evaluating(model):
-            logits = reader.logits(rows).float().cpu()
-        if usable_ids is not None:
-            logits = logits.masked_fill(~usable_ids, -math.inf)
-        new_ids: list[int | None] = []
-        for i, row in enumerate(rows):
-            token_id = None
-            if not finished[i]:
-                token_id = sample_token(logits[i], row, config, generators[i])
-                if token_id in stop_ids:
-                    finished[i], token_id = True, None
-            row.append(0 if token_id is None else token_id)
-            new_ids.append(token_id)
-        yield new_ids
+    check_prompts(model, prompts, config)
+    device = model.output_embedding.device
+    max_new, copies = config.max_new_tokens, config.num_rows
+    rows = TokenRows(prompts, max_new, device, copies)
+    decoder = CachedDecoder(model, rows, max_new, config.slide, copies)
+    uniform = torch.zeros(max_new, 1)
+    if config.temperature > 0:
+        uniform = uniform_draws(config.seed, range(len(finished)), max_new).T
+    uniform, allowed = uniform.to(device), None if allowed is None else allowed.to(device)
+    for step in range(max_new):
+        logits = decoder.logits()
+        chosen = sample_tokens(logits, rows.history, config, uniform[step], allowed)
+        rows.append(chosen.clamp(min=0))
+        new_ids: list[int | None] = chosen.tolist()
+        if any(i == NOT_A_NUMBER and not done for i, done in zip(new_ids, finished)):
+            raise NotANumberError(NOT_NUMBERS)
+        for row, token_id in enumerate(new_ids):
+            if finished[row] or token_id < 0 or token_id in stop_ids:
+                finished[row], new_ids[row] = True, None
+        yield Step(new_ids, logits, chosen)
         if all(finished):
             return
 
 
-def check_prompt(token_ids: Sequence[int], vocab_size: int) -> None:
-    if not token_ids:
-        raise UserError("--prompt: got an empty prompt, need at least one token; give some text")
-    wrong = [i for i in token_ids if not 0 <= i < vocab_size]
-    if wrong:
-        raise UserError(
-            f"prompt: got token id {wrong[0]}, need 0 to {vocab_size - 1}; was the prompt encoded "
-            "with another tokenizer?"
-        )
+class Sample(NamedTuple):
+    """New tokens after a prompt, without the stop id.
+
+    logprobs      log-probability of each token under the model, before any filter [nats]; empty if
+                  neither `num_alternatives` nor `best_of` asked for it
+    alternatives  for each token, the most likely ids with their log-probabilities, best first;
+                  empty without `num_alternatives`
+    stopped       whether a stop id, a stop text or the filters ended it, and not the length
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    alternatives: list[list[tuple[int, float]]]
+    stopped: bool
+
+    @property
+    def mean_logprob(self) -> float:
+        """[nats per token]; 0 for a sample without tokens."""
+        return sum(self.logprobs) / max(1, len(self.logprobs))
+
+
+def generate_samples(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    config: DecodingConfig,
+    stop_ids: frozenset[int] = frozenset(),
+    allowed: Tensor | None = None,
+    on_token=lambda row, token_id: False,
+) -> list[Sample]:
+    """`config.num_samples` consecutive samples of each prompt.
+
+    With `best_of`, they are those with the highest mean log-probability, best first.
+
+    on_token  called with the number of a row and its new id; True finishes the row
+    """
+    if config.num_beams > 1:
+        found = beam_search(model, prompts, config, stop_ids, allowed)
+        return [Sample(ids, [], [], stopped) for ids, stopped in found]
+    num_rows = len(prompts) * config.num_rows
+    finished = [False] * num_rows
+    samples = [Sample([], [], [], False) for _ in range(num_rows)]
+    wants_logprobs = config.num_alternatives is not None or config.best_of is not None
+    for step in generate_tokens(model, prompts, config, finished, stop_ids, allowed):
+        if wants_logprobs:
+            _note_logprobs(samples, step, config.num_alternatives)
+        for row, token_id in enumerate(step.token_ids):
+            if token_id is not None:
+                samples[row].token_ids.append(token_id)
+                finished[row] = bool(on_token(row, token_id))
+    samples = [sample._replace(stopped=done) for sample, done in zip(samples, finished)]
+    if config.best_of is None:
+        return samples
+    groups = [samples[i : i + config.best_of] for i in range(0, num_rows, config.best_of)]
+    ranked = [sorted(group, key=lambda sample: -sample.mean_logprob) for group in groups]
+    return [sample for group in ranked for sample in group[: config.num_samples]]
+
+
+def _note_logprobs(samples: list[Sample], step: Step, num_alternatives: int | None) -> None:
+    found = token_logprobs(step.logits, step.chosen.clamp(min=0), num_alternatives or 0)
+    chosen, top_ids, top = (x.tolist() for x in found)
+    for row, token_id in enumerate(step.token_ids):
+        if token_id is not None:
+            samples[row].logprobs.append(chosen[row])
+            if num_alternatives is not None:
+                samples[row].alternatives.append(list(zip(top_ids[row], top[row])))
 
 
 def generate(
@@ -121,10 +150,5 @@ def generate(
     stop_ids: Sequence[int] = (),
 ) -> list[list[int]]:
     """The new token ids after each prompt, without the prompt and the stop id."""
-    finished = [False] * len(prompts)
-    outputs: list[list[int]] = [[] for _ in prompts]
-    for new_ids in generate_tokens(model, prompts, config, finished, frozenset(stop_ids)):
-        for output, token_id in zip(outputs, new_ids):
-            if token_id is not None:
-                output.append(token_id)
-    return outputs
+    samples = generate_samples(model, prompts, config, frozenset(stop_ids))
+    return [sample.token_ids for sample in samples]

@@ -1,149 +1,155 @@
-"""From logits to one token: the filters and the draw, as pure functions."""
+"""From logits to one token for each row: the order of the filters, and the draw.
+
+The filters are applied in this order, which is that of `transformers`:
+
+    repetition penalty        on the prompt and the sample
+    frequency and presence    on the sample alone (OpenAI's definition; `transformers` has none)
+    no repeated n-gram        on the prompt and the sample
+    allowed tokens
+    temperature               0: the most likely token is taken here
+    top-k, top-p, min-p, typical
+
+Each sees what the one before has left. Then one token is drawn.
+"""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from cs_lm.config.fields import setting
-from cs_lm.errors import Problem, UserError
-from cs_lm.ops.reference import softmax
-
-
-@dataclass(frozen=True)
-class DecodingConfig:
-    """How the next token is chosen, and when to stop."""
-
-    max_new_tokens: int = setting(200, "at most this many", "tokens")
-    temperature: float = setting(0.8, "logits are divided by it; 0: always the most likely token")
-    top_k: int | None = setting(None, "choose among the k most likely tokens", "tokens")
-    top_p: float | None = setting(
-        None, "choose among the most likely tokens that together reach this probability"
-    )
-    repetition_penalty: float = setting(
-        1.0, "above 1 makes tokens that already occurred less likely"
-    )
-    repetition_window: int | None = setting(
-        None, "the penalty looks back this far; default: everything", "tokens"
-    )
-    stop: tuple[str, ...] = setting((), "text that ends the sample; it is not shown")
-    stop_token: tuple[str, ...] = setting(
-        (), "special tokens that end the sample; default: the end-of-text token alone"
-    )
-    num_samples: int = setting(1, "number of samples for each prompt")
-    slide: int = setting(
-        1, "tokens dropped at once when the context is full; more is faster", "tokens"
-    )
-    seed: int = setting(0, "the sample follows from it")
-
-    def validate(self) -> list[Problem]:
-        checks = [
-            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
-            (
-                "temperature",
-                self.temperature == 0 or 1e-6 <= self.temperature < math.inf,
-                "0, or at least 1e-6",
-            ),
-            ("top_k", self.top_k is None or self.top_k >= 1, "1 or more"),
-            ("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0, at most 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0"),
-            (
-                "repetition_window",
-                self.repetition_window is None or self.repetition_window >= 1,
-                "1 or more",
-            ),
-            ("stop", all(self.stop), "at least one character each"),
-            ("num_samples", self.num_samples >= 1, "1 or more"),
-            ("slide", self.slide >= 1, "1 or more"),
-            ("seed", 0 <= self.seed < 1 << 63, "0 or more, below 2^63"),
-        ]
-        found = [
-            Problem(f"--{n}", f"got {getattr(self, n)}", need)
-            for n, good, need in checks
-            if not good
-        ]
-        if self.num_samples > 1 and self.temperature == 0:
-            what = "all samples are the same at --temperature 0"
-            found.append(Problem("--num_samples", what, fix="remove one of the two flags"))
-        for name in ("top_k", "top_p"):
-            if self.temperature == 0 and getattr(self, name) is not None:
-                what = "has no effect at --temperature 0"
-                found.append(Problem(f"--{name}", what, fix="leave one of them out"))
-        if self.repetition_window is not None and self.repetition_penalty == 1.0:
-            what = "has no effect without --repetition_penalty"
-            found.append(Problem("--repetition_window", what))
-        return found
-
-
-def apply_temperature(logits: Tensor, temperature: float) -> Tensor:
-    """Above 1 flattens the distribution, below 1 sharpens it. `temperature` > 0."""
-    return logits / temperature
-
-
-def top_k_logits(logits: Tensor, k: int) -> Tensor:
-    """The logits, -inf for all but the k highest; of equal ones, those that `topk` puts first."""
-    k = min(k, logits.shape[-1])
-    values, places = logits.topk(k, dim=-1)
-    return torch.full_like(logits, -math.inf).scatter(-1, places, values)
-
-
-def top_p_logits(logits: Tensor, p: float) -> Tensor:
-    """The logits, -inf outside the smallest set of likeliest tokens that sum to at least p.
-
-    p is a probability. The likeliest token always stays.
-    Source: Holtzman et al. 2020, nucleus sampling.
-    """
-    values, places = logits.sort(dim=-1, descending=True, stable=True)
-    probabilities = softmax(values)
-    mass_before = probabilities.cumsum(-1) - probabilities
-    kept = values.masked_fill(mass_before >= p, -math.inf)
-    kept[..., 0] = values[..., 0]
-    return torch.empty_like(logits).scatter(-1, places, kept)
-
-
-def repetition_penalty_logits(logits: Tensor, token_ids: Tensor, penalty: float) -> Tensor:
-    """The logits, lower for the given tokens: positive ones divided, negative ones multiplied.
-
-    A token that occurs several times is penalised once. Shapes: logits (..., V), token_ids (..., N)
-    Source: Keskar et al. 2019, CTRL, made sign-aware.
-    """
-    old = logits.gather(-1, token_ids)
-    return logits.scatter(-1, token_ids, torch.where(old > 0, old / penalty, old * penalty))
+from cs_lm.errors import UserError
+from cs_lm.inference import filters
+from cs_lm.inference.decoding_config import DecodingConfig
+from cs_lm.ops.reference import log_softmax, softmax
 
 
 class NotANumberError(UserError):
     """The logits are NaN, as those of a model whose weights are not finite."""
 
 
-_NOT_NUMBERS = "the model's logits are not numbers (NaN)"
+NOT_NUMBERS = "the model's logits are not numbers (NaN or infinite)"
 
 
-def sample_token(
-    logits: Tensor, history: Sequence[int], config: DecodingConfig, generator: torch.Generator
-) -> int:
-    """The next token of one sequence from its logits (V) on the CPU.
+class History(NamedTuple):
+    """The tokens of each row before the next one, aligned at the right.
 
-    Raises: NotANumberError if one of the logits is NaN. Without a NaN, the check costs nothing.
+    token_ids    (B, N); padding at the left of a row repeats one of the row's tokens
+    num_padding  (B)
+    num_prompt   the first columns, which hold the prompts and their padding
     """
+
+    token_ids: Tensor
+    num_padding: Tensor
+    num_prompt: int
+
+
+class TokenLogprobs(NamedTuple):
+    """Log-probabilities [nats] of one token of each row, and of the most likely ones, best first.
+
+    Shapes: chosen (B), top_ids and top (B, n)
+    """
+
+    chosen: Tensor
+    top_ids: Tensor
+    top: Tensor
+
+
+def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> TokenLogprobs:
+    """Those of the ids (B) under the logits (B, V), before any filter."""
+    log_probs = log_softmax(logits)
+    top, top_ids = log_probs.topk(min(num_top, logits.shape[-1]))
+    return TokenLogprobs(_picked(log_probs, token_ids), top_ids, top)
+
+
+def uniform_draws(seed: int, rows: Sequence[int], num_draws: int) -> Tensor:
+    """Numbers in [0, 1) for each row: (B, num_draws) float64. They follow from (seed, row)."""
+    draws = torch.empty(len(rows), num_draws, dtype=torch.float64)
+    for numbers, row in zip(draws, rows):
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + row) % (1 << 63))
+        torch.rand(num_draws, generator=generator, dtype=torch.float64, out=numbers)
+    return draws
+
+
+def penalised(
+    logits: Tensor, history: History, config: DecodingConfig, allowed: Tensor | None = None
+) -> Tensor:
+    """The logits (B, V) after the filters that look at the history, and the allowed tokens (V)."""
+    token_ids, num_padding, num_prompt = history
     if config.repetition_penalty != 1.0:
-        window = config.repetition_window or len(history)
-        recent = torch.tensor(history[-window:], dtype=torch.int64)
-        logits = repetition_penalty_logits(logits, recent, config.repetition_penalty)
-    if config.temperature == 0:
-        chosen = int(logits.argmax())
-        if math.isnan(logits[chosen]):
-            raise NotANumberError(_NOT_NUMBERS)
-        return chosen
-    logits = apply_temperature(logits, config.temperature)
+        recent = token_ids[:, -(config.repetition_window or token_ids.shape[1]) :]
+        logits = filters.repetition_penalty_logits(logits, recent, config.repetition_penalty)
+    if config.frequency_penalty or config.presence_penalty:
+        penalties = config.frequency_penalty, config.presence_penalty
+        logits = filters.count_penalty_logits(logits, token_ids[:, num_prompt:], *penalties)
+    if config.no_repeat_ngram is not None:
+        size = config.no_repeat_ngram
+        logits = filters.no_repeat_ngram_logits(logits, token_ids, size, num_padding)
+    return logits if allowed is None else filters.allowed_logits(logits, allowed)
+
+
+def filtered(logits: Tensor, config: DecodingConfig) -> tuple[Tensor, Tensor | None]:
+    """What temperature and the filters after it leave of the logits (..., V).
+
+    Returns n logits (..., n), some of them -inf, and their ids (..., n), or None: all, in order.
+    top-k leaves k logits, so that the filters after it have less to do.
+    """
+    places = None
+    logits = filters.apply_temperature(logits, config.temperature)
     if config.top_k is not None:
-        logits = top_k_logits(logits, config.top_k)
+        logits, places = logits.topk(min(config.top_k, logits.shape[-1]))
     if config.top_p is not None:
-        logits = top_p_logits(logits, config.top_p)
-    try:
-        return int(torch.multinomial(softmax(logits), 1, generator=generator))
-    except RuntimeError:
-        if logits.isnan().any():
-            raise NotANumberError(_NOT_NUMBERS) from None
-        raise
+        logits = filters.top_p_logits(logits, config.top_p)
+    if config.min_p is not None:
+        logits = filters.min_p_logits(logits, config.min_p)
+    if config.typical_p is not None:
+        logits = filters.typical_logits(logits, config.typical_p)
+    return logits, places
+
+
+def draw(logits: Tensor, uniform: Tensor) -> Tensor:
+    """The place where the cumulative probability passes `uniform`, in [0, 1).
+
+    A place with probability 0 is never drawn. The place is at most n, and without a meaning if no
+    logit is finite.
+    Shapes: logits (..., n), uniform (...) float64, returns (...) int64
+    """
+    cumulative = softmax(logits).cumsum(-1)
+    total = cumulative[..., -1:].double()
+    target = uniform.unsqueeze(-1) * total
+    target = torch.minimum(target, total * (1 - 2**-23))  # below the total, also when rounded
+    return torch.searchsorted(cumulative, target.to(cumulative.dtype), right=True).squeeze(-1)
+
+
+NOTHING_ALLOWED, NOT_A_NUMBER = -1, -2
+
+
+def sample_tokens(
+    logits: Tensor,
+    history: History,
+    config: DecodingConfig,
+    uniform: Tensor,
+    allowed: Tensor | None = None,
+) -> Tensor:
+    """The next token of each row (B), from the logits (B, V) and one uniform number a row (B).
+
+    `NOTHING_ALLOWED` (-1) stands for a row whose filters leave no token, `NOT_A_NUMBER` (-2) for
+    one whose logits are NaN or infinite.
+    """
+    logits = penalised(logits, history, config, allowed)
+    if config.temperature == 0:
+        token_ids = logits.argmax(-1)
+        peak = _picked(logits, token_ids)
+    else:
+        left, places = filtered(logits, config)
+        peak = left.amax(-1)
+        place = draw(left, uniform).clamp(max=left.shape[-1] - 1)
+        token_ids = place if places is None else _picked(places, place)
+    token_ids = token_ids.masked_fill(peak == -math.inf, NOTHING_ALLOWED)
+    return token_ids.masked_fill(~(peak < math.inf), NOT_A_NUMBER)
+
+
+def _picked(values: Tensor, places: Tensor) -> Tensor:
+    """Each row's value at its place. Shapes: (..., n), (...), returns (...)"""
+    return values.gather(-1, places.unsqueeze(-1)).squeeze(-1)

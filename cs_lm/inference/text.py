@@ -2,13 +2,14 @@
 
 import codecs
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
 from cs_lm.errors import UserError
-from cs_lm.inference.generate import generate_tokens
-from cs_lm.inference.sampling import DecodingConfig
+from cs_lm.inference.decoding_config import DecodingConfig
+from cs_lm.inference.generate import Sample, generate_samples
 from cs_lm.models.base import LanguageModel
 
 
@@ -67,6 +68,64 @@ class TextStream:
         return 0
 
 
+class Completion(NamedTuple):
+    """A text after a prompt, up to a stop token or a stop text, and the tokens it came from.
+
+    finish_reason  "stop", or "length" for `max_new_tokens`
+    """
+
+    text: str
+    sample: Sample
+    finish_reason: str
+
+
+def complete(
+    model: LanguageModel,
+    tokenizer: TextTokenizer,
+    prompts: Sequence[str],
+    config: DecodingConfig,
+    show: Callable[[int, str], None] | None = None,
+) -> list[Completion]:
+    """`config.num_samples` consecutive completions of each prompt.
+
+    show  called with (row, new text) as soon as text is certain, for streaming. Beam search and
+          `best_of` know their text at the end only, and do not call it before.
+    Raises: UserError for an empty prompt, a stop token that the tokenizer does not have, or
+    allowed characters of which no token consists.
+    """
+    stop_ids = stop_ids_of(tokenizer, config.stop_token)
+    allowed = allowed_ids(tokenizer, model.config.vocab_size, config.allowed_characters, stop_ids)
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    is_streamed = config.num_beams == 1 and config.best_of is None
+    num_rows = len(prompts) * config.num_rows
+    streams = [TextStream(tokenizer.vocab, config.stop) for _ in range(num_rows)]
+    texts = [""] * num_rows
+
+    def add(row: int, text: str) -> None:
+        texts[row] += text
+        if text and show:
+            show(row, text)
+
+    def on_token(row: int, token_id: int) -> bool:
+        text = streams[row].push(token_id)
+        if is_streamed:
+            add(row, text)
+        return streams[row].stopped
+
+    samples = generate_samples(model, ids, config, stop_ids, allowed, on_token)
+    if not is_streamed:  # the samples are others than the rows
+        streams = [TextStream(tokenizer.vocab, config.stop) for _ in samples]
+        for row, sample in enumerate(samples):
+            for token_id in sample.token_ids:
+                add(row, streams[row].push(token_id))
+    for row, stream in enumerate(streams):
+        add(row, stream.close())
+    return [
+        Completion(text, sample, "stop" if sample.stopped or stream.stopped else "length")
+        for text, sample, stream in zip(texts, samples, streams)
+    ]
+
+
 def generate_text(
     model: LanguageModel,
     tokenizer: TextTokenizer,
@@ -74,35 +133,34 @@ def generate_text(
     config: DecodingConfig,
     show: Callable[[int, str], None] | None = None,
 ) -> list[str]:
-    """The model's text after each prompt, up to a stop token or a stop string.
+    """The texts of `complete`."""
+    return [found.text for found in complete(model, tokenizer, prompts, config, show)]
 
-    Several samples of a prompt are consecutive rows: row i is sample i % num_samples.
 
-    show  called with (row, new text) as soon as text is certain, for streaming
-    Raises: UserError for an empty prompt, or a stop token that the tokenizer does not have.
+def allowed_ids(
+    tokenizer: TextTokenizer, vocab_size: int, characters: str | None, stop_ids: frozenset[int]
+) -> Tensor:
+    """(V) boolean: the ids that the tokenizer has; with `characters`, those made of them alone.
+
+    The ids that end a text are always allowed.
+    Raises: UserError if no other token is left.
     """
-    size = model.config.vocab_size
-    usable = torch.tensor([i in tokenizer.vocab for i in range(size)])
-    stop_ids = stop_ids_of(tokenizer, config.stop_token)
-    prompts = [prompt for prompt in prompts for _ in range(config.num_samples)]
-    streams = [TextStream(tokenizer.vocab, config.stop) for _ in prompts]
-    texts = [""] * len(prompts)
-    finished = [False] * len(prompts)
-
-    def add(row: int, text: str) -> None:
-        texts[row] += text
-        if text and show:
-            show(row, text)
-
-    ids = [tokenizer.encode(prompt) for prompt in prompts]
-    for new_ids in generate_tokens(model, ids, config, finished, stop_ids, usable):
-        for row, token_id in enumerate(new_ids):
-            if token_id is not None:
-                add(row, streams[row].push(token_id))
-                finished[row] = streams[row].stopped
-    for row, stream in enumerate(streams):
-        add(row, stream.close())
-    return texts
+    ids = list(tokenizer.vocab)
+    if characters is not None:
+        wanted, special = set(characters), {t.encode("utf-8") for t in tokenizer.special_tokens}
+        ids = [
+            i
+            for i, token in tokenizer.vocab.items()
+            if token not in special and set(token.decode("utf-8", "replace")) <= wanted
+        ]
+        if not ids:
+            raise UserError(
+                f"--allowed_characters: got {characters!r}, need characters of which at least one "
+                "token consists"
+            )
+    allowed = torch.zeros(vocab_size, dtype=torch.bool)
+    allowed[[i for i in (*ids, *stop_ids) if i < vocab_size]] = True
+    return allowed
 
 
 def stop_ids_of(tokenizer: TextTokenizer, asked: Sequence[str]) -> frozenset[int]:

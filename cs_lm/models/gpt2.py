@@ -24,8 +24,8 @@ class GPT2FeedForward(nn.Module):
 
     def __init__(self, d_model: int, d_ff: int, ops: Ops):
         super().__init__()
-        self.w1 = Linear(d_model, d_ff, bias=True)
-        self.w2 = Linear(d_ff, d_model, bias=True)
+        self.w1 = Linear(d_model, d_ff, bias=True, ops=ops)
+        self.w2 = Linear(d_ff, d_model, bias=True, ops=ops)
         self.ops = ops
 
     def forward(self, x: Tensor) -> Tensor:  # (..., D) -> (..., D)
@@ -87,7 +87,7 @@ class GPT2LM(LanguageModel):
             self.layers = nn.ModuleList(GPT2Block(config, ops) for _ in range(config.num_layers))
             self.ln_final = LayerNorm(config.d_model, eps=config.norm_eps, ops=ops)
             tied = config.tied_head
-            self.lm_head = None if tied else Linear(config.d_model, config.vocab_size)
+            self.lm_head = None if tied else Linear(config.d_model, config.vocab_size, ops=ops)
         self.make_tables(device)
         if torch.device(device or "cpu").type != "meta":
             self.reset_parameters(generator, device or "cpu")

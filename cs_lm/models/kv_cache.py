@@ -53,3 +53,19 @@ class KVCache:
 
     def clear(self) -> None:
         self.length = 0
+
+    def repeated(self, copies: int) -> "KVCache":
+        """A cache with `copies` consecutive rows for each row of this one."""
+        num_layers, batch_size, *rest = self._keys.shape
+        shape = num_layers, batch_size * copies, *rest
+        other = KVCache(shape, self._keys.dtype, self._keys.device)
+        other.length = self.length
+        for new, old in ((other._keys, self._keys), (other._values, self._values)):
+            filled = old[:, :, None, :, : self.length].expand(-1, -1, copies, -1, -1, -1)
+            new[..., : self.length, :].unflatten(1, (batch_size, copies)).copy_(filled)
+        return other
+
+    def copy_rows(self, sources: Tensor, targets: Tensor) -> None:
+        """Rows `targets` become equal to rows `sources`. Shapes: both (n), without a row in both"""
+        for stored in (self._keys, self._values):
+            stored[:, targets, :, : self.length] = stored[:, sources, :, : self.length]

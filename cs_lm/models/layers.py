@@ -43,13 +43,22 @@ DEFAULT = Factory()
 class Linear(nn.Module):
     """x W^T, plus a bias (d_out) that starts at 0 if `bias`; `weight` is (d_out, d_in)."""
 
-    def __init__(self, d_in: int, d_out: int, *, bias: bool = False, factory: Factory = DEFAULT):
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        *,
+        bias: bool = False,
+        ops: Ops = CLEAR,
+        factory: Factory = DEFAULT,
+    ):
         super().__init__()
+        self.ops = ops
         self.weight = factory.normal(d_out, d_in, linear_std(d_in, d_out))
         self.bias = factory.full(d_out, 0.0) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:  # (..., d_in) -> (..., d_out)
-        return reference.linear(x, self.weight, self.bias)
+        return self.ops.linear(x, self.weight, self.bias)
 
 
 def has_no_hooks(module: nn.Module) -> bool:
@@ -151,9 +160,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, d_model: int, d_ff: int, *, ops: Ops = CLEAR, factory: Factory = DEFAULT):
         super().__init__()
-        self.w1 = Linear(d_model, d_ff, factory=factory)
-        self.w2 = Linear(d_ff, d_model, factory=factory)
-        self.w3 = Linear(d_model, d_ff, factory=factory)
+        self.w1 = Linear(d_model, d_ff, ops=ops, factory=factory)
+        self.w2 = Linear(d_ff, d_model, ops=ops, factory=factory)
+        self.w3 = Linear(d_model, d_ff, ops=ops, factory=factory)
         self.ops = ops
 
     def forward(self, x: Tensor) -> Tensor:  # (..., D) -> (..., D)
@@ -187,10 +196,10 @@ class MultiHeadSelfAttention(nn.Module):
             )
         self.num_heads = num_heads
         self.ops = ops
-        self.q_proj = Linear(d_model, d_model, bias=qkv_bias, factory=factory)
-        self.k_proj = Linear(d_model, d_model, bias=qkv_bias, factory=factory)
-        self.v_proj = Linear(d_model, d_model, bias=qkv_bias, factory=factory)
-        self.output_proj = Linear(d_model, d_model, bias=output_bias, factory=factory)
+        self.q_proj = Linear(d_model, d_model, bias=qkv_bias, ops=ops, factory=factory)
+        self.k_proj = Linear(d_model, d_model, bias=qkv_bias, ops=ops, factory=factory)
+        self.v_proj = Linear(d_model, d_model, bias=qkv_bias, ops=ops, factory=factory)
+        self.output_proj = Linear(d_model, d_model, bias=output_bias, ops=ops, factory=factory)
 
     def _split_heads(self, x: Tensor) -> Tensor:  # (..., T, D) -> (..., H, T, K)
         return x.unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)

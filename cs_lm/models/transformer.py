@@ -111,7 +111,7 @@ class TransformerLM(LanguageModel):
             TransformerBlock(config, ops, factory=factory) for _ in range(config.num_layers)
         )
         self.ln_final = RMSNorm(d_model, eps=config.norm_eps, ops=ops, factory=factory)
-        self.lm_head = Linear(d_model, vocab_size, factory=factory)
+        self.lm_head = Linear(d_model, vocab_size, ops=ops, factory=factory)
         self.make_tables(device)
 
     def make_tables(self, device: torch.device | str | None = None) -> None:

@@ -2,9 +2,9 @@
 
 No layer, no parameter and no config lives here. `from cs_lm import ops` gives the definitions.
 Read `reference` first. `fused` has faster versions of the same operations; `FAST` is their record.
-They use `manual_backward` (hand-derived gradients), `tiled_attention`, `fused_block` (a whole
-Transformer block) and `autocast` (the dtype of a matrix product). The other files are
-`dropout_mask`, `activation_checkpoint` and `compile`.
+They use `manual_backward` (hand-derived gradients), `tiled_attention`, `few_rows` (products of
+generation), `fused_block` (a whole Transformer block) and `autocast` (the dtype of a product). The
+other files are `dropout_mask`, `activation_checkpoint` and `compile`.
 """
 
 from cs_lm.ops.reference import (

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from cs_lm.ops import manual_backward
 from cs_lm.ops.autocast import autocast_dtype, cast_to_autocast
+from cs_lm.ops.few_rows import are_few_rows, linear, product_of_few_rows
 from cs_lm.ops.manual_backward import (
     apply_rope,
     cached_parts,
@@ -22,7 +23,7 @@ from cs_lm.ops.manual_backward import (
     rms_norm_backward,
     rms_norm_forward,
 )
-from cs_lm.ops.reference import CLEAR, IGNORE_INDEX, check_targets, softmax
+from cs_lm.ops.reference import CLEAR, IGNORE_INDEX, at_least_float32, check_targets
 from cs_lm.ops.tiled_attention import LOG2_E, attention_backward, attention_forward, row_sums
 
 
@@ -140,7 +141,10 @@ def swiglu(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
     """`ops.swiglu` that keeps two tensors of the hidden width for backward instead of four."""
     x, w1, w2, w3 = cast_to_autocast(x, w1, w2, w3)
     if not torch.is_grad_enabled():
-        return manual_backward.swiglu_forward(x, w1, w3)[-1] @ w2.T
+        product = product_of_few_rows if are_few_rows(x) else linear
+        rows = x.reshape(-1, x.shape[-1])
+        hidden = manual_backward.gated(product(rows, w1), product(rows, w3))
+        return linear(hidden, w2).view(*x.shape[:-1], len(w2))
     rows = _SwiGLU.apply(x.reshape(-1, x.shape[-1]), w1, w2, w3)
     return rows.view(*x.shape[:-1], len(w2))
 
@@ -247,11 +251,15 @@ class _Attention(torch.autograd.Function):
 
 def _of_one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of a single query, for decoding, without a copy of the keys and values."""
-    scores = k @ (q * q.shape[-1] ** -0.5).mT  # (..., S, 1): in bfloat16 faster than q k^T
-    scores = scores.mT
+    q = q * q.shape[-1] ** -0.5
+    scores = q @ k.mT if k.dtype == torch.float32 else (k @ q.mT).mT  # the faster one of both
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
-    return softmax(scores) @ v
+    wide = at_least_float32(scores)
+    peak = wide.amax(-1, keepdim=True).clamp_(min=torch.finfo(wide.dtype).min)
+    weights = (wide - peak).exp_()
+    total = weights.sum(-1, keepdim=True).clamp_(min=1.0)  # below 1 only if all are -inf
+    return (weights.to(v.dtype) @ v).div_(total)
 
 
 def attention(
@@ -282,6 +290,7 @@ def attention(
 
 
 FAST = CLEAR._replace(  # every entry has a quicker version today
+    linear=linear,
     rms_norm=rms_norm,
     layer_norm=layer_norm,
     gelu=gelu,

@@ -27,7 +27,9 @@ def cached_parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 def rms_norm_forward(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """n = x / rms(x) and 1 / rms(x), (N, 1)."""
     wide = at_least_float32(x)
-    scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    # a product with 1 / D costs a CPU less than the division inside mean()
+    mean = (wide * wide).sum(-1, keepdim=True).mul_(1 / x.shape[-1])
+    scale = mean.add_(eps).rsqrt_()
     return wide * scale, scale
 
 

@@ -20,7 +20,7 @@ GELU_SLOPE, GELU_CUBIC = math.sqrt(2 / math.pi), 0.044715
 
 def at_least_float32(x: Tensor) -> Tensor:
     """x itself, or in float32 if it is narrower."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype == torch.float32 else x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -272,6 +272,7 @@ def attention(
 class Ops(NamedTuple):
     """The operations that a model calls; each record is one implementation of all of them."""
 
+    linear: Callable[..., Tensor]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     layer_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     gelu: Callable[[Tensor], Tensor]
@@ -281,4 +282,4 @@ class Ops(NamedTuple):
     linear_cross_entropy: Callable[..., tuple[Tensor, Tensor]]
 
 
-CLEAR = Ops(rms_norm, layer_norm, gelu, rope, swiglu, attention, linear_cross_entropy)
+CLEAR = Ops(linear, rms_norm, layer_norm, gelu, rope, swiglu, attention, linear_cross_entropy)

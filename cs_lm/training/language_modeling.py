@@ -15,7 +15,7 @@ from cs_lm.data.prefetch import steps_ahead
 from cs_lm.data.token_store import Tokens
 from cs_lm.device import World, resolve_device
 from cs_lm.errors import UserError
-from cs_lm.inference.evaluate import (
+from cs_lm.evaluation.perplexity import (
     EvalOptions,
     Evaluation,
     evaluate,
@@ -23,7 +23,8 @@ from cs_lm.inference.evaluate import (
     gzip_bits_per_byte,
     token_byte_lengths,
 )
-from cs_lm.inference.sampling import DecodingConfig, NotANumberError
+from cs_lm.inference.decoding_config import DecodingConfig
+from cs_lm.inference.sampling import NotANumberError
 from cs_lm.inference.text import generate_text
 from cs_lm.models.base import next_token_loss
 from cs_lm.models.registry import build_model

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "cs_lm"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # What a wing may import besides itself. The modules in the package's root that all wings may use:
 EVERYWHERE = {"errors", "device"}
-_ALL_BELOW = "config storage ops tokenizer models distributed data optim inference"
+_ALL_BELOW = "config storage ops tokenizer models distributed data optim inference evaluation"
 _TABLE = {
     "config": "",
     "storage": "",
@@ -25,7 +25,8 @@ _TABLE = {
     "data": "config storage tokenizer",
     "optim": "config ops models",
     "interop": "config storage models tokenizer",
-    "inference": "config ops models data tokenizer",
+    "inference": "config ops models",
+    "evaluation": "config ops models data tokenizer inference",
     "training": _ALL_BELOW,
     "cli": f"{_ALL_BELOW} interop training",
 }

@@ -6,8 +6,8 @@ from torch import nn
 
 from cs_lm.config.model import ModelConfig
 from cs_lm.data.batches import Batch
+from cs_lm.inference.decoding_config import DecodingConfig
 from cs_lm.inference.generate import generate
-from cs_lm.inference.sampling import DecodingConfig
 from cs_lm.models.base import next_token_loss
 from cs_lm.models.layers import Linear, RMSNorm, SwiGLU
 from cs_lm.models.transformer import TransformerBlock, TransformerLM

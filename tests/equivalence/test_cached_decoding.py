@@ -5,8 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cs_lm.config.model import GPT2Config, ModelConfig
+from cs_lm.inference.decoding_config import DecodingConfig
 from cs_lm.inference.generate import generate
-from cs_lm.inference.sampling import DecodingConfig
 from cs_lm.models.base import cast_weights, new_cache
 from cs_lm.models.kv_cache import KVCache
 from cs_lm.models.registry import build_model

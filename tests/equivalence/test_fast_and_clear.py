@@ -25,6 +25,12 @@ def _seed(generator):
     normal.generator = generator
 
 
+def linear_inputs(dtype):
+    for shape, d_out in [((B, T, D), FF), ((1, D), V), ((1, D), 1), ((D,), FF), ((B, 1, D), V)]:
+        yield (normal(*shape, dtype=dtype), normal(d_out, D, dtype=dtype)), {}
+        yield (*(normal(*s, dtype=dtype) for s in (shape, (d_out, D), (d_out,))),), {}
+
+
 def rms_norm_inputs(dtype):
     yield (normal(B, T, D, dtype=dtype), normal(D, dtype=dtype), 1e-5), {}
     yield (normal(D, dtype=dtype), normal(D, dtype=dtype), 1e-5), {}
@@ -96,6 +102,7 @@ def reference_linear_cross_entropy(x, weight, targets):
 
 
 INPUTS = {
+    "linear": linear_inputs,
     "rms_norm": rms_norm_inputs,
     "layer_norm": layer_norm_inputs,
     "gelu": gelu_inputs,
@@ -105,6 +112,7 @@ INPUTS = {
     "linear_cross_entropy": linear_cross_entropy_inputs,
 }
 REFERENCES = {
+    "linear": F.linear,
     "rms_norm": lambda x, w, eps: F.rms_norm(x, (x.shape[-1],), w, eps),
     "layer_norm": lambda x, w, b, eps: F.layer_norm(x, (x.shape[-1],), w, b, eps),
     "gelu": lambda x: F.gelu(x, approximate="tanh"),
@@ -143,6 +151,22 @@ def assert_same(first, second, args, options, dtype):
 def test_fast_is_clear(name, dtype):
     for args, options in INPUTS[name](dtype):
         assert_same(getattr(FAST, name), getattr(CLEAR, name), args, options, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", Ops._fields)
+@torch.no_grad()
+def test_fast_is_clear_without_gradients(name, dtype):
+    """As in generation, where some operations take another way."""
+    for args, options in INPUTS[name](dtype):
+        actual, wanted = (
+            getattr(FAST, name)(*args, **options),
+            getattr(CLEAR, name)(*args, **options),
+        )
+        if name == "linear_cross_entropy":
+            actual, wanted = actual[0], wanted[0]
+        close(actual, wanted.to(actual.dtype), DEEP, dtype)
+        assert actual.is_contiguous() or name == "attention"
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from cs_lm.config.model import ModelConfig
 from cs_lm.data.batches import sample_windows, shuffle_windows
 from cs_lm.data.token_store import ArrayTokens
-from cs_lm.inference.sampling import top_k_logits, top_p_logits
+from cs_lm.inference.filters import top_k_logits, top_p_logits
 from cs_lm.models.transformer import TransformerLM
 from cs_lm.ops.fused import FAST
 from cs_lm.ops.reference import CLEAR

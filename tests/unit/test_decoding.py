@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from cs_lm.config.model import ModelConfig
-from cs_lm.inference.generate import generate, generate_tokens
-from cs_lm.inference.sampling import (
-    DecodingConfig,
+from cs_lm.inference.decoding_config import DecodingConfig
+from cs_lm.inference.filters import (
     apply_temperature,
     repetition_penalty_logits,
     top_k_logits,
     top_p_logits,
 )
+from cs_lm.inference.generate import generate, generate_tokens
 from cs_lm.inference.text import TextStream, generate_text
 from cs_lm.models.transformer import TransformerLM
 from cs_lm.tokenizer import BPETokenizer
@@ -90,8 +90,8 @@ def test_stop_ids_are_not_given_out(model):
 def test_finished_rows_stay_silent(model):
     finished = [False, False]
     steps = []
-    for new_ids in generate_tokens(model, [[3], [4]], greedy(max_new_tokens=5), finished):
-        steps.append(new_ids)
+    for step in generate_tokens(model, [[3], [4]], greedy(max_new_tokens=5), finished):
+        steps.append(step.token_ids)
         finished[1] = True
     assert all(step[0] is not None for step in steps) and len(steps) == 5
     assert [step[1] is None for step in steps] == [False, True, True, True, True]

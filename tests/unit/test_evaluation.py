@@ -7,7 +7,7 @@ import torch
 
 from cs_lm.config.model import ModelConfig
 from cs_lm.data.token_store import ArrayTokens
-from cs_lm.inference.evaluate import (
+from cs_lm.evaluation.perplexity import (
     EvalOptions,
     evaluate,
     evaluation_starts,
