@@ -14,6 +14,7 @@ COMMANDS = {
     "tokenizer-report": "how a tokenizer cuts a text, and how it comes to a word's tokens",
     "encode": "turn a text into a token store",
     "evaluate": "loss, perplexity and bits per byte of a trained model on a text",
+    "score": "how surprised a trained model is by each token of a text, in colours",
     "generate": "let a trained model write",
     "import-weights": "pretrained weights of other programs, as a run",
     "export-weights": "a trained model for other programs",

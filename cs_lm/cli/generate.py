@@ -1,9 +1,10 @@
 """`python -m cs_lm generate`: a trained model continues a prompt.
 
 The prompt comes from --prompt, --prompt_file or standard input. On a terminal without these flags,
-you are asked for one prompt after another.
+you are asked for one prompt after another; /temperature 0.5 and its kin change the settings.
 """
 
+import json
 import signal
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 
 from cs_lm.cli._errors import print_error, readable_errors
+from cs_lm.cli._prompt import HELP, PromptSession, line_history, paint
 from cs_lm.config.fields import is_unicode, not_unicode, setting
 from cs_lm.config.flags import parse_config
 from cs_lm.config.run import DTYPES
@@ -21,7 +23,7 @@ from cs_lm.device import resolve_device
 from cs_lm.errors import Problem, UserError
 from cs_lm.inference.decoding_config import DecodingConfig
 from cs_lm.inference.sampling import NotANumberError
-from cs_lm.inference.text import generate_text, stop_ids_of
+from cs_lm.inference.text import Completion, complete, stop_ids_of
 from cs_lm.training.run_dir import RunFolder, TrainedModel, load_trained
 from cs_lm.training.signals import StopRequested, raise_on_signal
 
@@ -70,34 +72,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     trained = load_trained(folder, config.checkpoint, device, getattr(torch, config.dtype))
     stop_ids_of(trained.tokenizer, config.decoding.stop_token)  # raises before any text is shown
     try:
-        return _answer(trained, prompt, config.decoding)
+        if prompt is not None:
+            _write(trained, prompt, config.decoding)
+        else:
+            _converse(trained, config.decoding)
     except NotANumberError as error:
         raise UserError(
             f"--checkpoint: got {config.checkpoint}, step {trained.iteration} in "
             f"{config.out_dir!r}: {error}; try another one"
         ) from None
-
-
-def _answer(trained: TrainedModel, prompt: str | None, decoding: DecodingConfig) -> int:
-    if prompt is not None:
-        _write(trained, prompt, decoding)
-        return 0
-    print(
-        "type a prompt and press Enter; Ctrl-C stops an answer, an empty line quits",
-        file=sys.stderr,
-    )
-    while line := _ask():
-        if not is_unicode(line):
-            print_error(UserError(not_unicode("prompt", line)))
-            continue
-        try:
-            with raise_on_signal():
-                _write(trained, line, decoding)
-        except StopRequested as stopped:
-            if stopped.number != signal.SIGINT:
-                raise
-            print()  # Ctrl-C ends this answer only
     return 0
+
+
+def _converse(trained: TrainedModel, decoding: DecodingConfig) -> None:
+    print(HELP, file=sys.stderr)
+    session = PromptSession(decoding)
+    with line_history():
+        for prompt in session.prompts():
+            try:
+                with raise_on_signal():
+                    _write(trained, prompt, session.settings)
+            except NotANumberError:
+                raise
+            except UserError as error:  # such as a stop token that the model does not have
+                print_error(error)
+            except StopRequested as stopped:
+                if stopped.number != signal.SIGINT:
+                    raise
+                print()  # Ctrl-C ends this answer only
 
 
 def _decoded(where: str, content: bytes) -> str:
@@ -108,25 +110,18 @@ def _decoded(where: str, content: bytes) -> str:
         raise UserError(f"{where}: is not UTF-8 at byte offset {error.start}") from None
 
 
-def _ask() -> str:
-    while True:
-        try:
-            return input("> ")
-        except EOFError:
-            return ""
-        except UnicodeDecodeError as error:
-            print_error(UserError(f"prompt: is not UTF-8 at byte offset {error.start}; once more"))
-
-
 def _write(trained: TrainedModel, prompt: str, decoding: DecodingConfig) -> None:
     """Prints the prompt, then new text as soon as it is final; several samples all at the end."""
     if decoding.num_samples > 1:
-        texts = generate_text(trained.model, trained.tokenizer, [prompt], decoding)
-        for number, text in enumerate(texts, start=1):
-            print(f"---- sample {number} of {len(texts)}\n{prompt}{text}", flush=True)
+        found = complete(trained.model, trained.tokenizer, [prompt], decoding)
+        for number, completion in enumerate(found, start=1):
+            heading = f"---- sample {number} of {len(found)}"
+            print(f"{paint(heading, '36')}\n{paint(prompt, '2')}{completion.text}", flush=True)
+            _print_logprobs(trained, completion, decoding)
         return
-    print(prompt, end="", flush=True)
-    generate_text(
+    stop_ids_of(trained.tokenizer, decoding.stop_token)
+    print(paint(prompt, "2"), end="", flush=True)
+    (completion,) = complete(
         trained.model,
         trained.tokenizer,
         [prompt],
@@ -134,3 +129,22 @@ def _write(trained: TrainedModel, prompt: str, decoding: DecodingConfig) -> None
         show=lambda _row, text: print(text, end="", flush=True),
     )
     print()
+    _print_logprobs(trained, completion, decoding)
+
+
+def _print_logprobs(
+    trained: TrainedModel, completion: Completion, decoding: DecodingConfig
+) -> None:
+    """One line a token: its log-probability [nats], and the most likely tokens with theirs."""
+    if decoding.num_alternatives is None:
+        return
+
+    def shown(token_id: int) -> str:
+        return json.dumps(trained.tokenizer.vocab[token_id].decode("utf-8", "replace"))
+
+    sample = completion.sample
+    for token_id, logprob, others in zip(
+        sample.token_ids, sample.logprobs, sample.alternatives, strict=True
+    ):
+        likely = "  ".join(f"{shown(i)} {p:.3f}" for i, p in others)
+        print(f"{logprob:8.3f}  {shown(token_id):<16}{paint(likely, '2')}".rstrip(), flush=True)

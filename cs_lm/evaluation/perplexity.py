@@ -25,6 +25,14 @@ class Evaluation:
     num_tokens: int
     num_bytes: int
 
+    def __add__(self, other: "Evaluation") -> "Evaluation":
+        """Both texts together."""
+        return Evaluation(
+            self.loss_sum_nats + other.loss_sum_nats,
+            self.num_tokens + other.num_tokens,
+            self.num_bytes + other.num_bytes,
+        )
+
     @property
     def loss_nats(self) -> float:
         """Mean surprise of a token [nats]."""
@@ -66,20 +74,40 @@ def token_byte_lengths(vocab: Mapping[int, bytes]) -> np.ndarray:
     return lengths
 
 
-def evaluation_starts(num_tokens: int, seq_length: int, max_tokens: int | None) -> list[int]:
-    """Start positions of the windows to evaluate: all, or a fixed choice of evenly spaced ones.
+class Window(NamedTuple):
+    """The tokens from `start` to `end`: all but the last are inputs, all but the first targets.
 
-    Windows do not overlap; the last one may be shorter, so that every token but the first is
-    predicted once.
+    num_old  targets at the beginning that an earlier window has scored already
+    """
+
+    start: int
+    end: int
+    num_old: int
+
+
+def evaluation_windows(
+    num_tokens: int, seq_length: int, max_tokens: int | None = None, stride: int | None = None
+) -> list[Window]:
+    """Windows of `seq_length` inputs that predict every token but the first once.
+
+    stride      tokens from one window to the next; below `seq_length`, each token but those of the
+                first window sees at least seq_length - stride tokens before it. None: seq_length,
+                windows that do not overlap
+    max_tokens  take evenly spaced ones of these windows, which predict about this many tokens
     Raises: UserError for fewer than two tokens: nothing to predict.
     """
     if num_tokens < 2:
         raise UserError(f"validation: got {num_tokens} tokens, need at least 2; give a longer text")
-    num_windows = math.ceil((num_tokens - 1) / seq_length)
+    stride = stride or seq_length
+    num_windows = 1 + math.ceil(max(0, num_tokens - 1 - seq_length) / stride)
     wanted = num_windows
     if max_tokens is not None:
-        wanted = min(num_windows, max(1, max_tokens // seq_length))
-    return [i * num_windows // wanted * seq_length for i in range(wanted)]
+        wanted = min(num_windows, max(1, max_tokens // stride))
+    starts = [i * num_windows // wanted * stride for i in range(wanted)]
+    return [
+        Window(s, min(s + seq_length + 1, num_tokens), seq_length - stride if s else 0)
+        for s in starts
+    ]
 
 
 class EvalOptions(NamedTuple):
@@ -88,11 +116,13 @@ class EvalOptions(NamedTuple):
     seq_length  length of a window [tokens]
     batch_size  windows in one forward pass; it changes the speed, not the result
     max_tokens  evaluate about this many, evenly spaced; None: all
+    stride      tokens from one window to the next; None: seq_length
     """
 
     seq_length: int
     batch_size: int
     max_tokens: int | None = None
+    stride: int | None = None
 
 
 @torch.no_grad()
@@ -111,20 +141,21 @@ def evaluate(
     on_batch      called before each batch; if it raises an exception, the evaluation ends
     """
     device, seq_length = model.output_embedding.device, options.seq_length
-    starts = evaluation_starts(len(tokens), seq_length, options.max_tokens)
+    windows = evaluation_windows(len(tokens), seq_length, options.max_tokens, options.stride)
     loss_sum, num_tokens, num_bytes = 0.0, 0, 0
     with evaluating(model):
-        for first in range(0, len(starts), options.batch_size):
+        for first in range(0, len(windows), options.batch_size):
             on_batch()
-            rows = [
-                tokens.load_by_range(s, min(s + seq_length + 1, len(tokens)))
-                for s in starts[first : first + options.batch_size]
-            ]
-            inputs, targets = (x.to(device) for x in _padded(rows, seq_length))
+            batch = windows[first : first + options.batch_size]
+            rows = [tokens.load_by_range(window.start, window.end) for window in batch]
+            inputs, targets = (x.to(device) for x in padded(rows, seq_length))
+            for row, window in zip(targets, batch):
+                row[: window.num_old] = IGNORE_INDEX
             batch_sum, batch_count = loss(model, Batch(inputs, targets))
             loss_sum += batch_sum.item()
             num_tokens += int(batch_count)
-            num_bytes += sum(int(byte_lengths[row[1:]].sum()) for row in rows)
+            new_targets = [row[1 + window.num_old :] for row, window in zip(rows, batch)]
+            num_bytes += sum(int(byte_lengths[row].sum()) for row in new_targets)
     return Evaluation(loss_sum, num_tokens, num_bytes)
 
 
@@ -134,8 +165,8 @@ def gzip_bits_per_byte(
     """Bits that `gzip -9` needs for a byte of the text that `evaluate` reads, to compare with."""
     compressor = zlib.compressobj(9, wbits=31)  # 31: gzip's header and the largest window
     num_bytes = num_compressed = 0
-    for start in evaluation_starts(len(tokens), seq_length, max_tokens):
-        row = tokens.load_by_range(start + 1, min(start + seq_length + 1, len(tokens)))
+    for window in evaluation_windows(len(tokens), seq_length, max_tokens):
+        row = tokens.load_by_range(window.start + 1, window.end)
         text = b"".join([vocab[i] for i in row.tolist()])
         num_bytes += len(text)
         num_compressed += len(compressor.compress(text))
@@ -143,7 +174,7 @@ def gzip_bits_per_byte(
     return 8 * num_compressed / num_bytes
 
 
-def _padded(rows: list[np.ndarray], seq_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def padded(rows: list[np.ndarray], seq_length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs x and targets y (B, T). Short rows are padded at the end.
 
     There y is IGNORE_INDEX, and the causal mask hides the padding from the other positions.

@@ -28,7 +28,8 @@ _TABLE = {
     "inference": "config ops models",
     "evaluation": "config ops models data tokenizer inference",
     "training": _ALL_BELOW,
-    "cli": f"{_ALL_BELOW} interop training",
+    "reports": "config storage",
+    "cli": f"{_ALL_BELOW} interop training reports",
 }
 MAY_IMPORT = {wing: set(others.split()) for wing, others in _TABLE.items()}
 # Belongs to no wing: it names the public things of all of them.

@@ -1,5 +1,8 @@
 """The commands on a finished run."""
 
+import html
+import io
+import json
 import os
 import re
 import subprocess
@@ -9,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from cs_lm.cli._prompt import PromptSession, paint
 from cs_lm.cli.commands import COMMANDS
 from cs_lm.cli.commands import main as command
 from cs_lm.data.token_store import MemmapManager
+from cs_lm.inference.decoding_config import DecodingConfig
 from cs_lm.tokenizer import BPETokenizer
 from tests.end_to_end.conftest import ROOT, write_corpus
 
@@ -107,6 +112,88 @@ def test_generate_is_interactive_on_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr("builtins.input", lambda _prompt: next(lines))
     shown = shown_by(capsys, "generate", "--out_dir", RUN, "--max_new_tokens", "9")
     assert re.match(r"The cat.*\nThe dog", shown, re.DOTALL)
+
+
+def test_colours_are_for_terminals_alone(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert paint("a", "2", Terminal()) == "\033[2ma\033[0m"
+    assert paint("a", "2", io.StringIO()) == paint("", "2", Terminal()) + "a" == "a"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert paint("a", "2", Terminal()) == "a"
+
+
+def test_typed_bytes_that_are_no_text_are_reported(monkeypatch, capsys):
+    typed = iter([UnicodeDecodeError("utf-8", b"caf\xe9", 3, 4, "x"), "caf\udce9", "The cat", ""])
+
+    def answer(_prompt):
+        line = next(typed)
+        if isinstance(line, Exception):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", answer)
+    assert list(PromptSession(DecodingConfig()).prompts()) == ["The cat"]
+    errors = capsys.readouterr().err.splitlines()
+    assert errors[0].startswith("error: prompt: is not UTF-8 at byte offset 3; once more")
+    assert len(errors) == 2 and errors[1].startswith("error: prompt: ")
+
+
+def test_logprobs_and_samples_are_shown(capsys):
+    argv = ["generate", "--out_dir", RUN, "--prompt", "The cat", "--max_new_tokens", "5"]
+    lines = shown_by(capsys, *argv, "--num_alternatives", "2").splitlines()[-5:]
+    line = re.compile(r' +-\d+\.\d{3}  "[^\n]+"( +"[^\n]+" -\d+\.\d{3}){2}')
+    assert all(map(line.fullmatch, lines)), lines
+    several = shown_by(capsys, *argv, "--num_samples", "2", "--best_of", "4")
+    assert several.count("---- sample ") == 2
+    beams = shown_by(capsys, *argv, "--temperature", "0", "--num_beams", "3", "--num_samples", "3")
+    assert beams.count("---- sample ") == 3
+    digits = shown_by(capsys, *argv, "--allowed_characters", " e")
+    assert set(digits.removeprefix("The cat")) <= set(" e\n")
+
+
+def test_evaluate_several_texts_and_a_stride(capsys, tmp_path):
+    (tmp_path / "b.txt").write_text("The dog sees the cat. " * 20, encoding="utf-8")
+    argv = ["evaluate", "--out_dir", RUN, "--text_path", "animals.txt", str(tmp_path / "b.txt")]
+    *_, heads, first, second, every = shown_by(capsys, *argv).splitlines()
+    assert heads.split() == ["text", "tokens", "bytes", "loss", "[nats]", "perplexity", "bits/byte"]
+    columns = [line.split() for line in (first, second, every)]
+    assert [name for name, *_ in columns] == ["animals.txt", str(tmp_path / "b.txt"), "all"]
+    a, b, both = ([float(x.replace(",", "")) for x in row[1:]] for row in columns)
+    assert both[0] == a[0] + b[0] and both[1] == a[1] + b[1]
+    assert both[2] == pytest.approx((a[0] * a[2] + b[0] * b[2]) / both[0], abs=1e-3)
+    strided = shown_by(capsys, *argv, "--stride", "4").splitlines()[-1].split()
+    assert float(strided[3]) < both[2] and strided[1] == columns[2][1]
+    assert command([*argv, "--stride", "17"]) == 2
+    assert "--stride: got 17, need at most the window (16)" in capsys.readouterr().err
+
+
+def test_score_in_lines_colours_json_and_a_page(capsys, tmp_path):
+    argv = ["score", "--out_dir", RUN, "--text", "The cat sees <the> dög\nThe"]
+    lines = shown_by(capsys, *argv).splitlines()
+    assert lines[0].split()[0] == "-" and re.match(r" +\d+\.\d{4}  \"", lines[1])
+    page = tmp_path / "score.html"
+    colours = shown_by(capsys, *argv, "--view", "colours", "--html_path", str(page))
+    assert re.sub(r"\033\[[\d;]*m", "", colours).startswith("The cat sees <the> dög\nThe")
+    text = page.read_text(encoding="utf-8")
+    assert "<the>" not in text and "http" not in text
+    shown = html.unescape(re.sub(r"<[^>]*>", "", text.partition('<div class="text">')[2]))
+    assert shown.startswith("The cat sees <the> dög\nThe")
+    rows = [json.loads(x) for x in shown_by(capsys, *argv, "--view", "jsonl").splitlines()]
+    assert rows[0]["nats"] is None and rows[1]["nats"] > 0 and len(rows[1]["alternatives"]) == 3
+    assert len(rows) == len(lines)
+    for wrong, message in [
+        (["--text", "", "--text_path"], "--text, --text_path: got both"),
+        (["--text", ""], "--text: got an empty text"),
+        (["--text_path", "none.txt"], "--text_path: got 'none.txt', which is not a file"),
+    ]:
+        wrong = [*wrong, "x"] if wrong[-1] == "--text_path" else wrong
+        assert command(["score", "--out_dir", RUN, *wrong]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_plot(capsys, tmp_path):
