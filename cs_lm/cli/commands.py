@@ -15,6 +15,7 @@ COMMANDS = {
     "encode": "turn a text into a token store",
     "evaluate": "loss, perplexity and bits per byte of a trained model on a text",
     "score": "how surprised a trained model is by each token of a text, in colours",
+    "eval": "a trained model answers the questions of a task, after demonstrations or without",
     "generate": "let a trained model write",
     "import-weights": "pretrained weights of other programs, as a run",
     "export-weights": "a trained model for other programs",

@@ -1,0 +1,189 @@
+"""In-context evaluation: a model answers the questions of a task after demonstrations."""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from cs_lm.errors import UserError
+from cs_lm.evaluation.intervals import bootstrap_interval, wilson_interval
+from cs_lm.evaluation.likelihood import Likelihood, likelihoods, token_pair
+from cs_lm.evaluation.prompts import PromptFormat, build_prompt, demonstrations_for
+from cs_lm.evaluation.tasks import Example, last_number, normalised
+from cs_lm.inference.decoding_config import DecodingConfig
+from cs_lm.inference.text import generate_text
+from cs_lm.models.base import LanguageModel
+
+SCORINGS = ("sum", "per_token", "answer_only")
+
+
+@dataclass(frozen=True)
+class InContextOptions:
+    """How a task is posed and scored.
+
+    kind            one of `tasks.KINDS`
+    scoring         one of SCORINGS: how a choice's log-probability counts
+    seed            of the demonstrations
+    max_new_tokens  of a generated answer
+    stop            texts that end a generated answer
+    """
+
+    kind: str
+    prompt_format: PromptFormat
+    scoring: str = "sum"
+    seed: int = 0
+    max_new_tokens: int = 64
+    stop: tuple[str, ...] = ("\n\n",)
+
+
+class Answered(NamedTuple):
+    """One example, answered.
+
+    num_shots  the demonstrations that fitted
+    given      the answer of the model
+    scores     of each choice, or of the right answer alone [nats]; empty for generated answers
+    """
+
+    example: Example
+    num_shots: int
+    given: str
+    is_correct: bool
+    scores: list[float]
+
+
+def answer_all(
+    model: LanguageModel,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    pool: Sequence[Example],
+    num_shots: int,
+    options: InContextOptions,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Answered]:
+    """The model's answers after `num_shots` demonstrations of the pool, or as many as fit.
+
+    Multiple choice: the choice with the highest score. With log-probabilities of its tokens given
+    the prompt, that is their sum; per token, their mean; answer_only, the sum minus the sum given
+    the format's `answer_context` alone, so that an answer that is likely anywhere gains nothing.
+    Completion: correct if each token of the answer is the most likely one. Exact match and last
+    number: of the greedy text, up to a stop text.
+    """
+    if num_shots and not pool:
+        raise UserError("--num_shots: needs --demonstrations_path, files with solved examples")
+    context_length = model.config.context_length
+    is_generated = options.kind in ("exact_match", "last_number")
+    shown = options.prompt_format
+    prompts, shots = [], []
+    for index, example in enumerate(examples):
+        answers = _answers(shown.prepared(example))
+        room = max(len(tokenizer.encode(shown.answer(answer))) for answer in answers)
+        room = options.max_new_tokens if is_generated else room
+
+        def fits(prompt: str, room: int = room) -> bool:
+            return len(tokenizer.encode(prompt)) + room <= context_length
+
+        chosen = demonstrations_for(example, index, pool, num_shots, options.seed)
+        prompt, used = build_prompt(example, chosen, shown, fits)
+        prompts.append(prompt)
+        shots.append(used)
+    answer = _generated if is_generated else _scored
+    given = answer(model, tokenizer, examples, prompts, options, on_progress)
+    return [
+        Answered(example, used, *of_model)
+        for example, used, of_model in zip(examples, shots, given, strict=True)
+    ]
+
+
+def _answers(example: Example) -> tuple[str, ...]:
+    return example.choices or (example.answer,)
+
+
+def _scored(model, tokenizer, examples, prompts, options, on_progress):
+    shown = options.prompt_format
+    pairs = [
+        token_pair(tokenizer.encode, prompt, shown.answer(answer))
+        for example, prompt in zip(examples, prompts, strict=True)
+        for answer in _answers(shown.prepared(example))
+    ]
+    found = likelihoods(model, pairs, lambda done: on_progress(done, len(pairs)))
+    scores = [_score(one, options.scoring) for one in found]
+    if options.scoring == "answer_only":
+        alone = [
+            token_pair(tokenizer.encode, shown.answer_context, shown.answer(answer))
+            for example in examples
+            for answer in _answers(shown.prepared(example))
+        ]
+        unique = sorted({(tuple(a), tuple(b)) for a, b in alone})
+        known = dict(zip(unique, likelihoods(model, unique)))
+        scores = [score - known[tuple(a), tuple(b)].logprob for score, (a, b) in zip(scores, alone)]
+    first = 0
+    for example in examples:
+        answers = _answers(shown.prepared(example))
+        own = slice(first, first + len(answers))
+        first += len(answers)
+        if options.kind == "completion":
+            is_greedy = found[own][0].is_greedy
+            yield example.answer if is_greedy else "", is_greedy, scores[own]
+        else:
+            best = max(range(len(answers)), key=scores[own].__getitem__)
+            given = example.choices[best]
+            yield given, given == example.answer, scores[own]
+
+
+def _score(found: Likelihood, scoring: str) -> float:
+    return found.logprob / found.num_tokens if scoring == "per_token" else found.logprob
+
+
+def _generated(model, tokenizer, examples, prompts, options, on_progress):
+    config = DecodingConfig(
+        max_new_tokens=options.max_new_tokens, temperature=0.0, stop=options.stop
+    )
+    batch_size = 8
+    for first in range(0, len(prompts), batch_size):
+        texts = generate_text(model, tokenizer, prompts[first : first + batch_size], config)
+        for example, text in zip(examples[first : first + batch_size], texts):
+            if options.kind == "last_number":
+                wanted = last_number(example.answer)
+                is_correct = wanted is not None and last_number(text) == wanted
+            else:
+                is_correct = normalised(text) == normalised(example.answer)
+            yield text.strip(), is_correct, []
+        on_progress(min(first + batch_size, len(prompts)), len(prompts))
+
+
+class Accuracy(NamedTuple):
+    """A share of right answers, with the bounds of its 95% interval (Wilson)."""
+
+    num_correct: int
+    num_examples: int
+
+    @property
+    def share(self) -> float:
+        return self.num_correct / max(1, self.num_examples)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return wilson_interval(self.num_correct, self.num_examples)
+
+
+def accuracy(answered: Sequence[Answered]) -> Accuracy:
+    return Accuracy(sum(one.is_correct for one in answered), len(answered))
+
+
+def accuracy_by_subject(answered: Sequence[Answered]) -> dict[str, Accuracy]:
+    groups: dict[str, list[Answered]] = defaultdict(list)
+    for one in answered:
+        groups[one.example.subject].append(one)
+    return {subject: accuracy(group) for subject, group in sorted(groups.items())}
+
+
+def mean_logprob(answered: Sequence[Answered]) -> tuple[float, float, float]:
+    """Mean log-probability of the right answers [nats], with bounds (bootstrap).
+
+    For tasks whose answers have scores.
+    """
+    values = []
+    for one in answered:
+        choices = one.example.choices
+        values.append(one.scores[choices.index(one.example.answer) if choices else 0])
+    return sum(values) / len(values), *bootstrap_interval(values)

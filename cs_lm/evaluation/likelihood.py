@@ -1,0 +1,88 @@
+"""How likely a model holds given continuations of given texts."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from cs_lm.errors import UserError
+from cs_lm.evaluation.perplexity import padded
+from cs_lm.models.base import LanguageModel, evaluating
+from cs_lm.ops.reference import log_softmax
+
+_BATCH_LOGITS = 1 << 24
+
+
+class Encoder(Protocol):
+    """The part of a tokenizer that scoring needs."""
+
+    special_tokens: list[str]
+
+    def encode(self, text: str) -> list[int]: ...
+
+
+class Likelihood(NamedTuple):
+    """Of one continuation: sum of log-probabilities [nats], tokens, and whether it is greedy.
+
+    is_greedy  each of its tokens is the most likely one
+    """
+
+    logprob: float
+    num_tokens: int
+    is_greedy: bool
+
+
+def token_pair(encode: Callable[[str], list[int]], context: str, continuation: str):
+    """The ids of both, as the tokens of the joined text.
+
+    Spaces at the end of the context belong to the continuation, because a token may begin with
+    them.
+    """
+    stripped = context.rstrip(" ")
+    continuation, context = context[len(stripped) :] + continuation, stripped
+    of_context = encode(context)
+    return of_context, encode(context + continuation)[len(of_context) :]
+
+
+@torch.no_grad()
+def likelihoods(
+    model: LanguageModel,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    on_batch: Callable[[int], None] = lambda done: None,
+) -> list[Likelihood]:
+    """That of each pair of ids (context, continuation). Neither may be empty.
+
+    A pair longer than the model's context loses tokens at its beginning.
+    on_batch  called with the number of pairs that are done
+    Raises: UserError for an empty context, or a continuation as long as the model's context.
+    """
+    longest = model.config.context_length
+    for context, continuation in pairs:
+        if not context or len(continuation) > longest:
+            raise UserError(
+                f"answer: got {len(continuation)} tokens after a context of {len(context)}, need 1 "
+                f"or more of context, and at most {longest} of answer"
+            )
+    found: list[Likelihood | None] = [None] * len(pairs)
+    lengths = [len(context) + len(continuation) for context, continuation in pairs]
+    order = sorted(range(len(pairs)), key=lambda i: -lengths[i])  # alike lengths: little padding
+    device, first = model.output_embedding.device, 0
+    with evaluating(model):
+        while first < len(order):
+            width = min(longest, lengths[order[first]] - 1)
+            size = max(1, _BATCH_LOGITS // (width * model.config.vocab_size))
+            batch = order[first : first + size]
+            rows = [np.array([*pairs[i][0], *pairs[i][1]])[-(longest + 1) :] for i in batch]
+            inputs, targets = (x.to(device) for x in padded(rows, width))
+            log_probs = log_softmax(model(inputs))  # (n, T, V)
+            chosen = log_probs.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+            is_best = log_probs.argmax(-1) == targets
+            for row, i in enumerate(batch):
+                end = len(rows[row]) - 1
+                start = end - len(pairs[i][1])
+                total = float(chosen[row, start:end].double().sum())
+                found[i] = Likelihood(total, end - start, bool(is_best[row, start:end].all()))
+            first += size
+            on_batch(min(first, len(order)))
+    return found

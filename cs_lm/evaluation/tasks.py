@@ -1,0 +1,170 @@
+"""Tasks: questions with answers, from JSONL and CSV files as people have them."""
+
+import csv
+import glob
+import hashlib
+import io
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cs_lm.errors import UserError
+
+KINDS = ("multiple_choice", "completion", "exact_match", "last_number")
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_SPLITS = re.compile(r"[_-](train|dev|val|valid|validation|test)$")
+_QUESTION = ("question", "prompt", "context", "text")
+_ANSWER = ("answer", "target", "label", "gold", "completion")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question.
+
+    choices  the answers to choose from; empty: the answer is free text
+    answer   the right answer, which is one of the choices if there are any
+    subject  a part of the task, such as a field of knowledge
+    """
+
+    question: str
+    answer: str
+    choices: tuple[str, ...] = ()
+    subject: str = ""
+
+    @property
+    def id(self) -> str:
+        """Twelve hexadecimal digits that follow from the question and its choices."""
+        content = json.dumps([self.question, *self.choices])
+        return hashlib.sha256(content.encode("utf-8")).hexdigest()[:12]
+
+
+def read_examples(paths: Sequence[str], flag: str = "--task_path") -> list[Example]:
+    """The examples of JSONL and CSV files, or of patterns such as `mmlu/*_val.csv`.
+
+    JSONL: objects with "question" (or "prompt", "context"), "answer" (or "target", "label") and
+    perhaps "choices" (a list) and "subject"; with choices, the answer is one of them, its number
+    from 0, or its letter. CSV with a first line of such names, or without one, as MMLU's: question,
+    choices, letter of the answer. Without a subject, the name of the file is the subject, less an
+    ending like `_dev`.
+    Raises: UserError for a missing or empty file, or a record that is not understood.
+    """
+    examples: list[Example] = []
+    for pattern in paths:
+        files = sorted(glob.glob(pattern)) or [pattern]
+        for file in map(Path, files):
+            if not file.is_file():
+                raise UserError(f"{flag}: got {pattern!r}, which is neither a file nor a pattern")
+            examples += _read_file(file)
+    if not examples:
+        raise UserError(f"{flag}: the files hold no example")
+    return examples
+
+
+def kind_of(examples: Sequence[Example]) -> str:
+    """What the answers look like, from the first example."""
+    first = examples[0]
+    if first.choices:
+        return "multiple_choice"
+    return "last_number" if "####" in first.answer else "exact_match"
+
+
+def last_number(text: str) -> str | None:
+    """The last number in the text, without thousands separators and trailing zeros."""
+    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+", text)
+    if not found:
+        return None
+    number = found[-1].replace(",", "")
+    return number.rstrip("0").rstrip(".") if "." in number else number
+
+
+def normalised(text: str) -> str:
+    """For exact match: lower case, without outer punctuation, one space between words."""
+    return " ".join(text.casefold().split()).strip(" .,;:!?\"'")
+
+
+def _read_file(path: Path) -> list[Example]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 at byte offset {error.start}") from None
+    subject = _SPLITS.sub("", path.stem)
+    read = _read_csv if path.suffix.lower() == ".csv" else _read_jsonl
+    return read(path, text, subject)
+
+
+def _read_jsonl(path: Path, text: str, subject: str) -> list[Example]:
+    examples = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: is not JSON ({error})") from None
+        if not isinstance(record, dict):
+            raise UserError(f"{path}, line {number}: got {line[:40]!r}, need a JSON object")
+        examples.append(_example(record, subject, f"{path}, line {number}"))
+    return examples
+
+
+def _read_csv(path: Path, text: str, subject: str) -> list[Example]:
+    try:
+        rows = [row for row in csv.reader(io.StringIO(text, newline="")) if row]
+    except csv.Error as error:
+        raise UserError(f"{path}: is not CSV ({error})") from None
+    if not rows:
+        return []
+    heads = [head.strip().casefold() for head in rows[0]]
+    if set(heads) & set(_QUESTION) and set(heads) & set(_ANSWER):
+        records = [dict(zip(heads, row)) for row in rows[1:]]
+        for record in records:
+            letters = [record[h] for h in heads if len(h) == 1 and h.upper() in LETTERS]
+            if letters:
+                record["choices"] = letters
+    else:  # MMLU's: no heads
+        short = [number for number, row in enumerate(rows, start=1) if len(row) < 4]
+        if short:
+            raise UserError(
+                f"{path}, row {short[0]}: got {len(rows[short[0] - 1])} columns, need a first line "
+                "with the names of the columns, or a question, two or more choices and a letter"
+            )
+        records = [{"question": q, "choices": c, "answer": a} for q, *c, a in rows]
+    return [_example(r, subject, f"{path}, row {n}") for n, r in enumerate(records, start=1)]
+
+
+def _example(record: dict[str, Any], subject: str, where: str) -> Example:
+    def first_of(names: Sequence[str]) -> Any:
+        for name in names:
+            if record.get(name) is not None:
+                return record[name]
+        raise UserError(f"{where}: has none of {', '.join(names)}")
+
+    question, answer = first_of(_QUESTION), first_of(_ANSWER)
+    choices = record.get("choices") or ()
+    if isinstance(choices, dict):  # as Hugging Face's datasets have them: {"text": [...], ...}
+        choices = choices.get("text", ())
+    if not isinstance(choices, (list, tuple)):
+        raise UserError(f"{where}: got choices {choices!r}, need a list")
+    choices = tuple(str(choice).strip() for choice in choices)
+    if choices:
+        answer = _chosen(answer, choices, where)
+    subject = str(record.get("subject") or subject)
+    return Example(str(question).strip(), str(answer).strip(), choices, subject)
+
+
+def _chosen(answer: Any, choices: tuple[str, ...], where: str) -> str:
+    """The choice that a text, a letter or a number from 0 names."""
+    text = str(answer).strip()
+    if text in choices and not isinstance(answer, int):
+        return text
+    place = None
+    if len(text) == 1 and text.upper() in LETTERS:
+        place = LETTERS.index(text.upper())
+    elif text.isdecimal():
+        place = int(text)
+    if place is None or place >= len(choices):
+        raise UserError(f"{where}: got answer {answer!r}, need one of the {len(choices)} choices")
+    return choices[place]
