@@ -20,7 +20,7 @@ from cs_lm.data.cache import keep_text
 from cs_lm.data.corpus import embedded_text
 from cs_lm.errors import Problem
 from cs_lm.training.metrics_log import read_metrics
-from cs_lm.training.plots import plot_losses
+from cs_lm.training.plots import plot_runs
 from cs_lm.training.run_dir import RunFolder
 
 NUM_CHARACTERS = 20_479
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if status:
         return status
     for against, show in PLOTS:
-        print(f"plot: {plot_losses(folder.metrics, folder.plot_of(show, against), against, show)}")
+        print(f"plot: {plot_runs([folder.metrics], folder.plot_of(show, against), against, show)}")
     records = list(read_metrics(folder.metrics))
     print(comparison(records))
     print(place_among_seeds(records))

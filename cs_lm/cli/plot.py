@@ -1,42 +1,49 @@
-"""`python -m cs_lm plot`: draws the losses of a run as a PNG file."""
+"""`python -m cs_lm plot`: draws one run, or several beside each other, as a PNG or SVG file."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from cs_lm.cli._errors import readable_errors
 from cs_lm.config.fields import setting
 from cs_lm.config.flags import parse_config
-from cs_lm.errors import Problem
-from cs_lm.training.plots import AGAINST, SHOWN, plot_losses
+from cs_lm.errors import Problem, UserError
+from cs_lm.training.plots import AGAINST, SHOWN, plot_runs
 from cs_lm.training.run_dir import RunFolder
 
 
 @dataclass(frozen=True)
 class PlotConfig:
-    out_dir: str = setting("", "folder of the run; required")
+    out_dir: tuple[str, ...] = setting((), "folders of runs; required")
     against: str = setting("step", "the lower axis", choices=AGAINST)
     show: str = setting("loss", "what is drawn", choices=SHOWN)
-    png_path: str | None = setting(
-        None, "where the plot goes; default: in the folder, named after what it shows"
+    plot_path: str | None = setting(
+        None,
+        "where the plot goes, .png or .svg; default: in the folder of the run, named after what it "
+        "shows; required with several runs",
+        flag="--png_path",
     )
 
     def validate(self) -> list[Problem]:
-        found = (
-            []
-            if self.out_dir
-            else [Problem("--out_dir", "is missing", fix="name the folder of a run")]
-        )
-        if self.png_path is not None and not self.png_path.endswith(".png"):
-            found.append(
-                Problem("--png_path", f"got {self.png_path!r}", "a name that ends in .png")
-            )
+        found = []
+        if not self.out_dir:
+            found.append(Problem("--out_dir", "is missing", fix="name the folder of a run"))
+        if self.plot_path is None and len(self.out_dir) > 1:
+            need = "with several runs; name a file"
+            found.append(Problem("--plot_path", "is missing", need))
+        if self.plot_path is not None and Path(self.plot_path).suffix not in (".png", ".svg"):
+            need = "a name that ends in .png or .svg"
+            found.append(Problem("--plot_path", f"got {self.plot_path!r}", need))
         return found
 
 
 @readable_errors
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(PlotConfig, "python -m cs_lm plot", __doc__, argv)
-    folder = RunFolder(config.out_dir)
-    path = config.png_path or folder.plot_of(config.show, config.against)
-    print(plot_losses(folder.metrics, path, config.against, config.show))
+    folders = [RunFolder(path) for path in config.out_dir]
+    names = [folder.path.resolve() for folder in folders]
+    if len(set(names)) < len(names):
+        raise UserError("--out_dir: names a run twice; name each once")
+    path = config.plot_path or folders[0].plot_of(config.show, config.against)
+    print(plot_runs([folder.metrics for folder in folders], path, config.against, config.show))
     return 0

@@ -25,6 +25,7 @@ from cs_lm.device import resolve_device
 from cs_lm.errors import Problem, UserError, missing_package
 from cs_lm.training.console import log_to, print_line
 from cs_lm.training.run_dir import RunFolder, saved_config
+from cs_lm.training.trackers import EXTRA_OF_TRACKER, names_of
 
 DESCRIPTION = """\
 Trains a Transformer language model on a text. A tokenizer and the encoded text are
@@ -161,8 +162,9 @@ def _problems_of_this_machine(config: RunConfig) -> list[Problem]:
     except UserError as error:
         found += error.args
     found += check_corpora(config.data)
-    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        found.append(missing_package("--tensorboard", "tensorboard", "ui"))
+    for name in names_of(config):
+        if importlib.util.find_spec(name) is None:
+            found.append(missing_package(f"--{name}", name, EXTRA_OF_TRACKER[name]))
     return found
 
 

@@ -84,6 +84,12 @@ class RunConfig:
         None, "folder of the run: log, checkpoints, plot; default: runs/<label>"
     )
     tensorboard: bool = setting(False, "also write TensorBoard event files")
+    wandb: bool = setting(
+        False, "also write a Weights & Biases run, offline unless WANDB_MODE says online"
+    )
+    mlflow: bool = setting(
+        False, "also write an MLflow run, in the folder unless MLFLOW_TRACKING_URI names a server"
+    )
     init_from: str | None = setting(
         None,
         "a new run that begins with these weights: folder of a run, one of its checkpoints, or "

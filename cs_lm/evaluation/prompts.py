@@ -75,7 +75,11 @@ def demonstrations_for(
     They are of the example's subject if the pool has examples of it, and never the example itself.
     With fewer than `num_shots`, all of them are taken.
     """
-    others = [other for other in pool if other.id != example.id]
+
+    def is_the_same(one: Example) -> bool:
+        return one is example or (bool(one.where) and one.where == example.where)
+
+    others = [one for one in pool if not is_the_same(one)]
     others = [other for other in others if other.subject == example.subject] or others
     return random.Random(f"{seed}:{index}").sample(others, min(num_shots, len(others)))
 

@@ -7,7 +7,7 @@ import io
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,14 @@ class Example:
     choices  the answers to choose from; empty: the answer is free text
     answer   the right answer, which is one of the choices if there are any
     subject  a part of the task, such as a field of knowledge
+    where    the file and line that it comes from
     """
 
     question: str
     answer: str
     choices: tuple[str, ...] = ()
     subject: str = ""
+    where: str = field(default="", compare=False)
 
     @property
     def id(self) -> str:
@@ -152,7 +154,7 @@ def _example(record: dict[str, Any], subject: str, where: str) -> Example:
     if choices:
         answer = _chosen(answer, choices, where)
     subject = str(record.get("subject") or subject)
-    return Example(str(question).strip(), str(answer).strip(), choices, subject)
+    return Example(str(question).strip(), str(answer).strip(), choices, subject, where)
 
 
 def _chosen(answer: Any, choices: tuple[str, ...], where: str) -> str:

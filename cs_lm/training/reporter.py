@@ -1,4 +1,4 @@
-"""Output of a run while it trains: terminal display, metrics log, TensorBoard events."""
+"""Output of a run while it trains: terminal display, metrics log, trackers."""
 
 import logging
 import math
@@ -15,8 +15,8 @@ from cs_lm.training.metrics_log import MetricsLog
 from cs_lm.training.plots import plotted
 from cs_lm.training.run_dir import RunFolder
 from cs_lm.training.task import Task
-from cs_lm.training.tensorboard import TensorBoardLog
 from cs_lm.training.throughput import SpeedMeter
+from cs_lm.training.trackers import Trackers, names_of
 
 _log = logging.getLogger("cs_lm")
 
@@ -34,7 +34,7 @@ class LossSpikeDetector:
 
 
 class Reporter:
-    """Sends every number and message of a run to the display, the log and TensorBoard.
+    """Sends every number and message of a run to the display, the log and the trackers.
 
     logged  the records of the log up to the step that the run is resumed from
     watch   stopwatch of training time; evaluations and saves do not count
@@ -43,7 +43,7 @@ class Reporter:
     def __init__(self, config: RunConfig, task: Task, folder: RunFolder):
         self._config, self._task, self._folder = config, task, folder
         self.log = MetricsLog(folder.metrics)
-        self._tensorboard = TensorBoardLog(folder.tensorboard if config.tensorboard else None)
+        self._trackers = Trackers(names_of(config), folder.path, to_json(config))
         self.logged: list[dict[str, Any]] = []
         self._elapsed_before_s = 0.0
         self._display: Display | None = None  # between `begin` and `close`
@@ -127,7 +127,7 @@ class Reporter:
 
     def record(self, kind: str, step: int, tokens: int, **values: Any) -> None:
         self.log.write(kind, step=step, tokens=tokens, **values)
-        self._tensorboard.write(kind, step, values)
+        self._trackers.write(kind, step, values)
 
     def end(self, step: int, tokens: int, found: dict[str, Any] | None) -> None:
         """Writes the last record, the closing lines and the plot.
@@ -159,4 +159,4 @@ class Reporter:
         self._entered.close()
         if self._display is not None:
             self._display.close()
-        self._tensorboard.close()
+        self._trackers.close()

@@ -36,7 +36,6 @@ class RunFolder:
         self.path = Path(path)
         self.metrics = self.path / "metrics.jsonl"
         self.plot = self.plot_of("loss", "step")
-        self.tensorboard = self.path / "tensorboard"
         self.checkpoints = CheckpointManager(self.path / "checkpoints")
         self._tokenizer = self.path / "tokenizer"
 

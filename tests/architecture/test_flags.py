@@ -155,6 +155,7 @@ CONFIGS = {
     "score": "cs_lm.cli.score.ScoreConfig",
     "eval": "cs_lm.cli.eval.EvalConfig",
     "plot": "cs_lm.cli.plot.PlotConfig",
+    "report": "cs_lm.cli.report.ReportConfig",
     "verify": "cs_lm.cli.verify.VerifyConfig",
     "cache": "cs_lm.cli.cache.CacheConfig",
 }

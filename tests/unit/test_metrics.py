@@ -8,7 +8,7 @@ import pytest
 from cs_lm.training import console
 from cs_lm.training.console import Display, Stopwatch, format_duration, log_to
 from cs_lm.training.metrics_log import MetricsLog, read_metrics
-from cs_lm.training.plots import plot_losses
+from cs_lm.training.plots import plot_runs
 from cs_lm.training.throughput import Speed
 
 
@@ -105,7 +105,7 @@ def write_log(path, num_steps=30):
 def test_plot(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     write_log(tmp_path / "m.jsonl")
-    png = plot_losses(tmp_path / "m.jsonl", tmp_path / "new" / "loss.png")
+    png = plot_runs([tmp_path / "m.jsonl"], tmp_path / "new" / "loss.png")
     assert png.read_bytes().startswith(b"\x89PNG") and png.stat().st_size > 10_000
 
 
@@ -114,7 +114,7 @@ def test_plot_shows_both_losses_and_tokens(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(figure_module.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
     write_log(tmp_path / "m.jsonl")
-    plot_losses(tmp_path / "m.jsonl", tmp_path / "loss.png")
+    plot_runs([tmp_path / "m.jsonl"], tmp_path / "loss.png")
     axes = drawn[0].axes[0]
     labels = [line.get_label() for line in axes.lines]
     assert labels[0] == "train" and labels[-1].startswith(
@@ -131,14 +131,14 @@ def test_plot_shows_both_losses_and_tokens(tmp_path, monkeypatch):
 def test_plot_without_a_loss(tmp_path):
     MetricsLog(tmp_path / "m.jsonl").write("config", step=0)
     with pytest.raises(ValueError, match="holds no loss yet; train some steps first"):
-        plot_losses(tmp_path / "m.jsonl", tmp_path / "loss.png")
+        plot_runs([tmp_path / "m.jsonl"], tmp_path / "loss.png")
 
 
 def test_plot_without_matplotlib(tmp_path, monkeypatch):
     write_log(tmp_path / "m.jsonl")
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(ValueError, match=r"needs the package matplotlib; install the extra with"):
-        plot_losses(tmp_path / "m.jsonl", tmp_path / "loss.png")
+        plot_runs([tmp_path / "m.jsonl"], tmp_path / "loss.png")
 
 
 def test_log_lines_are_plain_json(tmp_path):
