@@ -3,7 +3,7 @@
     python -m benchmarks.few_shot FOLDER [--steps 1500]
 
 Each document of the training text is a task of its own: a secret code that replaces eight letters
-by eight others, shown on forty letters. A question alone does not say what the code is;
+by eight others, shown on sixty-four letters: "aq fx bt aq ...". A question alone does not say what the code is;
 demonstrations do, if the letter is among them. Writes the text, trains (about ten minutes on two
 cores), then evaluates with 0 to 32 demonstrations on codes that training never saw, and draws
 accuracy against their number. A model that remembers every demonstration is right in
@@ -16,7 +16,7 @@ import random
 from pathlib import Path
 
 LETTERS, SECRETS = "abcdefgh", "qrstuvwx"
-LINES = 40  # in a document
+PAIRS = 64  # in a document
 
 
 def new_code(rng: random.Random) -> dict[str, str]:
@@ -25,8 +25,8 @@ def new_code(rng: random.Random) -> dict[str, str]:
 
 def document(rng: random.Random) -> str:
     code = new_code(rng)
-    letters = rng.choices(LETTERS, k=LINES)
-    return "".join(f"{letter} > {code[letter]}\n" for letter in letters)
+    letters = rng.choices(LETTERS, k=PAIRS)
+    return "".join(f"{letter}{code[letter]} " for letter in letters)
 
 
 def write_files(folder: Path, num_documents: int, num_codes: int = 100) -> None:
@@ -49,7 +49,7 @@ def train(folder: Path, steps: int) -> None:
     from cs_lm.cli.train import main as run
 
     sizes = {"vocab_size": 257, "d_model": 128, "num_layers": 3, "num_heads": 4, "d_ff": 344}
-    settings = {"max_seq_length": 256, "seq_length": 240, "batch_size": 24, "lr": 2e-3}
+    settings = {"max_seq_length": 256, "seq_length": 192, "batch_size": 32, "lr": 2e-3}
     rest = {"max_steps": steps, "eval_interval": 250, "out_dir": folder / "run"}
     flags = {"corpus_path": folder / "train.txt", **sizes, **settings, **rest}
     run([word for name, value in flags.items() for word in (f"--{name}", str(value))])
@@ -67,7 +67,7 @@ def evaluate(folder: Path) -> None:
     paths = [word for flag, name in files for word in (flag, str(folder / name))]
     argv = ["eval", "--out_dir", str(folder / "run"), *paths, "--kind", "completion"]
     shots = ["--num_shots", "0", "1", "2", "4", "8", "16", "32"]
-    command([*argv, *shots, "--template", "{question} > {answer}", "--separator", r"\n"])
+    command([*argv, *shots, "--template", "{question}{answer}", "--separator", " "])
 
 
 def main(argv=None) -> None:

@@ -9,6 +9,7 @@ from cs_lm.errors import UserError
 from cs_lm.inference.decoding_config import DecodingConfig
 from cs_lm.inference.sampling import History
 from cs_lm.models.base import LanguageModel, evaluating, new_cache
+from cs_lm.models.kv_cache import KVCache
 
 
 def check_prompt(token_ids: Sequence[int], vocab_size: int) -> None:
@@ -87,7 +88,12 @@ class CachedDecoder:
         self._model, self._rows, self._slide, self._copies = model, rows, slide, copies
         self._context = model.config.context_length
         self._capacity = min(self._context, rows.length + max_new)
-        self._cache = None
+        self._cache: KVCache | None = None
+
+    @property
+    def cache(self) -> KVCache:
+        """The keys and values of the rows, once `logits` has read them."""
+        return self._cache
 
     def copy_rows(self, sources: Tensor, targets: Tensor) -> None:
         """Rows `targets` become equal to rows `sources`. Shapes: both (n), without a row in both"""

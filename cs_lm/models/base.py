@@ -66,11 +66,11 @@ class LanguageModel(nn.Module):
         token_positions  (..., T); by default they start at the cache's length, or at 0
         mask             (..., T, S) boolean, True = attend, in addition to the causal mask
         cache            keys and values of earlier tokens; those of the new tokens are added
-        Raises: ValueError for a sequence longer than the context.
+        Raises: ValueError for a sequence longer than the context, without positions;
+        IndexError (on CPU) for a position beyond the context.
         """
-        next_positions = positions_after(cache, token_ids, self.config.context_length)
         if token_positions is None:
-            token_positions = next_positions
+            token_positions = positions_after(cache, token_ids, self.config.context_length)
         x, of_layers = self.embed(token_ids, token_positions)
         recomputing = self.activation_checkpointing and torch.is_grad_enabled() and cache is None
         for index, (layer, further) in enumerate(zip(self.layers, of_layers)):

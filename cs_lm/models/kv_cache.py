@@ -35,7 +35,8 @@ class KVCache:
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Writes T new positions after `length`; returns all keys and values up to their end.
 
-        The returned tensors are views. `advance` moves `length` once all layers have written.
+        With fewer rows than the cache has, they are its first rows. The returned tensors are
+        views. `advance` moves `length` once all layers have written.
         Raises: ValueError when the capacity is exceeded.
         """
         end = self.length + keys.shape[-2]
@@ -43,7 +44,8 @@ class KVCache:
             raise ValueError(
                 f"KVCache: got {end} positions, need at most its capacity ({self.capacity})"
             )
-        stored_keys, stored_values = self._keys[layer], self._values[layer]
+        rows = slice(keys.shape[0])
+        stored_keys, stored_values = self._keys[layer, rows], self._values[layer, rows]
         stored_keys[:, :, self.length : end] = keys
         stored_values[:, :, self.length : end] = values
         return stored_keys[:, :, :end], stored_values[:, :, :end]
@@ -69,3 +71,18 @@ class KVCache:
         """Rows `targets` become equal to rows `sources`. Shapes: both (n), without a row in both"""
         for stored in (self._keys, self._values):
             stored[:, targets, :, : self.length] = stored[:, sources, :, : self.length]
+
+    def write_row(self, row: int, other: "KVCache", other_row: int, length: int) -> None:
+        """The last `length` positions of a row of another cache, as the last ones of a row here."""
+        start, other_start = self.length - length, other.length - length
+        for stored, given in ((self._keys, other._keys), (self._values, other._values)):
+            new = given[:, other_row, :, other_start : other.length]
+            stored[:, row, :, start : self.length] = new
+
+    def shift(self, positions: int, num_rows: int) -> None:
+        """Moves the first `num_rows` rows to later positions, or to earlier ones if negative."""
+        old = slice(max(0, -positions), self.length)
+        new = slice(max(0, positions), self.length + positions)
+        for stored in (self._keys, self._values):
+            stored[:, :num_rows, :, new] = stored[:, :num_rows, :, old].clone()
+        self.length += positions

@@ -29,7 +29,8 @@ _TABLE = {
     "evaluation": "config ops models data tokenizer inference",
     "training": _ALL_BELOW,
     "reports": "config storage",
-    "cli": f"{_ALL_BELOW} interop training reports",
+    "serving": "config ops models inference tokenizer reports",
+    "cli": f"{_ALL_BELOW} interop training reports serving",
 }
 MAY_IMPORT = {wing: set(others.split()) for wing, others in _TABLE.items()}
 # Belongs to no wing: it names the public things of all of them.
