@@ -3,10 +3,10 @@
     python -m benchmarks.few_shot FOLDER [--steps 1500]
 
 Each document of the training text is a task of its own: a secret code that replaces eight letters
-by eight others, shown on sixty-four letters: "aq fx bt aq ...". A question alone does not say what the code is;
-demonstrations do, if the letter is among them. Writes the text, trains (about ten minutes on two
-cores), then evaluates with 0 to 32 demonstrations on codes that training never saw, and draws
-accuracy against their number. A model that remembers every demonstration is right in
+by eight others, shown on sixty-four letters: "aq fx bt aq ...". A question alone does not say what
+the code is; demonstrations do, if the letter is among them. Writes the text, trains (about ten
+minutes on two cores), then evaluates with 0 to 32 demonstrations on codes that training never saw,
+and draws accuracy against their number. A model that remembers every demonstration is right in
 1 - (7/8)^K (1 - 1/8) of the questions or more.
 """
 
@@ -29,7 +29,7 @@ def document(rng: random.Random) -> str:
     return "".join(f"{letter}{code[letter]} " for letter in letters)
 
 
-def write_files(folder: Path, num_documents: int, num_codes: int = 100) -> None:
+def write_files(folder: Path, num_documents: int, num_codes: int = 200) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(0)
     text = "<|endoftext|>".join(document(rng) for _ in range(num_documents))
@@ -37,7 +37,7 @@ def write_files(folder: Path, num_documents: int, num_codes: int = 100) -> None:
     lines: dict[str, list[str]] = {"demonstrations": [], "dev": [], "test": []}
     for number in range(num_codes):
         code = new_code(rng)
-        for name, count in (("demonstrations", 64), ("dev", 2), ("test", 10)):
+        for name, count in (("demonstrations", 64), ("dev", 2), ("test", 5)):
             for index, letter in enumerate(rng.choices(LETTERS, k=count)):
                 answer = {"question": letter, "answer": code[letter], "subject": f"code {number}"}
                 lines[name].append(json.dumps(answer | {"index": index}))
@@ -52,7 +52,9 @@ def train(folder: Path, steps: int) -> None:
     settings = {"max_seq_length": 256, "seq_length": 192, "batch_size": 32, "lr": 2e-3}
     rest = {"max_steps": steps, "eval_interval": 250, "out_dir": folder / "run"}
     flags = {"corpus_path": folder / "train.txt", **sizes, **settings, **rest}
-    run([word for name, value in flags.items() for word in (f"--{name}", str(value))])
+    status = run([word for name, value in flags.items() for word in (f"--{name}", str(value))])
+    if status:
+        raise SystemExit(status)
 
 
 def evaluate(folder: Path) -> None:

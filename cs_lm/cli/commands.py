@@ -17,6 +17,7 @@ COMMANDS = {
     "score": "how surprised a trained model is by each token of a text, in colours",
     "eval": "a trained model answers the questions of a task, after demonstrations or without",
     "generate": "let a trained model write",
+    "serve": "a local page to prompt trained models, and OpenAI-style endpoints",
     "import-weights": "pretrained weights of other programs, as a run",
     "export-weights": "a trained model for other programs",
     "book": "the books' experiment: GPT-2's shape on a short story, beside the published losses",

@@ -44,6 +44,7 @@ from cs_lm.storage.atomic import atomic_open
 from cs_lm.training.run_dir import RunFolder, TrainedModel, load_trained
 
 _FORMAT = PromptFormat()
+_MOST_SUBJECTS = 100  # in the table; the results have all
 
 
 @dataclass(frozen=True)
@@ -245,7 +246,7 @@ def _print_accuracies(reports: Sequence[_Report]) -> None:
 
 def _print_subjects(reports: Sequence[_Report]) -> None:
     tables = [accuracy_by_subject(report.answered) for report in reports]
-    if len(tables[0]) < 2:
+    if not 1 < len(tables[0]) <= _MOST_SUBJECTS:
         return
     width = max(8, *map(len, tables[0])) + 2
     shown = "".join(f"{report.num_shots:>26}" for report in reports)

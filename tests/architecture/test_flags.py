@@ -160,6 +160,7 @@ CONFIGS = {
     "eval": "cs_lm.cli.eval.EvalConfig",
     "plot": "cs_lm.cli.plot.PlotConfig",
     "report": "cs_lm.cli.report.ReportConfig",
+    "serve": "cs_lm.cli.serve.ServeConfig",
     "verify": "cs_lm.cli.verify.VerifyConfig",
     "cache": "cs_lm.cli.cache.CacheConfig",
 }
