@@ -3,11 +3,11 @@
     python -m benchmarks.few_shot FOLDER [--steps 1500]
 
 Each document of the training text is a task of its own: a secret code that replaces eight letters
-by eight others, shown on sixty-four letters: "aq fx bt aq ...". A question alone does not say what
-the code is; demonstrations do, if the letter is among them. Writes the text, trains (about ten
-minutes on two cores), then evaluates with 0 to 32 demonstrations on codes that training never saw,
-and draws accuracy against their number. A model that remembers every demonstration is right in
-1 - (7/8)^K (1 - 1/8) of the questions or more.
+by eight others, shown on sixty-four letters of one to eight kinds: "aq fx bt aq ...". A question
+alone does not say what the code is; demonstrations do, if the letter is among them. Writes the
+text, trains (about ten minutes on two cores), then evaluates with 0 to 32 demonstrations on codes
+that training never saw, and draws accuracy against their number. Whoever remembers every
+demonstration knows the answer with probability 1 - (7/8)^K, and guesses otherwise.
 """
 
 import argparse
@@ -25,7 +25,8 @@ def new_code(rng: random.Random) -> dict[str, str]:
 
 def document(rng: random.Random) -> str:
     code = new_code(rng)
-    letters = rng.choices(LETTERS, k=PAIRS)
+    some = rng.sample(LETTERS, rng.randint(1, len(LETTERS)))  # few letters are learnt first
+    letters = rng.choices(some, k=PAIRS)
     return "".join(f"{letter}{code[letter]} " for letter in letters)
 
 

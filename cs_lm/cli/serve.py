@@ -126,9 +126,7 @@ def _engines(config: ServeConfig) -> dict[str, Engine]:
         if name in engines:
             raise UserError(f"--out_dir: got two runs named {name!r}; rename one of the folders")
         trained = load_trained(folder, config.checkpoint, device, dtype)
-        engines[name] = Engine(
-            trained.model, trained.tokenizer, config.max_rows, config.max_queue
-        )
+        engines[name] = Engine(trained.model, trained.tokenizer, config.max_rows, config.max_queue)
     return engines
 
 
@@ -139,6 +137,7 @@ def _listener(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen(128)  # clients that come before the server is ready wait
     except (OSError, UnicodeError) as error:
         listener.close()
         reason = getattr(error, "strerror", None) or error

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import hmac
 import secrets
 import time
@@ -20,6 +21,7 @@ from cs_lm.serving.requests import Asked, RequestError, parse_json, parse_reques
 from cs_lm.serving.responses import Answers, error_body, server_sent
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_SHORT_BYTES = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -171,12 +173,10 @@ class _Endpoints:
         return await self._answer(request, is_chat=True)
 
     async def _answer(self, request: Request, is_chat: bool) -> Response:
-        content = parse_json(await self._body(request))
-        max_rows = max(engine.max_rows for engine in self._engines.values())
-        # a prompt may be long: its tokens are made beside the event loop
-        asked = await asyncio.to_thread(
-            parse_request, content, self._engines, is_chat, max_rows
-        )
+        body = await self._body(request)
+        # the tokens of a long text are made beside the event loop, which others wait for
+        parse = functools.partial(self._parsed, body, is_chat)
+        asked = await asyncio.to_thread(parse) if len(body) > _SHORT_BYTES else parse()
         engine = self._engines[asked.model]
         job, events = self._submitted(asked, engine)
         answers = Answers(asked, engine.tokenizer.vocab)
@@ -200,6 +200,10 @@ class _Endpoints:
             job.cancelled = True
             raise
         return JSONResponse(answers.whole())
+
+    def _parsed(self, body: bytes, is_chat: bool) -> Asked:
+        max_rows = max(engine.max_rows for engine in self._engines.values())
+        return parse_request(parse_json(body), self._engines, is_chat, max_rows)
 
     async def _body(self, request: Request) -> bytes:
         kind = request.headers.get("content-type", "").split(";")[0].strip().lower()

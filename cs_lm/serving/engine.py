@@ -244,8 +244,9 @@ class Engine:
     def _sample_group(self, rows: list[_Row], logits: Tensor, config: DecodingConfig) -> None:
         uniform = torch.stack([row.uniform[row.num_new] for row in rows]).to(logits.device)
         allowed = self._allowed.to(logits.device)
-        history = History(*(x.to(logits.device) if torch.is_tensor(x) else x
-                            for x in _history(rows, config)))
+        history = History(
+            *(x.to(logits.device) if torch.is_tensor(x) else x for x in _history(rows, config))
+        )
         chosen = sample_tokens(logits, history, config, uniform, allowed)
         found = None
         if config.num_alternatives is not None:
@@ -299,9 +300,7 @@ def _group_of(row: _Row) -> tuple[DecodingConfig, int]:
 
 def _looks_back(config: DecodingConfig) -> bool:
     penalties = config.frequency_penalty or config.presence_penalty
-    return bool(
-        config.repetition_penalty != 1.0 or config.no_repeat_ngram is not None or penalties
-    )
+    return bool(config.repetition_penalty != 1.0 or config.no_repeat_ngram is not None or penalties)
 
 
 def _history(rows: Sequence[_Row], config: DecodingConfig) -> History:

@@ -44,7 +44,7 @@ token for its probability and the alternatives.</p>
 <input id="min_p" type="number" min="0" max="1" step="0.01" value="0"></div>
 <div><label for="repetition_penalty">repetition penalty</label>
 <input id="repetition_penalty" type="number" min="0.1" step="0.05" value="1"></div>
-<div><label for="seed">seed (empty: new each time)</label><input id="seed" type="number"></div>
+<div><label for="seed">seed (empty: any)</label><input id="seed" type="number"></div>
 <div><label for="end">stop text</label><input id="end"></div>
 <div id="key_field" hidden><label for="key">API key</label><input id="key" type="password"></div>
 </div>

@@ -99,9 +99,7 @@ def test_logprobs_are_those_of_the_library(model, engine):
     client = Client(engine, ["ab"], seed=2, num_alternatives=3, max_new_tokens=5)
     client.answers()
     allowed = allowed_ids(BYTES, 258, None, frozenset([256]))
-    (sample,) = generate_samples(
-        model, client.prompts, client.config, frozenset([256]), allowed
-    )
+    (sample,) = generate_samples(model, client.prompts, client.config, frozenset([256]), allowed)
     events = [event for event in client.events if event.token_id is not None]
     assert [event.token_id for event in events] == sample.token_ids
     assert [event.logprob for event in events] == pytest.approx(sample.logprobs, abs=1e-4)
