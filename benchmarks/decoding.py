@@ -1,9 +1,10 @@
 """Generation token by token beside `transformers`' `generate`, for a Llama of the same shape.
 
-    python -m benchmarks.decoding [--rounds 5]
+    python -m benchmarks.decoding [--rounds 5] [--only batches]
 
-One prompt, greedy, the 57.7 M parameters of `benchmarks.training`. A step's cost is mostly reading
-the weights.
+One prompt, greedy, the 57.7 M parameters of `benchmarks.training`: a step's cost is mostly reading
+the weights. Then batches of 1, 8 and 64 prompts of 32 tokens with 9.8 M parameters, sampled (top-k
+50, top-p 0.9) and greedy: what a step costs besides.
 """
 
 import argparse
@@ -65,6 +66,72 @@ def transformers(dtype: str):
     return generate
 
 
+SMALL = {"vocab_size": 8192, "d_model": 256, "num_layers": 7, "num_heads": 4, "d_ff": 704}
+SMALL_CONTEXT, NUM_PROMPT, NUM_NEW = 256, 32, 64
+SAMPLED = {"temperature": 0.8, "top_k": 50, "top_p": 0.9}
+
+
+def prompts_of(batch_size: int):
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, SMALL["vocab_size"], (batch_size, NUM_PROMPT), generator=generator)
+
+
+def our_batch(batch_size: int, sampled: bool):
+    from cs_lm.config.model import ModelConfig
+    from cs_lm.inference.decoding_config import DecodingConfig
+    from cs_lm.inference.generate import generate
+    from cs_lm.models.transformer import TransformerLM
+
+    model = TransformerLM(ModelConfig(**SMALL, context_length=SMALL_CONTEXT)).eval()
+    prompts = prompts_of(batch_size).tolist()
+    settings = SAMPLED if sampled else {"temperature": 0.0}
+    config = DecodingConfig(max_new_tokens=NUM_NEW, **settings)
+    generate(model, prompts, config)
+    return lambda: generate(model, prompts, config)
+
+
+def their_batch(batch_size: int, sampled: bool):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=SMALL["vocab_size"],
+        hidden_size=SMALL["d_model"],
+        intermediate_size=SMALL["d_ff"],
+        num_hidden_layers=SMALL["num_layers"],
+        num_attention_heads=SMALL["num_heads"],
+        max_position_embeddings=SMALL_CONTEXT,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    model = LlamaForCausalLM(config).eval()
+    ids = prompts_of(batch_size)
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": NUM_NEW}
+    settings |= {"do_sample": sampled} | (SAMPLED if sampled else {})
+
+    def generate():
+        with torch.no_grad():
+            model.generate(ids, **settings)
+
+    generate()
+    return generate
+
+
+def compare_batches(rounds: int) -> None:
+    for sampled in (True, False):
+        for batch_size in (1, 8, 64):
+            how = "sampled" if sampled else "greedy"
+            contestants = {
+                "cs_lm": functools.partial(our_batch, batch_size, sampled),
+                "transformers": functools.partial(their_batch, batch_size, sampled),
+            }
+            question = f"a new token, {how}, batch of {batch_size}, 9.8 M parameters"
+            in_turns(question, contestants, rounds, repeats=batch_size * NUM_NEW)
+
+
 def by_length(dtype: str):
     """Whether a token late in the text costs what an early one does."""
     from cs_lm.inference.decoding_config import DecodingConfig
@@ -86,7 +153,12 @@ def by_length(dtype: str):
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args(argv).rounds
+    parser.add_argument("--only", choices=["batches"])
+    chosen = parser.parse_args(argv)
+    rounds = chosen.rounds
+    compare_batches(rounds)
+    if chosen.only:
+        return
     contestants = {
         "cs_lm": functools.partial(ours, "float32"),
         "transformers": functools.partial(transformers, "float32"),

@@ -58,7 +58,9 @@ def read_examples(paths: Sequence[str], flag: str = "--task_path") -> list[Examp
         files = sorted(glob.glob(pattern)) or [pattern]
         for file in map(Path, files):
             if not file.is_file():
-                raise UserError(f"{flag}: got {pattern!r}, which is neither a file nor a pattern")
+                raise UserError(
+                    f"{flag}: got {pattern!r}, which is not a file, nor a pattern of files"
+                )
             examples += _read_file(file)
     if not examples:
         raise UserError(f"{flag}: the files hold no example")

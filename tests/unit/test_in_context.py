@@ -81,7 +81,7 @@ def test_files_that_people_have(tmp_path):
 def test_files_that_are_not_understood(tmp_path, name, text, message):
     with pytest.raises(ValueError, match=message):
         read_examples([written(tmp_path, name, text)])
-    with pytest.raises(ValueError, match="--task_path: got 'none', which is neither a file nor"):
+    with pytest.raises(ValueError, match="--task_path: got 'none', which is not a file, nor"):
         read_examples(["none"])
 
 
