@@ -11,7 +11,8 @@
 # Words after `test` go to pytest: bash run_clm.sh test -k tokenizer
 #
 # PYTHON      the Python to make the environment with (3.11 or newer); default: python3
-# CS_LM_VENV  where the virtual environment lies or goes; default: .venv
+# CS_LM_VENV    where the virtual environment lies or goes; default: .venv
+# CS_LM_EXTRAS  further extras to test with, such as wandb,mlflow,harness
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 venv="${CS_LM_VENV:-.venv}"
@@ -117,7 +118,7 @@ lecture)
         --out_dir runs/lecture
     ;;
 test)
-    set_up ui,test,parity,corpora
+    set_up "ui,test,parity,corpora,serve${CS_LM_EXTRAS:+,$CS_LM_EXTRAS}"
     # two processes; tests of one xdist_group run one after the other
     exec "$venv/bin/python" -m pytest -n 2 --dist loadgroup "$@"
     ;;
