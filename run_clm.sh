@@ -10,7 +10,7 @@
 # Flags are laid over those below: bash run_clm.sh --seed 1, bash run_clm.sh lecture --seed 1
 # Words after `test` go to pytest: bash run_clm.sh test -k tokenizer
 #
-# PYTHON      the Python to make the environment with (3.11 or newer); default: python3
+# PYTHON        the Python to make the environment with (3.11 or newer); default: python3
 # CS_LM_VENV    where the virtual environment lies or goes; default: .venv
 # CS_LM_EXTRAS  further extras to test with, such as wandb,mlflow,harness
 set -euo pipefail

@@ -1,6 +1,6 @@
 """Few-shot beside zero-shot, on a small model that was trained on a family of tasks.
 
-    python -m benchmarks.few_shot FOLDER [--steps 1500]
+    python -m benchmarks.few_shot FOLDER [--steps 700]
 
 Each document of the training text is a task of its own: a secret code that replaces eight letters
 by eight others, shown on sixty-four letters of one to eight kinds: "aq fx bt aq ...". A question
@@ -80,7 +80,7 @@ def main(argv=None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--documents", type=int, default=40_000)
     chosen = parser.parse_args(argv)
     if not (chosen.folder / "run").exists():

@@ -46,7 +46,8 @@ token for its probability and the alternatives.</p>
 <input id="repetition_penalty" type="number" min="0.1" step="0.05" value="1"></div>
 <div><label for="seed">seed (empty: any)</label><input id="seed" type="number"></div>
 <div><label for="end">stop text</label><input id="end"></div>
-<div id="key_field" hidden><label for="key">API key</label><input id="key" type="password" autocomplete="off"></div>
+<div id="key_field" hidden><label for="key">API key</label>
+<input id="key" type="password" autocomplete="off"></div>
 </div>
 <button id="go">Generate</button> <button id="stop" type="button" disabled>Stop</button>
 </form>
