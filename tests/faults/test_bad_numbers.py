@@ -179,7 +179,7 @@ def test_scores_that_are_no_numbers_name_the_checkpoint(work, capsys):
     for more in ([], ["--temperature", "0"], ["--top_k", "3"], ["--top_p", "0.5"]):
         assert command([*argv, *more]) == 2
         shown = capsys.readouterr().err
-        assert "not numbers (NaN)" in shown and "step 4 in 'run'" in shown, shown
+        assert "not numbers (NaN or infinite)" in shown and "step 4 in 'run'" in shown, shown
         assert shown.startswith("error: --checkpoint")
     record, shown = trainer.task.sample(lambda: None)
     assert record is None and shown.startswith("the model's logits are not numbers")
