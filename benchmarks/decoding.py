@@ -41,21 +41,27 @@ def ours(dtype: str):
     return lambda: generate(model, [PROMPT], config)
 
 
-def transformers(dtype: str):
-    import torch
+def llama(sizes: dict, context_length: int, **tokens):
+    """`transformers`' model of the same shape, without a token that ends a text."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = MODELS["57.7 M, B 8, T 256"][0]
     config = LlamaConfig(
         vocab_size=sizes["vocab_size"],
         hidden_size=sizes["d_model"],
         intermediate_size=sizes["d_ff"],
         num_hidden_layers=sizes["num_layers"],
         num_attention_heads=sizes["num_heads"],
-        max_position_embeddings=512,
+        max_position_embeddings=context_length,
         eos_token_id=None,
+        **tokens,
     )
-    model = LlamaForCausalLM(config).eval().to(getattr(torch, dtype))
+    return LlamaForCausalLM(config).eval()
+
+
+def transformers(dtype: str):
+    import torch
+
+    model = llama(MODELS["57.7 M, B 8, T 256"][0], 512).to(getattr(torch, dtype))
     ids = torch.tensor([PROMPT])
 
     def generate(num_tokens=NUM_TOKENS):
@@ -94,20 +100,8 @@ def our_batch(batch_size: int, sampled: bool):
 
 def their_batch(batch_size: int, sampled: bool):
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=SMALL["vocab_size"],
-        hidden_size=SMALL["d_model"],
-        intermediate_size=SMALL["d_ff"],
-        num_hidden_layers=SMALL["num_layers"],
-        num_attention_heads=SMALL["num_heads"],
-        max_position_embeddings=SMALL_CONTEXT,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    model = LlamaForCausalLM(config).eval()
+    model = llama(SMALL, SMALL_CONTEXT, bos_token_id=None, pad_token_id=0)
     ids = prompts_of(batch_size)
     settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": NUM_NEW}
     settings |= {"do_sample": sampled} | (SAMPLED if sampled else {})

@@ -57,6 +57,14 @@ def _show_whatever_the_console_lacks() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def decoded(where: str, content: bytes) -> str:
+    """The text of what a command was given. Raises: UserError if it is not UTF-8."""
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: is not UTF-8 at byte offset {error.start}") from None
+
+
 def print_error(error: Exception) -> None:
     for line in str(error).splitlines():
         with contextlib.suppress(OSError):  # a closed terminal must not change the exit status

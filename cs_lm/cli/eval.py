@@ -5,7 +5,6 @@ several numbers, each is evaluated; with --dev_path, the best one there is evalu
 """
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,7 +150,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         config.scoring,
         config.seed,
         config.max_new_tokens,
-        _stops(config),
     )
     is_dirty = _contamination(config, examples)
     device = resolve_device(config.device)
@@ -191,12 +189,6 @@ def _prompt_format(config: EvalConfig) -> PromptFormat:
         for text in (config.template, config.separator, config.instruction)
     )
     return PromptFormat(template, separator, instruction, config.letters)
-
-
-def _stops(config: EvalConfig) -> tuple[str, ...]:
-    """A generated answer ends where the next example would begin."""
-    separator = config.separator.replace("\\n", "\n")
-    return (separator,) if separator else ()
 
 
 def _contamination(config: EvalConfig, examples: Sequence[Example]) -> list[bool] | None:
@@ -309,7 +301,3 @@ def _draw(path: str, reports: Sequence[_Report], examples: Sequence[Example]) ->
     if all(example.choices for example in examples):
         chance = sum(1 / len(example.choices) for example in examples) / len(examples)
     draw_accuracy({"accuracy": points}, path, chance)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

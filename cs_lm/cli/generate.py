@@ -13,12 +13,17 @@ from pathlib import Path
 
 import torch
 
-from cs_lm.cli._errors import print_error, readable_errors
+from cs_lm.cli._errors import decoded, print_error, readable_errors
 from cs_lm.cli._prompt import HELP, PromptSession, line_history, paint
 from cs_lm.config.fields import is_unicode, not_unicode, setting
 from cs_lm.config.flags import parse_config
 from cs_lm.config.run import DTYPES
-from cs_lm.config.shared import checkpoint_setting, device_setting, validate_checkpoint
+from cs_lm.config.shared import (
+    checkpoint_setting,
+    device_setting,
+    validate_checkpoint,
+    validate_run,
+)
 from cs_lm.device import resolve_device
 from cs_lm.errors import Problem, UserError
 from cs_lm.inference.decoding_config import DecodingConfig
@@ -41,11 +46,7 @@ class GenerateConfig:
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
 
     def validate(self) -> list[Problem]:
-        found = (
-            []
-            if self.out_dir
-            else [Problem("--out_dir", "is missing", fix="name the folder of a run")]
-        )
+        found = validate_run(self.out_dir)
         if self.prompt is not None and self.prompt_file is not None:
             found.append(Problem("--prompt, --prompt_file", "got both", fix="give one of the two"))
         if self.prompt == "":
@@ -64,9 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = RunFolder(config.out_dir)
     prompt = config.prompt
     if config.prompt_file is not None:
-        prompt = _decoded("--prompt_file", Path(config.prompt_file).read_bytes())
+        prompt = _prompt_from("--prompt_file", Path(config.prompt_file).read_bytes())
     elif prompt is None and not sys.stdin.isatty():
-        prompt = _decoded("standard input", sys.stdin.buffer.read())
+        prompt = _prompt_from("standard input", sys.stdin.buffer.read())
     if prompt == "":
         raise UserError("prompt: got an empty text, need at least one character")
     trained = load_trained(folder, config.checkpoint, device, getattr(torch, config.dtype))
@@ -102,12 +103,9 @@ def _converse(trained: TrainedModel, decoding: DecodingConfig) -> None:
                 print()  # Ctrl-C ends this answer only
 
 
-def _decoded(where: str, content: bytes) -> str:
+def _prompt_from(where: str, content: bytes) -> str:
     """The text, without the newline that editors and `echo` put at the end."""
-    try:
-        return content.decode("utf-8").removesuffix("\n").removesuffix("\r")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: is not UTF-8 at byte offset {error.start}") from None
+    return decoded(where, content).removesuffix("\n").removesuffix("\r")
 
 
 def _write(trained: TrainedModel, prompt: str, decoding: DecodingConfig) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from cs_lm.cli._errors import readable_errors
 from cs_lm.config.fields import setting
 from cs_lm.config.flags import parse_config
+from cs_lm.config.shared import validate_run
 from cs_lm.errors import Problem, UserError
 from cs_lm.training.plots import AGAINST, SHOWN, plot_runs
 from cs_lm.training.run_dir import RunFolder
@@ -25,9 +26,7 @@ class PlotConfig:
     )
 
     def validate(self) -> list[Problem]:
-        found = []
-        if not self.out_dir:
-            found.append(Problem("--out_dir", "is missing", fix="name the folder of a run"))
+        found = validate_run(self.out_dir)
         if self.plot_path is None and len(self.out_dir) > 1:
             need = "with several runs; name a file"
             found.append(Problem("--plot_path", "is missing", need))

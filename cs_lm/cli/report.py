@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from cs_lm.cli._errors import readable_errors
 from cs_lm.config.fields import setting
 from cs_lm.config.flags import parse_config
+from cs_lm.config.shared import validate_run
 from cs_lm.errors import Problem
 from cs_lm.reports.run_report import run_report
 from cs_lm.storage.atomic import atomic_write
@@ -23,9 +24,7 @@ class ReportConfig:
     html_path: str | None = setting(None, "where the page goes; default: report.html in the folder")
 
     def validate(self) -> list[Problem]:
-        if self.out_dir:
-            return []
-        return [Problem("--out_dir", "is missing", fix="name the folder of a run")]
+        return validate_run(self.out_dir)
 
 
 @readable_errors

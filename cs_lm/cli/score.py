@@ -10,16 +10,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cs_lm.cli._errors import readable_errors
+from cs_lm.cli._errors import decoded, readable_errors
 from cs_lm.cli._prompt import has_colours
 from cs_lm.config.fields import is_unicode, not_unicode, setting
 from cs_lm.config.flags import parse_config
-from cs_lm.config.shared import checkpoint_setting, device_setting, validate_checkpoint
+from cs_lm.config.shared import (
+    checkpoint_setting,
+    device_setting,
+    validate_checkpoint,
+    validate_run,
+)
 from cs_lm.device import resolve_device
 from cs_lm.errors import Problem, UserError
 from cs_lm.evaluation.scoring import TokenScore, score_tokens, summary
 from cs_lm.reports.scored_text import ScoredToken, for_browser, for_terminal, legend
-from cs_lm.storage.atomic import atomic_open
+from cs_lm.storage.atomic import atomic_write
 from cs_lm.training.run_dir import RunFolder, load_trained
 
 VIEWS = ("auto", "colours", "lines", "jsonl")
@@ -37,9 +42,7 @@ class ScoreConfig:
     device: str = device_setting()
 
     def validate(self) -> list[Problem]:
-        found = []
-        if not self.out_dir:
-            found.append(Problem("--out_dir", "is missing", fix="name the folder of a run"))
+        found = validate_run(self.out_dir)
         if self.text is not None and self.text_path is not None:
             found.append(Problem("--text, --text_path", "got both", fix="give one of the two"))
         if self.text is not None and not is_unicode(self.text):
@@ -75,8 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(facts, file=sys.stderr)
     if config.html_path is not None:
         page = for_browser("Surprise of each token", facts, _shown(scores, vocab))
-        with atomic_open(config.html_path) as file:
-            file.write(page.encode("utf-8"))
+        atomic_write(config.html_path, page.encode("utf-8"))
         print(config.html_path, file=sys.stderr)
     return 0
 
@@ -87,10 +89,7 @@ def _text(config: ScoreConfig) -> str:
         where = "standard input" if config.text_path is None else "--text_path"
         path = config.text_path
         content = sys.stdin.buffer.read() if path is None else Path(path).read_bytes()
-        try:
-            text = content.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{where}: is not UTF-8 at byte offset {error.start}") from None
+        text = decoded(where, content)
     if not text:
         raise UserError(f"{where}: got an empty text, need at least one character")
     return text

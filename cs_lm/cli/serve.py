@@ -19,7 +19,12 @@ from cs_lm.cli._errors import readable_errors
 from cs_lm.config.fields import setting
 from cs_lm.config.flags import parse_config
 from cs_lm.config.run import DTYPES
-from cs_lm.config.shared import checkpoint_setting, device_setting, validate_checkpoint
+from cs_lm.config.shared import (
+    checkpoint_setting,
+    device_setting,
+    validate_checkpoint,
+    validate_run,
+)
 from cs_lm.device import resolve_device
 from cs_lm.errors import Problem, UserError, missing_package
 from cs_lm.serving.engine import Engine
@@ -50,9 +55,7 @@ class ServeConfig:
     )
 
     def validate(self) -> list[Problem]:
-        found = []
-        if not self.out_dir:
-            found.append(Problem("--out_dir", "is missing", fix="name the folder of a run"))
+        found = validate_run(self.out_dir)
         if not 0 <= self.port < 1 << 16:
             found.append(Problem("--port", f"got {self.port}", "0 to 65535"))
         names = ("max_rows", "max_queue", "max_connections", "max_body_bytes", "drain_timeout_s")

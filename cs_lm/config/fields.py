@@ -7,7 +7,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import field
 from typing import Any
 
@@ -85,6 +85,15 @@ def to_json(config: Any) -> dict[str, Any]:
         value = getattr(config, each.name)
         stored[each.name] = to_json(value) if dataclasses.is_dataclass(value) else value
     return stored
+
+
+def flat(stored: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of `to_json` without nesting: {"optim": {"lr": 1}} gives {"optim.lr": 1}."""
+    values: dict[str, Any] = {}
+    for key, value in stored.items():
+        name = prefix + key
+        values |= flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return values
 
 
 def from_json(config_class: type, stored: dict[str, Any]) -> Any:

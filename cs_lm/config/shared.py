@@ -19,6 +19,13 @@ def checkpoint_setting() -> Any:
     return setting("best", "which model of the run: best, last, or the step of a checkpoint")
 
 
+def validate_run(out_dir: str | Sequence[str]) -> list[Problem]:
+    """A problem if no run is named."""
+    if out_dir:
+        return []
+    return [Problem("--out_dir", "is missing", fix="name the folder of a run")]
+
+
 def validate_checkpoint(checkpoint: str) -> list[Problem]:
     if checkpoint in ("best", "last") or (checkpoint.isdecimal() and len(checkpoint) <= 15):
         return []

@@ -24,8 +24,7 @@ class InContextOptions:
     kind            one of `tasks.KINDS`
     scoring         one of SCORINGS: how a choice's log-probability counts
     seed            of the demonstrations
-    max_new_tokens  of a generated answer
-    stop            texts that end a generated answer
+    max_new_tokens  of a generated answer, which ends where the next example would begin
     """
 
     kind: str
@@ -33,7 +32,6 @@ class InContextOptions:
     scoring: str = "sum"
     seed: int = 0
     max_new_tokens: int = 64
-    stop: tuple[str, ...] = ("\n\n",)
 
 
 class Answered(NamedTuple):
@@ -100,25 +98,25 @@ def _answers(example: Example) -> tuple[str, ...]:
 
 def _scored(model, tokenizer, examples, prompts, options, on_progress):
     shown = options.prompt_format
+    answers_of = [_answers(shown.prepared(example)) for example in examples]
     pairs = [
         token_pair(tokenizer.encode, prompt, shown.answer(answer))
-        for example, prompt in zip(examples, prompts, strict=True)
-        for answer in _answers(shown.prepared(example))
+        for answers, prompt in zip(answers_of, prompts, strict=True)
+        for answer in answers
     ]
     found = likelihoods(model, pairs, lambda done: on_progress(done, len(pairs)))
     scores = [_score(one, options.scoring) for one in found]
     if options.scoring == "answer_only":
         alone = [
             token_pair(tokenizer.encode, shown.answer_context, shown.answer(answer))
-            for example in examples
-            for answer in _answers(shown.prepared(example))
+            for answers in answers_of
+            for answer in answers
         ]
         unique = sorted({(tuple(a), tuple(b)) for a, b in alone})
         known = dict(zip(unique, likelihoods(model, unique)))
         scores = [score - known[tuple(a), tuple(b)].logprob for score, (a, b) in zip(scores, alone)]
     first = 0
-    for example in examples:
-        answers = _answers(shown.prepared(example))
+    for example, answers in zip(examples, answers_of, strict=True):
         own = slice(first, first + len(answers))
         first += len(answers)
         if options.kind == "completion":
@@ -135,8 +133,11 @@ def _score(found: Likelihood, scoring: str) -> float:
 
 
 def _generated(model, tokenizer, examples, prompts, options, on_progress):
+    separator = options.prompt_format.separator
     config = DecodingConfig(
-        max_new_tokens=options.max_new_tokens, temperature=0.0, stop=options.stop
+        max_new_tokens=options.max_new_tokens,
+        temperature=0.0,
+        stop=(separator,) if separator else (),
     )
     batch_size = 8
     for first in range(0, len(prompts), batch_size):

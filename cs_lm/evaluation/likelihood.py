@@ -1,25 +1,15 @@
 """How likely a model holds given continuations of given texts."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from cs_lm.errors import UserError
-from cs_lm.evaluation.perplexity import padded
+from cs_lm.evaluation.perplexity import padded, rows_per_pass
 from cs_lm.models.base import LanguageModel, evaluating
 from cs_lm.ops.reference import log_softmax
-
-_BATCH_LOGITS = 1 << 24
-
-
-class Encoder(Protocol):
-    """The part of a tokenizer that scoring needs."""
-
-    special_tokens: list[str]
-
-    def encode(self, text: str) -> list[int]: ...
 
 
 class Likelihood(NamedTuple):
@@ -71,7 +61,7 @@ def likelihoods(
     with evaluating(model):
         while first < len(order):
             width = min(longest, lengths[order[first]] - 1)
-            size = max(1, _BATCH_LOGITS // (width * model.config.vocab_size))
+            size = rows_per_pass(model, width)
             batch = order[first : first + size]
             rows = [np.array([*pairs[i][0], *pairs[i][1]])[-(longest + 1) :] for i in batch]
             inputs, targets = (x.to(device) for x in padded(rows, width))

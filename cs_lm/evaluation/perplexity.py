@@ -174,6 +174,15 @@ def gzip_bits_per_byte(
     return 8 * num_compressed / num_bytes
 
 
+# Logits of one forward pass that keeps them all: 64 MB in float32.
+_BATCH_LOGITS = 1 << 24
+
+
+def rows_per_pass(model: LanguageModel, seq_length: int) -> int:
+    """How many rows of this length one forward pass takes where all logits are kept."""
+    return max(1, _BATCH_LOGITS // (seq_length * model.config.vocab_size))
+
+
 def padded(rows: list[np.ndarray], seq_length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs x and targets y (B, T). Short rows are padded at the end.
 

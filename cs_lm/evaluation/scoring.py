@@ -7,11 +7,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cs_lm.evaluation.perplexity import evaluation_windows, padded
+from cs_lm.evaluation.perplexity import evaluation_windows, padded, rows_per_pass
 from cs_lm.models.base import LanguageModel, evaluating
 from cs_lm.ops.reference import log_softmax
-
-_BATCH_LOGITS = 1 << 24
 
 
 class TokenScore(NamedTuple):
@@ -44,7 +42,7 @@ def score_tokens(
     context = model.config.context_length
     seq_length = min(context, len(ids) - 1)
     windows = evaluation_windows(len(ids), seq_length, stride=max(1, seq_length // 2))
-    per_batch = max(1, _BATCH_LOGITS // (seq_length * model.config.vocab_size))
+    per_batch = rows_per_pass(model, seq_length)
     with evaluating(model):
         for first in range(0, len(windows), per_batch):
             batch = windows[first : first + per_batch]

@@ -47,15 +47,14 @@ class _Beams:
         num_kept = min((1 + max(1, len(self._stop_ids))) * k, k * vocab_size)
         sums, places = totals.flatten(1).topk(num_kept)  # (P, n)
         parents, new_ids = places // vocab_size, places % vocab_size
-        tokens = self.tokens.gather(1, parents.unsqueeze(-1).expand(-1, -1, self._most))
+        tokens = _taken(self.tokens, parents)
         tokens[:, :, self.length] = new_ids
         self.length += 1
         ends = torch.isin(new_ids, self._stop_ids)
         last = self.length == self._most
         self._finish(sums, tokens, ends | last)
-        best = sums.masked_fill(ends, -math.inf).topk(k).indices  # (P, k)
-        self.sums = sums.masked_fill(ends, -math.inf).gather(1, best)
-        self.tokens = tokens.gather(1, best.unsqueeze(-1).expand(-1, -1, self._most))
+        self.sums, best = sums.masked_fill(ends, -math.inf).topk(k)  # (P, k)
+        self.tokens = _taken(tokens, best)
         return parents.gather(1, best), new_ids.gather(1, best)
 
     def _finish(self, sums: Tensor, tokens: Tensor, ends: Tensor) -> None:
@@ -64,7 +63,7 @@ class _Beams:
         new = (sums / self.length**self._penalty).masked_fill(~ends, -math.inf)[:, :k]
         self.finished, order = torch.cat((self.finished, new), 1).topk(k)
         tokens = torch.cat((self.finished_tokens, tokens[:, :k]), 1)
-        self.finished_tokens = tokens.gather(1, order.unsqueeze(-1).expand(-1, -1, self._most))
+        self.finished_tokens = _taken(tokens, order)
 
     def may_improve(self) -> bool:
         """Whether a running beam may still become one of the k best of its prompt.
@@ -76,11 +75,15 @@ class _Beams:
         best_possible = self.sums.amax(-1) / length**self._penalty
         return bool((best_possible > self.finished.amin(-1)).any())
 
-    def permute(self, slots: Tensor) -> None:
-        """Beam j becomes beam `slots[:, j]`. Shapes: slots (P, k), each row a permutation"""
-        order = slots.argsort(-1)
+    def permute(self, order: Tensor) -> None:
+        """Beam j becomes what `order[:, j]` was. Shapes: order (P, k), each row a permutation"""
         self.sums = self.sums.gather(1, order)
-        self.tokens = self.tokens.gather(1, order.unsqueeze(-1).expand(-1, -1, self._most))
+        self.tokens = _taken(self.tokens, order)
+
+
+def _taken(tokens: Tensor, beams: Tensor) -> Tensor:
+    """The tokens of these beams. Shapes: tokens (P, n, M), beams (P, m), returns (P, m, M)"""
+    return tokens.gather(1, beams.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
 def slots_for(parents: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,8 +135,9 @@ def beam_search(
         slots, is_copied = slots_for(parents)
         first = torch.arange(0, len(prompts) * k, k, device=device).unsqueeze(-1)  # (P, 1)
         decoder.copy_rows((parents + first)[is_copied], (slots + first)[is_copied])
-        beams.permute(slots)
-        rows.append(new_ids.gather(1, slots.argsort(-1)).flatten())
+        order = slots.argsort(-1)
+        beams.permute(order)
+        rows.append(new_ids.gather(1, order).flatten())
     return [
         (ids, ended)
         for prompt in range(len(prompts))

@@ -12,7 +12,7 @@ from cs_lm.models.base import LanguageModel, evaluating, new_cache
 from cs_lm.models.kv_cache import KVCache
 
 
-def check_prompt(token_ids: Sequence[int], vocab_size: int) -> None:
+def _check_prompt(token_ids: Sequence[int], vocab_size: int) -> None:
     if not token_ids:
         raise UserError("--prompt: got an empty prompt, need at least one token; give some text")
     wrong = [i for i in token_ids if not 0 <= i < vocab_size]
@@ -30,7 +30,7 @@ def check_prompts(
     if found := config.validate():
         raise UserError(*found)
     for prompt in prompts:
-        check_prompt(prompt, model.config.vocab_size)
+        _check_prompt(prompt, model.config.vocab_size)
 
 
 class TokenRows:

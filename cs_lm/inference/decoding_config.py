@@ -7,7 +7,7 @@ from typing import Any
 from cs_lm.config.fields import setting
 from cs_lm.errors import Problem
 
-_FILTERS = ("top_k", "top_p", "min_p", "typical_p")
+FILTERS = ("top_k", "top_p", "min_p", "typical_p")  # without effect at temperature 0
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class DecodingConfig:
             name = "best_of" if self.best_of else "num_samples"
             what = "all samples are the same at --temperature 0"
             found.append(Problem(f"--{name}", what, fix="remove one of the two flags"))
-        for name in _FILTERS:
+        for name in FILTERS:
             if greedy and getattr(self, name) is not None:
                 what = "has no effect at --temperature 0"
                 found.append(Problem(f"--{name}", what, fix="leave one of them out"))

@@ -4,6 +4,7 @@ import datetime
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from cs_lm.config.fields import flat
 from cs_lm.reports.curves import SCRIPT, STYLE, Series, chart
 from cs_lm.reports.page import escaped, page
 
@@ -38,7 +39,7 @@ def run_report(name: str, records: Iterable[Record]) -> str:
             "<h2>Samples through time</h2>",
             _samples(of_kind["sample"]),
             "<h2>Settings</h2>",
-            _table(_flat(first.get("config", {}))),
+            _table(flat(first.get("config", {}))),
             "<h2>Environment</h2>",
             _table({"device": first.get("device", "unknown"), **first.get("versions", {})}),
         ]
@@ -112,16 +113,6 @@ def _samples(samples: Sequence[Record]) -> str:
             f'<div class="text">{text}</div></details>'
         )
     return "\n".join(parts)
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def _table(rows: Mapping[str, Any]) -> str:

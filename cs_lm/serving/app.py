@@ -20,7 +20,6 @@ from cs_lm.serving.playground import playground
 from cs_lm.serving.requests import Asked, RequestError, parse_json, parse_request
 from cs_lm.serving.responses import Answers, error_body, server_sent
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _SHORT_BYTES = 1 << 14
 
 
@@ -61,22 +60,15 @@ def build_app(
         for engine in engines.values():
             await asyncio.to_thread(engine.stop)
 
-    async def guarded(request: Request, call) -> Response:
-        if hosts is not None and _host_of(request) not in hosts:
-            raise RequestError(403, "the Host header names another server")
-        if api_key is not None and not _has_key(request, api_key):
-            raise RequestError(401, "the API key is missing or wrong", None, "invalid_api_key")
-        return await call(request)
-
-    def route(path: str, call, *methods: str, needs_key: bool = True) -> Route:
+    def route(path: str, call, method: str, needs_key: bool = True) -> Route:
         async def endpoint(request: Request) -> Response:
-            if needs_key:
-                return await guarded(request, call)
             if hosts is not None and _host_of(request) not in hosts:
                 raise RequestError(403, "the Host header names another server")
+            if needs_key and api_key is not None and not _has_key(request, api_key):
+                raise RequestError(401, "the API key is missing or wrong", None, "invalid_api_key")
             return await call(request)
 
-        return Route(path, endpoint, methods=list(methods))
+        return Route(path, endpoint, methods=[method])
 
     return Starlette(
         routes=[
@@ -181,21 +173,14 @@ class _Endpoints:
         job, events = self._submitted(asked, engine)
         answers = Answers(asked, engine.tokenizer.vocab)
         try:
-            first = await _or_gone(request, events.get())
-            _raise_an_error(first)
-        except BaseException:
-            job.cancelled = True
-            raise
-        if asked.stream:
-            stream = _stream(job, events, answers, first)
-            return StreamingResponse(stream, media_type="text/event-stream", headers={
-                "Cache-Control": "no-store", "X-Accel-Buffering": "no"})  # fmt: skip
-        try:
+            first = await _next_events(request, events)
+            if asked.stream:
+                stream = _stream(job, events, answers, first)
+                return StreamingResponse(stream, media_type="text/event-stream", headers={
+                    "Cache-Control": "no-store", "X-Accel-Buffering": "no"})  # fmt: skip
             answers.add(first)
             while not answers.done:
-                new = await _or_gone(request, events.get())
-                _raise_an_error(new)
-                answers.add(new)
+                answers.add(await _next_events(request, events))
         except BaseException:
             job.cancelled = True
             raise
@@ -239,18 +224,21 @@ class _Endpoints:
         return job, events
 
 
-async def _or_gone(request: Request, work) -> list[Event]:
-    """The result, unless the client goes away first. Raises: ClientDisconnect."""
-    wanted = asyncio.ensure_future(work)
+async def _next_events(request: Request, events: asyncio.Queue) -> list[Event]:
+    """Raises: ClientDisconnect if the client goes away first, RequestError for an error event."""
+    wanted = asyncio.ensure_future(events.get())
     gone = asyncio.ensure_future(_until_gone(request))
     try:
         await asyncio.wait({wanted, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if wanted.done():
-            return wanted.result()
-        raise ClientDisconnect
+        if not wanted.done():
+            raise ClientDisconnect
+        new = wanted.result()
     finally:
         wanted.cancel()
         gone.cancel()
+    if error := _error_among(new):
+        raise RequestError(504 if "longer" in error else 500, error)
+    return new
 
 
 async def _until_gone(request: Request) -> None:
@@ -258,10 +246,8 @@ async def _until_gone(request: Request) -> None:
         pass
 
 
-def _raise_an_error(events: Sequence[Event]) -> None:
-    for event in events:
-        if event.finish_reason == "error":
-            raise RequestError(504 if "longer" in event.text else 500, event.text)
+def _error_among(events: Sequence[Event]) -> str | None:
+    return next((event.text for event in events if event.finish_reason == "error"), None)
 
 
 async def _stream(
@@ -274,9 +260,8 @@ async def _stream(
             new = await events.get()
             while not events.empty():  # a slow reader gets several tokens at once
                 new = new + events.get_nowait()
-            failed = [event for event in new if event.finish_reason == "error"]
-            if failed:
-                yield server_sent(error_body(500, failed[0].text))
+            if error := _error_among(new):
+                yield server_sent(error_body(500, error))
                 return
             yield answers.chunks(new)
         yield answers.last_chunks()

@@ -112,7 +112,8 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._stop_ids = stop_ids_of(tokenizer, ())
         size = model.config.vocab_size
-        self._allowed = allowed_ids(tokenizer, size, None, self._stop_ids)
+        self._device = model.output_embedding.device
+        self._allowed = allowed_ids(tokenizer, size, None, self._stop_ids).to(self._device)
 
     def start(self) -> None:
         self._thread.start()
@@ -187,8 +188,7 @@ class Engine:
         if not prompts:
             return
         ids = [job.prompts[number] for job, number in prompts]
-        device = self.model.output_embedding.device
-        decoder = CachedDecoder(self.model, TokenRows(ids, 0, device), 0, 1)
+        decoder = CachedDecoder(self.model, TokenRows(ids, 0, self._device), 0, 1)
         logits = decoder.logits()
         new_rows, sources = [], []
         for source, (job, number) in enumerate(prompts):
@@ -208,8 +208,8 @@ class Engine:
         """One more token for each row."""
         now = time.monotonic()
         for row in self._rows:
-            if not row.done and now > row.job.deadline:
-                self._end(row, "error", "the request took longer than the server allows")
+            if not row.job.cancelled and not row.done and now > row.job.deadline:
+                self._fail([row.job], "the request took longer than the server allows")
         self._remove_rows()
         if self._rows:
             logits = self._cache.step([row.token_ids[-1] for row in self._rows])
@@ -242,19 +242,16 @@ class Engine:
             row.events.clear()
 
     def _sample_group(self, rows: list[_Row], logits: Tensor, config: DecodingConfig) -> None:
-        uniform = torch.stack([row.uniform[row.num_new] for row in rows]).to(logits.device)
-        allowed = self._allowed.to(logits.device)
-        history = History(
-            *(x.to(logits.device) if torch.is_tensor(x) else x for x in _history(rows, config))
-        )
-        chosen = sample_tokens(logits, history, config, uniform, allowed)
+        uniform = torch.stack([row.uniform[row.num_new] for row in rows]).to(self._device)
+        history = _history(rows, config, self._device)
+        chosen = sample_tokens(logits, history, config, uniform, self._allowed)
         found = None
         if config.num_alternatives is not None:
             found = token_logprobs(logits, chosen.clamp(min=0), config.num_alternatives)
             found = TokenLogprobs(*(x.tolist() for x in found))
         for place, (row, token_id) in enumerate(zip(rows, chosen.tolist(), strict=True)):
             if token_id == NOT_A_NUMBER:
-                self._end(row, "error", "the model's logits are not numbers")
+                self._fail([row.job], "the model's logits are not numbers")
             elif token_id < 0 or token_id in self._stop_ids:
                 self._end(row, "stop")
             else:
@@ -273,17 +270,12 @@ class Engine:
         elif row.num_new == row.job.config.max_new_tokens:
             self._end(row, "length")
 
-    def _end(self, row: _Row, reason: str, message: str | None = None) -> None:
+    def _end(self, row: _Row, reason: str) -> None:
         row.done = True
-        text = row.stream.close() if message is None else message
-        event = Event(row.answer, text, finish_reason=reason)
-        if message is None:
-            row.events.append(event)
-        else:
-            row.job.emit([event])
-            row.job.cancelled = True
+        row.events.append(Event(row.answer, row.stream.close(), finish_reason=reason))
 
     def _fail(self, jobs: Sequence[Job], message: str) -> None:
+        """Ends the jobs with an error; their rows leave the batch before the next token."""
         for job in jobs:
             job.emit([Event(0, message, finish_reason="error")])
             job.cancelled = True
@@ -303,12 +295,13 @@ def _looks_back(config: DecodingConfig) -> bool:
     return bool(config.repetition_penalty != 1.0 or config.no_repeat_ngram is not None or penalties)
 
 
-def _history(rows: Sequence[_Row], config: DecodingConfig) -> History:
+def _history(rows: Sequence[_Row], config: DecodingConfig, device: torch.device) -> History:
     """The tokens of rows with equally long answers, if one of the filters looks at them."""
     if not _looks_back(config):
-        nothing = torch.zeros(len(rows), 0, dtype=torch.int64)
+        nothing = torch.zeros(len(rows), 0, dtype=torch.int64, device=device)
         return History(nothing, nothing, 0)
     longest = max(len(row.token_ids) for row in rows)
     padding = [longest - len(row.token_ids) for row in rows]
     ids = [[row.token_ids[0]] * n + row.token_ids for row, n in zip(rows, padding)]
-    return History(torch.tensor(ids), torch.tensor(padding), longest - rows[0].num_new)
+    ids, padding = torch.tensor(ids, device=device), torch.tensor(padding, device=device)
+    return History(ids, padding, longest - rows[0].num_new)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from cs_lm.inference.decoding_config import DecodingConfig
+from cs_lm.inference.decoding_config import FILTERS, DecodingConfig
 from cs_lm.serving.chat import ROLES, chat_prompt
 
 MOST_STOPS, MOST_LOGPROBS, MOST_PROMPTS = 4, 20, 16
@@ -24,19 +24,19 @@ _OFF = {
     "response_format": (None, {"type": "text"}),
     "modalities": (None, ["text"]),
 }
-# OpenAI's name -> ours, what it must be, and the bounds
+# what it must be, and the bounds; the names are those of DecodingConfig
 _NUMBERS = {
-    "temperature": ("temperature", float, 0.0, 2.0),
-    "top_p": ("top_p", float, 0.0, 1.0),
-    "frequency_penalty": ("frequency_penalty", float, -2.0, 2.0),
-    "presence_penalty": ("presence_penalty", float, -2.0, 2.0),
-    "seed": ("seed", int, -(1 << 63), (1 << 63) - 1),
+    "temperature": (float, 0.0, 2.0),
+    "top_p": (float, 0.0, 1.0),
+    "frequency_penalty": (float, -2.0, 2.0),
+    "presence_penalty": (float, -2.0, 2.0),
+    "seed": (int, -(1 << 63), (1 << 63) - 1),
     # ours beyond theirs
-    "top_k": ("top_k", int, 1, 1 << 31),
-    "min_p": ("min_p", float, 0.0, 1.0),
-    "typical_p": ("typical_p", float, 0.0, 1.0),
-    "repetition_penalty": ("repetition_penalty", float, 0.01, 100.0),
-    "no_repeat_ngram": ("no_repeat_ngram", int, 1, 1 << 31),
+    "top_k": (int, 1, 1 << 31),
+    "min_p": (float, 0.0, 1.0),
+    "typical_p": (float, 0.0, 1.0),
+    "repetition_penalty": (float, 0.01, 100.0),
+    "no_repeat_ngram": (int, 1, 1 << 31),
 }
 
 
@@ -49,11 +49,7 @@ class RequestError(Exception):
 
 
 class Asked(NamedTuple):
-    """A checked request.
-
-    prompts           token ids
-    num_alternatives  None: no log-probabilities were asked for
-    """
+    """A checked request. prompts: token ids"""
 
     is_chat: bool
     model: str
@@ -98,7 +94,7 @@ def parse_request(
         if field in content and content[field] not in allowed:
             raise RequestError(400, f"{field}: is not supported by this server", field)
     prompts, stop = _chat(content, served) if is_chat else (_prompts(content, served), ())
-    settings = {ours: value for ours, value in _numbers(content)}
+    settings = dict(_numbers(content))
     num_samples = _whole(content, "n", 1, 1, 128)
     best_of = None if is_chat else _whole(content, "best_of", None, 1, 128)
     if best_of not in (None, num_samples):
@@ -113,16 +109,12 @@ def parse_request(
         num_alternatives=_num_alternatives(content, is_chat),
     )
     if config.temperature == 0:  # where the filters have no effect
-        config = _greedy(config)
+        config = replace(config, **dict.fromkeys(FILTERS))
     options = content.get("stream_options") or {}
     if not isinstance(options, dict):
         raise RequestError(400, "stream_options: need an object", "stream_options")
     include_usage = bool(options.get("include_usage", False))
     return Asked(is_chat, name, prompts, config, _flag(content, "stream"), include_usage)
-
-
-def _greedy(config: DecodingConfig) -> DecodingConfig:
-    return replace(config, top_k=None, top_p=None, min_p=None, typical_p=None)
 
 
 def _prompts(content: Mapping[str, Any], served: Any) -> list[list[int]]:
@@ -186,7 +178,7 @@ def _unicode(text: str, field: str) -> str:
 
 
 def _numbers(content: Mapping[str, Any]):
-    for field, (ours, kind, low, high) in _NUMBERS.items():
+    for field, (kind, low, high) in _NUMBERS.items():
         value = content.get(field)
         if value is None:
             continue
@@ -197,14 +189,14 @@ def _numbers(content: Mapping[str, Any]):
         if not low <= value <= high:
             raise RequestError(400, f"{field}: got {value}, need {low} to {high}", field)
         if field == "seed":
-            yield ours, int(value) % (1 << 62)
+            yield field, int(value) % (1 << 62)
         elif field in ("top_p", "min_p", "typical_p"):
             if value:  # 0 would leave nothing; OpenAI's clients send it for "off"
-                yield ours, None if value == 1 and field != "min_p" else float(value)
+                yield field, None if value == 1 and field != "min_p" else float(value)
         elif field == "temperature":
-            yield ours, 0.0 if value < 1e-6 else float(value)
+            yield field, 0.0 if value < 1e-6 else float(value)
         else:
-            yield ours, kind(value)
+            yield field, kind(value)
 
 
 def _whole(content: Mapping[str, Any], field: str, default, low: int, high: int):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from cs_lm.config.fields import flat
 from cs_lm.storage.atomic import atomic_write
 
 _log = logging.getLogger("cs_lm")
@@ -122,7 +123,7 @@ class _MLflow:
         number = experiment.experiment_id if experiment else self._client.create_experiment("cs_lm")
         run = self._client.create_run(number, run_name=folder.resolve().name)
         self._run_id = run.info.run_id
-        for name, value in _flat(config).items():
+        for name, value in flat(config).items():
             self._client.log_param(self._run_id, name, str(value)[:500])
         _write(id_file, self._run_id)
 
@@ -139,14 +140,6 @@ _KINDS: dict[str, Callable[[Path, dict[str, Any]], Tracker]] = {
     "wandb": _WeightsAndBiases,
     "mlflow": _MLflow,
 }
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        name = prefix + key
-        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return flat
 
 
 def _read(path: Path) -> str | None:

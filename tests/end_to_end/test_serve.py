@@ -20,11 +20,12 @@ pytest.importorskip("starlette", reason="starlette is not installed")
 pytest.importorskip("uvicorn", reason="uvicorn is not installed")
 
 from cs_lm.cli.commands import main as command
+from cs_lm.cli.serve import LOOPBACK
 from cs_lm.config.model import ModelConfig
 from cs_lm.inference.decoding_config import DecodingConfig
 from cs_lm.inference.text import complete
 from cs_lm.models.transformer import TransformerLM
-from cs_lm.serving.app import LOOPBACK, Limits, build_app
+from cs_lm.serving.app import Limits, build_app
 from cs_lm.serving.chat import chat_prompt
 from cs_lm.serving.engine import Engine
 from cs_lm.tokenizer import BPETokenizer

@@ -11,7 +11,7 @@ from cs_lm.inference.decoding_config import DecodingConfig
 from cs_lm.inference.generate import generate
 from cs_lm.models.kv_cache import KVCache
 from cs_lm.models.registry import build_model
-from tests.reference.test_llama import CONFIG, llama_weights
+from tests.reference.test_llama import CONFIG, llama_with_weights_of
 
 V, END = 5, 4
 
@@ -78,28 +78,10 @@ def test_prompts_of_a_batch_do_not_see_each_other():
 @pytest.mark.parametrize("penalty", [0.0, 0.6, 1.0, 2.0, -0.5])
 @pytest.mark.parametrize("num_beams", [2, 3, 5])
 def test_beams_are_those_of_transformers(num_beams, penalty):
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     ours = build_model(CONFIG, generator=torch.Generator().manual_seed(num_beams)).eval()
     with torch.no_grad():
         ours.lm_head.weight.mul_(8)
-    theirs = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            hidden_size=CONFIG.d_model,
-            num_attention_heads=CONFIG.num_heads,
-            num_key_value_heads=CONFIG.num_heads,
-            intermediate_size=CONFIG.d_ff,
-            vocab_size=CONFIG.vocab_size,
-            num_hidden_layers=CONFIG.num_layers,
-            max_position_embeddings=CONFIG.context_length,
-            rms_norm_eps=CONFIG.norm_eps,
-            rope_theta=CONFIG.rope_theta,
-            rope_parameters={"rope_type": "default", "rope_theta": CONFIG.rope_theta},
-            bos_token_id=None,
-            eos_token_id=7,
-            pad_token_id=60,
-        )
-    ).eval()
-    theirs.load_state_dict(llama_weights(ours.state_dict()))
+    theirs = llama_with_weights_of(ours, bos_token_id=None, eos_token_id=7, pad_token_id=60)
     for prompt in ([1, 2, 3], [40], [9, 9, 8, 20]):
         for penalties in ({}, {"repetition_penalty": 1.5}, {"no_repeat_ngram": 2}):
             renamed = {k.replace("ngram", "ngram_size"): v for k, v in penalties.items()}

@@ -48,10 +48,9 @@ def llama_weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return converted
 
 
-@pytest.mark.parametrize("ops", [CLEAR, FAST], ids=["clear", "fast"])
-def test_scores_equal_llama(generator, ops):
+def llama_with_weights_of(ours: TransformerLM, **tokens):
+    """`transformers`' model of `CONFIG` with the same weights; tokens: ids with a meaning."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    ours = TransformerLM(CONFIG, ops, generator=generator)
     theirs = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             hidden_size=CONFIG.d_model,
@@ -65,9 +64,17 @@ def test_scores_equal_llama(generator, ops):
             rope_parameters={"rope_type": "default", "rope_theta": CONFIG.rope_theta},
             attention_bias=False,
             tie_word_embeddings=False,
+            **tokens,
         )
     ).eval()
     theirs.load_state_dict(llama_weights(ours.state_dict()))
+    return theirs
+
+
+@pytest.mark.parametrize("ops", [CLEAR, FAST], ids=["clear", "fast"])
+def test_scores_equal_llama(generator, ops):
+    ours = TransformerLM(CONFIG, ops, generator=generator)
+    theirs = llama_with_weights_of(ours)
     ids = torch.randint(0, CONFIG.vocab_size, (2, 29), generator=generator)
     with torch.no_grad():
         torch.testing.assert_close(ours(ids), theirs(ids).logits, **OTHER_LIBRARY)
