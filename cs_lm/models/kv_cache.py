@@ -73,16 +73,24 @@ class KVCache:
             stored[:, targets, :, : self.length] = stored[:, sources, :, : self.length]
 
     def write_row(self, row: int, other: "KVCache", other_row: int, length: int) -> None:
-        """The last `length` positions of a row of another cache, as the last ones of a row here."""
+        """The last `length` positions of a row of another cache, as the last ones of a row here.
+
+        The positions before them become 0: attention masks them, and 0 times NaN would be NaN.
+        """
         start, other_start = self.length - length, other.length - length
         for stored, given in ((self._keys, other._keys), (self._values, other._values)):
             new = given[:, other_row, :, other_start : other.length]
+            stored[:, row, :, :start] = 0
             stored[:, row, :, start : self.length] = new
 
     def shift(self, positions: int, num_rows: int) -> None:
-        """Moves the first `num_rows` rows to later positions, or to earlier ones if negative."""
+        """Moves the first `num_rows` rows to later positions, or to earlier ones if negative.
+
+        Positions that become free at the start are 0.
+        """
         old = slice(max(0, -positions), self.length)
         new = slice(max(0, positions), self.length + positions)
         for stored in (self._keys, self._values):
             stored[:, :num_rows, :, new] = stored[:, :num_rows, :, old].clone()
+            stored[:, :num_rows, :, : max(0, positions)] = 0
         self.length += positions

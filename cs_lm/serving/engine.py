@@ -175,11 +175,11 @@ class Engine:
         """The waiting jobs for which there is room, in their order."""
         jobs, free = [], self.max_rows - len(self._rows)
         with self._changed:
+            self._fail_late({*self._waiting})
+            self._waiting = collections.deque(job for job in self._waiting if not job.cancelled)
             while self._waiting and self._waiting[0].num_rows <= free:
-                job = self._waiting.popleft()
-                if not job.cancelled:
-                    jobs.append(job)
-                    free -= job.num_rows
+                jobs.append(self._waiting.popleft())
+                free -= jobs[-1].num_rows
         return jobs
 
     def _admit(self, jobs: Sequence[Job]) -> None:
@@ -206,10 +206,7 @@ class Engine:
 
     def _decode(self) -> None:
         """One more token for each row."""
-        now = time.monotonic()
-        for row in self._rows:
-            if not row.job.cancelled and not row.done and now > row.job.deadline:
-                self._fail([row.job], "the request took longer than the server allows")
+        self._fail_late({row.job for row in self._rows if not row.done})
         self._remove_rows()
         if self._rows:
             logits = self._cache.step([row.token_ids[-1] for row in self._rows])
@@ -273,6 +270,11 @@ class Engine:
     def _end(self, row: _Row, reason: str) -> None:
         row.done = True
         row.events.append(Event(row.answer, row.stream.close(), finish_reason=reason))
+
+    def _fail_late(self, jobs: set[Job]) -> None:
+        now = time.monotonic()
+        late = [job for job in jobs if not job.cancelled and now > job.deadline]
+        self._fail(late, "the request took longer than the server allows")
 
     def _fail(self, jobs: Sequence[Job], message: str) -> None:
         """Ends the jobs with an error; their rows leave the batch before the next token."""

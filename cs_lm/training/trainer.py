@@ -272,6 +272,7 @@ class Trainer:
         """Saves the state after an unexpected exception, unless an update is incomplete."""
         if self.step == 0:
             return  # no work to lose; without a checkpoint, the same command works again
+        self.saver.wait()  # what is kept is known only when no save runs
         if self.state.is_within_update:
             _log.error(
                 "the exception interrupted an update, so the weights are not saved: %s",

@@ -27,6 +27,14 @@ def model(request):
     return model
 
 
+@pytest.fixture(autouse=True)
+def nan_in_new_memory():
+    """Fills `torch.empty` with NaN: nothing may be read before it is written."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 class Client:
     """Collects the events of one job."""
 
@@ -147,6 +155,18 @@ def test_a_deadline_ends_a_request_with_an_error(model):
     assert done.wait(10) and events[-1].finish_reason == "error"
     assert "took longer" in events[-1].text
     engine.stop()
+
+
+def test_waiting_requests_leave_when_late_or_cancelled(model):
+    """Behind a request for which there is no room."""
+    engine, seen = Engine(model, BYTES, max_rows=1), []
+    large = Job([[97], [98]], DecodingConfig(), seen.extend)
+    late = Job([[97]], DecodingConfig(), seen.extend, deadline=time.monotonic() - 1)
+    cancelled = Job([[97]], DecodingConfig(), seen.extend, cancelled=True)
+    for job in (large, late, cancelled):
+        engine.submit(job)
+    assert engine._next_jobs() == [] and list(engine._waiting) == [large]
+    assert [event.finish_reason for event in seen] == ["error"]
 
 
 def test_a_full_queue_and_a_stopped_engine_refuse(model):
