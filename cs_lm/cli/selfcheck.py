@@ -166,6 +166,13 @@ def _record_checks(label: str, record: Ops, inputs: _Inputs) -> Iterator[Check]:
         ),
         [x, table],
     )
+    yield Check(
+        f"{label} linear_log_probs",
+        lambda a, w: record.linear_log_probs(a, w, ids)[0],
+        lambda a, w: F.linear(a, w).float().log_softmax(-1).gather(-1, ids.unsqueeze(-1))[..., 0],
+        [x, table],
+    )
+    yield Check(f"{label} log_sigmoid", record.log_sigmoid, F.logsigmoid, [x])
 
 
 def _torch_layer_norm(x: Tensor, gain: Tensor) -> Tensor:

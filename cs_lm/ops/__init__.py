@@ -3,8 +3,8 @@
 No layer, no parameter and no config lives here. `from cs_lm import ops` gives the definitions.
 Read `reference` first. `fused` has faster versions of the same operations; `FAST` is their record.
 They use `manual_backward` (hand-derived gradients), `tiled_attention`, `few_rows` (products of
-generation), `fused_block` (a whole Transformer block) and `autocast` (the dtype of a product). The
-other files are `dropout_mask`, `activation_checkpoint` and `compile`.
+generation), `log_probs` (of given tokens), `fused_block` (a whole Transformer block) and `autocast`
+(the dtype of a product). The other files are `dropout_mask`, `activation_checkpoint` and `compile`.
 """
 
 from cs_lm.ops.reference import (
@@ -21,12 +21,15 @@ from cs_lm.ops.reference import (
     layer_norm,
     linear,
     linear_cross_entropy,
+    linear_log_probs,
+    log_sigmoid,
     log_softmax,
     rms_norm,
     rope,
     silu,
     softmax,
     swiglu,
+    token_log_probs,
 )
 
 __all__ = [
@@ -43,10 +46,13 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "linear_log_probs",
+    "log_sigmoid",
     "log_softmax",
     "rms_norm",
     "rope",
     "silu",
     "softmax",
     "swiglu",
+    "token_log_probs",
 ]

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from cs_lm.ops import manual_backward
 from cs_lm.ops.autocast import autocast_dtype, cast_to_autocast
 from cs_lm.ops.few_rows import are_few_rows, linear, product_of_few_rows
+from cs_lm.ops.log_probs import BLOCK_LOGITS, linear_log_probs, log_sigmoid
 from cs_lm.ops.manual_backward import (
     apply_rope,
     cached_parts,
@@ -149,16 +150,12 @@ def swiglu(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
     return rows.view(*x.shape[:-1], len(w2))
 
 
-# Logits in memory at one time (64 MB in float32): enough rows for fast matrix products.
-_BLOCK_LOGITS = 1 << 24
-
-
 class _LinearCrossEntropy(torch.autograd.Function):
     """Loss and both gradients in one pass over blocks of rows; only the gradients are kept."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, ignore_index, with_gradients):
-        rows = max(1, min(_BLOCK_LOGITS // weight.shape[0], len(x)))
+        rows = max(1, min(BLOCK_LOGITS // weight.shape[0], len(x)))
         wide = torch.promote_types(x.dtype, torch.float32)
         loss_sum = torch.zeros((), dtype=wide, device=x.device)
         grad_x = torch.empty_like(x) if with_gradients else None
@@ -298,5 +295,7 @@ FAST = CLEAR._replace(  # every entry has a quicker version today
     swiglu=swiglu,
     attention=attention,
     linear_cross_entropy=linear_cross_entropy,
+    linear_log_probs=linear_log_probs,
+    log_sigmoid=log_sigmoid,
 )
 OPS = {"clear": CLEAR, "fast": FAST}

@@ -49,6 +49,19 @@ def silu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(x)
 
 
+def log_sigmoid(x: Tensor) -> Tensor:
+    """log(1 / (1 + exp(-x))), elementwise                           [nats, <= 0]
+
+        min(x, 0) - log(1 + exp(-|x|))
+
+    Numerics: the exponential is at most 1, so no x overflows: -1e4 gives -1e4, with gradient 1.
+    `minimum` halves the gradient where x is 0, as is right there. float32 inside.
+    """
+    wide = at_least_float32(x)
+    below = torch.minimum(wide, wide.new_zeros(()))
+    return (below - torch.exp(-wide.abs()).log1p()).to(x.dtype)
+
+
 def softmax(x: Tensor, dim: int = -1) -> Tensor:
     """exp(x), scaled to sum 1 along `dim`. A row that is all -inf gives zeros, not NaN.
 
@@ -147,6 +160,45 @@ def linear_cross_entropy(
     Shapes: x (..., D), weight (V, D), targets (...), returns as `cross_entropy`
     """
     return cross_entropy(linear(x, weight), targets, ignore_index)
+
+
+def token_log_probs(
+    logits: Tensor, targets: Tensor, temperature: float = 1.0, ignore_index: int = IGNORE_INDEX
+) -> tuple[Tensor, Tensor]:
+    """The log-probability of each target, and the entropy of each distribution.
+
+    One position with logits z, target t and p = softmax(z / temperature) gives
+
+        log p_t            [nats, <= 0]
+        -sum_v p_v log p_v [nats, >= 0]
+
+    Shapes: logits (..., V), targets (...) int64, returns two of (...), in at least float32
+    Numerics: an entry of -inf has probability 0 and adds nothing to the entropy. Both results are
+    0 where the target is `ignore_index`.
+    Raises: ValueError for targets of a wrong shape or outside the vocabulary.
+    """
+    check_targets(targets, logits.shape[:-1], logits.shape[-1], ignore_index)
+    log_probs = log_softmax(at_least_float32(logits) / temperature)
+    probabilities = torch.exp(log_probs)
+    terms = probabilities * log_probs.masked_fill(probabilities == 0, 0.0)
+    counted = targets != ignore_index
+    safe_targets = torch.where(counted, targets, 0).unsqueeze(-1)  # (..., 1)
+    chosen = log_probs.gather(-1, safe_targets).squeeze(-1)
+    return torch.where(counted, chosen, 0.0), torch.where(counted, -terms.sum(-1), 0.0)
+
+
+def linear_log_probs(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float = 1.0,
+    ignore_index: int = IGNORE_INDEX,
+) -> tuple[Tensor, Tensor]:
+    """`token_log_probs` of the logits x W^T.
+
+    Shapes: x (..., D), weight (V, D), targets (...), returns as `token_log_probs`
+    """
+    return token_log_probs(linear(x, weight), targets, temperature, ignore_index)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -280,6 +332,19 @@ class Ops(NamedTuple):
     swiglu: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     attention: Callable[..., Tensor]
     linear_cross_entropy: Callable[..., tuple[Tensor, Tensor]]
+    linear_log_probs: Callable[..., tuple[Tensor, Tensor]]
+    log_sigmoid: Callable[[Tensor], Tensor]
 
 
-CLEAR = Ops(linear, rms_norm, layer_norm, gelu, rope, swiglu, attention, linear_cross_entropy)
+CLEAR = Ops(
+    linear,
+    rms_norm,
+    layer_norm,
+    gelu,
+    rope,
+    swiglu,
+    attention,
+    linear_cross_entropy,
+    linear_log_probs,
+    log_sigmoid,
+)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from cs_lm.ops import fused as fast_ops
+from cs_lm.ops import log_probs
 from cs_lm.ops import reference as ops
 from cs_lm.ops.fused import FAST
 from cs_lm.ops.reference import CLEAR, IGNORE_INDEX, Ops
@@ -80,6 +81,28 @@ def linear_cross_entropy_inputs(dtype):
         yield (normal(B, T, D, dtype=dtype), normal(V, D, dtype=dtype), ids), {}
 
 
+def linear_log_probs_inputs(dtype):
+    for args, options in linear_cross_entropy_inputs(dtype):
+        with torch.no_grad():
+            args[1].mul_(0.5)  # the entropy's gradient sums V products, each rounded
+        yield args, options
+        yield args, {"temperature": 0.7}
+
+
+def log_sigmoid_inputs(dtype):
+    x = normal(B, T, D, dtype=dtype)
+    with torch.no_grad():
+        x[0, 0, :5] = torch.tensor([0.0, -1e4, 1e4, -30.0, 30.0])
+    yield (x,), {}
+
+
+def reference_linear_log_probs(x, weight, targets, temperature=1.0):
+    distribution = torch.distributions.Categorical(logits=x @ weight.T / temperature)
+    counted = targets != IGNORE_INDEX
+    chosen = distribution.log_prob(targets.clamp(min=0))
+    return chosen * counted, distribution.entropy() * counted
+
+
 def reference_rope(x, cos, sin):
     rotated = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * torch.complex(cos, sin)
     return torch.view_as_real(rotated).flatten(-2)
@@ -110,6 +133,8 @@ INPUTS = {
     "swiglu": swiglu_inputs,
     "attention": attention_inputs,
     "linear_cross_entropy": linear_cross_entropy_inputs,
+    "linear_log_probs": linear_log_probs_inputs,
+    "log_sigmoid": log_sigmoid_inputs,
 }
 REFERENCES = {
     "linear": F.linear,
@@ -120,19 +145,26 @@ REFERENCES = {
     "swiglu": lambda x, w1, w2, w3: F.linear(F.silu(F.linear(x, w1)) * F.linear(x, w3), w2),
     "attention": reference_attention,
     "linear_cross_entropy": reference_linear_cross_entropy,
+    "linear_log_probs": reference_linear_log_probs,
+    "log_sigmoid": F.logsigmoid,
 }
 
 
 def results(operation, args, options):
-    """Outputs, and the gradients of a fixed random projection of the first one."""
+    """Outputs, and the gradients of a fixed random projection of those that have one."""
     leaves = [a.detach().clone() if torch.is_tensor(a) else a for a in args]
     for leaf, arg in zip(leaves, args):
         if torch.is_tensor(arg) and arg.requires_grad:
             leaf.requires_grad_()
     outputs = operation(*leaves, **options)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    weights = torch.randn(outputs[0].shape, generator=torch.Generator().manual_seed(5))
-    (outputs[0] * weights.to(outputs[0].dtype)).sum().backward()
+    generator = torch.Generator().manual_seed(5)
+    projected = [
+        (o * torch.randn(o.shape, generator=generator).to(o.dtype)).sum()
+        for o in outputs
+        if o.requires_grad
+    ]
+    torch.stack(projected).sum().backward()
     return [o.detach() for o in outputs], [
         leaf.grad for leaf in leaves if torch.is_tensor(leaf) and leaf.requires_grad
     ]
@@ -163,10 +195,11 @@ def test_fast_is_clear_without_gradients(name, dtype):
             getattr(FAST, name)(*args, **options),
             getattr(CLEAR, name)(*args, **options),
         )
-        if name == "linear_cross_entropy":
-            actual, wanted = actual[0], wanted[0]
-        close(actual, wanted.to(actual.dtype), DEEP, dtype)
-        assert actual.is_contiguous() or name == "attention"
+        if not isinstance(actual, tuple):
+            actual, wanted = (actual,), (wanted,)
+        for one, other in zip(actual, wanted, strict=True):
+            close(one, other.to(one.dtype), DEEP, dtype)
+            assert one.is_contiguous() or name == "attention"
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -182,14 +215,17 @@ def test_hand_derived_gradients_are_the_numeric_ones(name):
         if args[0].numel() > 1000:
             continue  # gradcheck is quadratic
 
-        def first_output(*leaves, name=name, options=options):
-            outputs = getattr(FAST, name)(*leaves, **options)
-            return outputs[0] if isinstance(outputs, tuple) else outputs
+        def outputs(*leaves, name=name, options=options):
+            found = getattr(FAST, name)(*leaves, **options)
+            found = found if isinstance(found, tuple) else (found,)
+            return tuple(each for each in found if each.requires_grad)
 
-        assert torch.autograd.gradcheck(first_output, args)
+        assert torch.autograd.gradcheck(outputs, args)
 
 
-@pytest.mark.parametrize("name", ["attention", "swiglu", "linear_cross_entropy"])
+@pytest.mark.parametrize(
+    "name", ["attention", "swiglu", "linear_cross_entropy", "linear_log_probs"]
+)
 def test_many_small_tiles_and_parts_are_as_good(name, small_tiles):
     for args, options in INPUTS[name](torch.float64):
         assert_same(getattr(FAST, name), getattr(CLEAR, name), args, options, torch.float64)
@@ -197,8 +233,29 @@ def test_many_small_tiles_and_parts_are_as_good(name, small_tiles):
 
 def test_blocks_of_scores_do_not_change_the_loss(monkeypatch):
     (args, _), *_ = linear_cross_entropy_inputs(torch.float64)
-    monkeypatch.setattr(fast_ops, "_BLOCK_LOGITS", 3 * V)  # blocks of three rows, the last of one
-    assert_same(FAST.linear_cross_entropy, CLEAR.linear_cross_entropy, args, {}, torch.float64)
+    for module in (fast_ops, log_probs):  # blocks of three rows, the last of one
+        monkeypatch.setattr(module, "BLOCK_LOGITS", 3 * V)
+    for name in ("linear_cross_entropy", "linear_log_probs"):
+        assert_same(getattr(FAST, name), getattr(CLEAR, name), args, {}, torch.float64)
+
+
+@pytest.mark.parametrize("record", [FAST, CLEAR])
+def test_log_probs_of_impossible_tokens(record):
+    """A logit of -inf: log-probability -inf, and nothing added to the entropy."""
+    x = torch.tensor([[0.5, 1.0]], dtype=torch.float64).expand(3, 2)
+    weight = torch.tensor([[1.0, 2.0], [-math.inf, 1.0], [3.0, 1.0]], dtype=torch.float64)
+    chosen, entropy = record.linear_log_probs(x, weight, torch.tensor([0, 1, 2]))
+    assert chosen[1] == -math.inf
+    possible = record.linear_log_probs(x, weight[[0, 2]], torch.tensor([0, 0, 1]))
+    close(chosen[[0, 2]], possible[0][[0, 2]])
+    close(entropy, possible[1])
+
+
+def test_entropy_of_impossible_tokens_has_a_gradient():
+    logits = torch.tensor([[0.5, -math.inf, 1.0]], requires_grad=True)
+    chosen, entropy = ops.token_log_probs(logits, torch.tensor([2]))
+    (chosen + entropy).backward()
+    assert logits.grad.isfinite().all() and logits.grad[0, 1] == 0
 
 
 @pytest.mark.parametrize("operation", ["softmax", "log_softmax"])

@@ -47,6 +47,11 @@ ROW_OPERATIONS = {
         o.linear_cross_entropy(weights(*s, D), weights(V, D), ids(*s))[0],
         (),
     ),
+    "linear_log_probs": lambda o, s: (
+        torch.stack(o.linear_log_probs(weights(*s, D), weights(V, D), ids(*s)), -1),
+        (*s, 2),
+    ),
+    "log_sigmoid": lambda o, s: (o.log_sigmoid(weights(*s, D)), (*s, D)),
 }
 
 

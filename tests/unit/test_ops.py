@@ -118,7 +118,7 @@ class LargestTensor(TorchDispatchMode):
 def test_cross_entropy_never_holds_all_logits(name, holds_all, monkeypatch):
     """Neither forward nor backward; `python -m benchmarks.memory` has the megabytes."""
     num_rows, vocab_size, width = 64, 512, 8
-    monkeypatch.setattr(fused, "_BLOCK_LOGITS", 4 * vocab_size)  # blocks of four rows
+    monkeypatch.setattr(fused, "BLOCK_LOGITS", 4 * vocab_size)  # blocks of four rows
     x, weight = torch.randn(num_rows, width), torch.randn(vocab_size, width)
     targets = torch.randint(0, vocab_size, (num_rows,))
     with LargestTensor() as largest:
