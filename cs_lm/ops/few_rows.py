@@ -6,12 +6,12 @@ from torch import Tensor
 from cs_lm.ops import reference
 from cs_lm.ops.autocast import autocast_dtype
 
-# Beyond this many rows the order of the product makes no difference.
-_FEW = 512
+# Beyond this many rows x W^T is faster: by 6 % for 256 rows of a small model.
+_FEW = 64
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`ops.linear`; in another order for up to 512 rows on a CPU, without gradients.
+    """`ops.linear`; in another order for up to 64 rows on a CPU, without gradients.
 
     There a product reads the weight once and does little else. W x^T reads it faster than x W^T
     does, and a single row faster still as a batch of two products with half of W each.
@@ -28,7 +28,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def are_few_rows(x: Tensor) -> bool:
-    """Whether x has 1 to 512 rows, on a CPU, not narrow, neither differentiated nor compiled."""
+    """Whether x has 1 to 64 rows, on a CPU, not narrow, neither differentiated nor compiled."""
     return (
         not torch.is_grad_enabled()
         and 0 < x.numel() <= _FEW * x.shape[-1]
