@@ -28,9 +28,10 @@ _TABLE = {
     "inference": "config ops models",
     "evaluation": "config ops models data tokenizer inference",
     "training": _ALL_BELOW,
+    "alignment": f"{_ALL_BELOW} training",
     "reports": "config storage",
     "serving": "config ops models inference tokenizer reports",
-    "cli": f"{_ALL_BELOW} interop training reports serving",
+    "cli": f"{_ALL_BELOW} interop training alignment reports serving",
 }
 MAY_IMPORT = {wing: set(others.split()) for wing, others in _TABLE.items()}
 # Belongs to no wing: it names the public things of all of them.
