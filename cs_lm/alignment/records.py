@@ -1,0 +1,249 @@
+"""Reads conversations, preferences, rankings and prompts from JSON and JSONL files.
+
+    conversation  {"messages": [{"role": "user", "content": "..."}, ...]}
+    instruction   {"instruction": "...", "input": "...", "output": "..."}; "input" may be missing
+    pair          {"prompt": "...", "response": "..."}, or "completion" in place of "response"
+    preference    {"prompt": ..., "chosen": ..., "rejected": ...}: texts, or lists of messages
+    ranking       {"prompt": ..., "responses": [best, ..., worst]}, or in any order with
+                  "ranks": [1, 2, 2, ...]; equal ranks are a tie
+    prompt        {"prompt": ...}, "instruction", "question" or "messages"; a rule that scores
+                  answers gets the other keys
+
+A file is one JSON list of such objects, or one object a line. A "prompt" may be a list of messages,
+too. A "question" with an "answer" is a pair.
+"""
+
+import glob
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from cs_lm.alignment.conversations import ROLES, Conversation, Message, check_conversation
+from cs_lm.config.fields import is_unicode
+from cs_lm.errors import UserError
+
+T = TypeVar("T")
+_SEPARATORS = ("prompt", "instruction", "question", "messages")
+
+
+class Demonstration(NamedTuple):
+    """A conversation that ends with an answer to learn.
+
+    where  the file and the line or number of its record
+    """
+
+    conversation: Conversation
+    where: str = ""
+
+
+class Ranking(NamedTuple):
+    """Answers to one prompt. ranks: 1 is the best; equal ranks are a tie."""
+
+    prompt: Conversation
+    answers: tuple[str, ...]
+    ranks: tuple[int, ...]
+    where: str = ""
+
+
+class Prompt(NamedTuple):
+    """A conversation to answer, and the other keys of its record for a rule that scores answers."""
+
+    conversation: Conversation
+    fields: dict[str, Any]
+    where: str = ""
+
+
+def read_demonstrations(paths: Sequence[str], flag: str = "--data") -> list[Demonstration]:
+    """Raises: UserError for a missing file, or a record without an answer."""
+    return _read(paths, flag, _demonstration)
+
+
+def read_rankings(paths: Sequence[str], flag: str = "--data") -> list[Ranking]:
+    """Preferences become rankings of two. Raises: UserError, as `read_demonstrations`."""
+    return _read(paths, flag, _ranking)
+
+
+def read_prompts(paths: Sequence[str], flag: str = "--prompts") -> list[Prompt]:
+    """Raises: UserError for a missing file, or a record without a prompt."""
+    return _read(paths, flag, _prompt)
+
+
+def write_jsonl(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    """One JSON object a line."""
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+# ---- files ----
+
+
+def _read(
+    paths: Sequence[str], flag: str, understood: Callable[[dict[str, Any], str], T]
+) -> list[T]:
+    found: list[T] = []
+    for pattern in paths:
+        files = sorted(glob.glob(pattern)) or [pattern]
+        for path in map(Path, files):
+            if not path.is_file():
+                raise UserError(
+                    f"{flag}: got {pattern!r}, which is not a file, nor a pattern of files"
+                )
+            found += [understood(record, where) for record, where in _records(path)]
+    if not found:
+        raise UserError(f"{flag}: the files hold no record")
+    return found
+
+
+def _records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 at byte offset {error.start}") from None
+    if text.lstrip().startswith("["):
+        for number, record in enumerate(_parsed(text, str(path)), start=1):
+            yield _object(record, f"{path}, record {number}"), f"{path}, record {number}"
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            yield _object(_parsed(line, where), where), where
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: is not JSON ({error})") from None
+
+
+def _object(record: Any, where: str) -> dict[str, Any]:
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: got {str(record)[:40]!r}, need a JSON object")
+    return record
+
+
+# ---- records ----
+
+
+def _demonstration(record: dict[str, Any], where: str) -> Demonstration:
+    if "messages" in record:
+        conversation = _messages(record["messages"], where)
+        if conversation[-1].role != "assistant":
+            raise UserError(f"{where}: the last message is not the assistant's; there is no answer")
+        return Demonstration(conversation, where)
+    prompt = _prompt_of(record, where)
+    for key in ("output", "response", "completion", "answer"):
+        if key in record:
+            answer = _answer(record[key], f"{where}: {key}")
+            return Demonstration((*prompt, Message("assistant", answer)), where)
+    raise UserError(
+        f"{where}: has no answer; need messages that end with the assistant's, or one of output, "
+        "response, completion, answer"
+    )
+
+
+def _ranking(record: dict[str, Any], where: str) -> Ranking:
+    if "chosen" in record or "rejected" in record:
+        return _preference(record, where)
+    prompt = _prompt_of(record, where)
+    answers = record.get("responses")
+    if not isinstance(answers, list) or len(answers) < 2:
+        raise UserError(
+            f"{where}: got responses {str(answers)[:40]!r}, need a list of two or more answers, or "
+            "chosen and rejected"
+        )
+    texts = tuple(_answer(answer, f"{where}: responses") for answer in answers)
+    ranks = record.get("ranks", list(range(1, len(texts) + 1)))
+    is_list = isinstance(ranks, list) and len(ranks) == len(texts)
+    if not is_list or not all(type(rank) is int and rank > 0 for rank in ranks):
+        raise UserError(
+            f"{where}: got ranks {str(ranks)[:40]!r}, need a whole number from 1 for each of the "
+            f"{len(texts)} responses"
+        )
+    return Ranking(prompt, texts, tuple(ranks), where)
+
+
+def _preference(record: dict[str, Any], where: str) -> Ranking:
+    for key in ("chosen", "rejected"):
+        if key not in record:
+            raise UserError(f"{where}: has no {key!r}, need both chosen and rejected")
+    both = [record["chosen"], record["rejected"]]
+    if any(key in record for key in _SEPARATORS):
+        prompt = _prompt_of(record, where)
+        answers = tuple(_answer(each, f"{where}: chosen, rejected") for each in both)
+        return Ranking(prompt, answers, (1, 2), where)
+    if not all(isinstance(each, list) for each in both):
+        raise UserError(f"{where}: has no prompt, and chosen and rejected are no lists of messages")
+    chosen, rejected = (_messages(each, where) for each in both)
+    prompt = chosen[:-1]
+    if rejected[:-1] != prompt or chosen[-1].role != "assistant":
+        raise UserError(f"{where}: chosen and rejected differ before their last message")
+    _check(prompt, where)
+    return Ranking(prompt, (chosen[-1].content, rejected[-1].content), (1, 2), where)
+
+
+def _prompt(record: dict[str, Any], where: str) -> Prompt:
+    fields = {key: value for key, value in record.items() if key not in _SEPARATORS}
+    return Prompt(_prompt_of(record, where), fields, where)
+
+
+def _prompt_of(record: dict[str, Any], where: str) -> Conversation:
+    """The conversation up to the answer."""
+    if "messages" in record:
+        conversation = _messages(record["messages"], where)
+    elif "instruction" in record:
+        context = _text(record.get("input") or "", f"{where}: input")
+        instruction = _text(record["instruction"], f"{where}: instruction")
+        conversation = (Message("user", instruction, context),)
+    else:
+        key = next((key for key in ("prompt", "question") if key in record), None)
+        if key is None:
+            raise UserError(f"{where}: has none of {', '.join(_SEPARATORS)}")
+        given = record[key]
+        if isinstance(given, list):
+            conversation = _messages(given, where)
+        else:
+            conversation = (Message("user", _text(given, f"{where}: {key}")),)
+    if conversation[-1].role != "user":
+        raise UserError(f"{where}: the prompt does not end with a message of the user")
+    _check(conversation, where)
+    return conversation
+
+
+def _messages(given: Any, where: str) -> Conversation:
+    if not isinstance(given, list) or not given:
+        raise UserError(f"{where}: got messages {str(given)[:40]!r}, need a list of them")
+    messages = []
+    for number, message in enumerate(given, start=1):
+        role = message.get("role") if isinstance(message, dict) else None
+        if role not in ROLES:
+            raise UserError(
+                f"{where}: message {number} has the role {role!r}, need one of {', '.join(ROLES)}"
+            )
+        content = _text(message.get("content"), f"{where}: the content of message {number}")
+        messages.append(Message(role, content))
+    _check(tuple(messages), where)
+    return tuple(messages)
+
+
+def _check(conversation: Conversation, where: str) -> None:
+    try:
+        check_conversation(conversation)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _answer(given: Any, what: str) -> str:
+    """A text, or the content of the last of a list of messages."""
+    if isinstance(given, list) and given and isinstance(given[-1], dict):
+        given = given[-1].get("content")
+    return _text(given, what)
+
+
+def _text(given: Any, what: str) -> str:
+    if not isinstance(given, str):
+        raise UserError(f"{what} is {str(given)[:40]!r}, need a text")
+    if not is_unicode(given):
+        raise UserError(f"{what} holds half of a surrogate pair, which no UTF-8 text can")
+    return given
