@@ -12,6 +12,7 @@ from cs_lm.config.model import ArchitectureConfig
 from cs_lm.errors import UserError
 from cs_lm.models.kv_cache import KVCache, positions_after
 from cs_lm.models.layers import is_product
+from cs_lm.ops import reference
 from cs_lm.ops.activation_checkpoint import checkpoint_activations
 from cs_lm.ops.reference import IGNORE_INDEX, Ops, cross_entropy
 
@@ -136,11 +137,24 @@ def next_token_loss(model: LanguageModel, batch: TokenBatch) -> tuple[Tensor, Te
 
     Targets that are `IGNORE_INDEX` do not count.
     """
-    hidden = model.hidden_states(batch.inputs)
+    return target_loss(model, model.hidden_states(batch.inputs), batch.targets)
+
+
+def target_loss(model: LanguageModel, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """`cross_entropy` of the targets (...) after the hidden states (..., D): sum and count."""
     if not model.has_plain_head:
-        return cross_entropy(model.logits_of(hidden), batch.targets, IGNORE_INDEX)
+        return cross_entropy(model.logits_of(hidden), targets, IGNORE_INDEX)
     loss = model.ops.linear_cross_entropy
-    return loss(hidden, model.output_embedding, batch.targets, IGNORE_INDEX)
+    return loss(hidden, model.output_embedding, targets, IGNORE_INDEX)
+
+
+def token_log_probs(
+    model: LanguageModel, hidden: Tensor, targets: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """`ops.token_log_probs` of the model's logits after its hidden states, both (...)."""
+    if not model.has_plain_head:
+        return reference.token_log_probs(model.logits_of(hidden), targets, temperature)
+    return model.ops.linear_log_probs(hidden, model.output_embedding, targets, temperature)
 
 
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -35,7 +35,7 @@ def attention_forward(
     (memory,) = _memory(q, k, 1)
     for heads in _head_blocks(q, k):
         keys, values = _flat(k, heads), _flat(v, heads)  # (n, S, K)
-        for rows, tiles in _tiles(q, k, causal):
+        for rows, tiles in _tiles(q, k, causal, mask, heads):
             queries = _flat(q, heads, rows)
             so_far = None
             for tile, first_masked in tiles:
@@ -75,7 +75,7 @@ def attention_backward(
     for heads in _head_blocks(q, k):
         keys, values = _flat(k, heads), _flat(v, heads)
         grad_keys, grad_values = (torch.zeros_like(x, dtype=wide) for x in (keys, values))
-        for rows, tiles in _tiles(q, k, causal):
+        for rows, tiles in _tiles(q, k, causal, mask, heads):
             queries, grad_rows, means, normalisers = (
                 _flat(x, heads, rows) for x in (q, grad_output, mean, log_normaliser)
             )
@@ -164,7 +164,9 @@ def _head_blocks(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
             yield slice(entry, entry + entries), slice(head, head + heads)
 
 
-def _tiles(q: Tensor, k: Tensor, causal: bool) -> Iterator[tuple[slice, list]]:
+def _tiles(
+    q: Tensor, k: Tensor, causal: bool, mask: Tensor | None, heads: tuple[slice, slice]
+) -> Iterator[tuple[slice, list]]:
     """Ranges of queries, and for each the ranges of keys that they attend to.
 
     Each range of keys comes with the index, inside the range, of the first key that the first
@@ -177,11 +179,28 @@ def _tiles(q: Tensor, k: Tensor, causal: bool) -> Iterator[tuple[slice, list]]:
         end = min(start + size, num_queries)
         seen = num_keys - num_queries + end if causal else num_keys
         later = num_keys - num_queries + start + 1 if causal else num_keys
+        first, seen = _unmasked(mask, heads, slice(start, end), seen)
         tiles = []
-        for key in range(0, seen, key_size):
+        for key in range(first, seen, key_size):
             stop = min(key + key_size, seen)
             tiles.append((slice(key, stop), later - key if stop > later else None))
         yield slice(start, end), tiles
+
+
+def _unmasked(
+    mask: Tensor | None, heads: tuple[slice, slice], rows: slice, seen: int
+) -> tuple[int, int]:
+    """The range of the first `seen` keys that some of the rows may attend to: at least one key.
+
+    On a CPU only: elsewhere the host would wait for the device.
+    """
+    if mask is None or mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return 0, seen
+    own = mask if heads is _ALL else mask[heads]
+    if own.stride(1) == 0:  # the same for all heads
+        own = own[:, :1]
+    places = own[:, :, rows, :seen].any(dim=(0, 1, 2)).nonzero()
+    return (places[0].item(), places[-1].item() + 1) if len(places) else (0, 1)
 
 
 def _memory(q: Tensor, k: Tensor, count: int) -> Iterable[Tensor]:
