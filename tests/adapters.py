@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-import torch
+import json
+from pathlib import Path
 
+import torch
+from torch.utils.data import DataLoader
+
+from cs_lm.alignment.advantages import group_advantages
+from cs_lm.alignment.conversations import Rendered, alpaca_text
+from cs_lm.alignment.examples import token_rows, wrapped
+from cs_lm.alignment.losses import dpo_rewards, policy_losses, preference_losses, reduced
+from cs_lm.alignment.masked import masked_mean, masked_sum
 from cs_lm.config.model import ModelConfig
 from cs_lm.data.batches import load_windows, sample_windows
 from cs_lm.data.token_store import ArrayTokens
+from cs_lm.evaluation.tasks import chosen_letter, last_number
 from cs_lm.models.layers import (
     Embedding,
     Linear,
@@ -166,3 +176,147 @@ def get_tokenizer(vocab, merges, special_tokens=None):
 
 def run_train_bpe(input_path, vocab_size, special_tokens, **kwargs):
     return train_bpe(input_path, vocab_size, special_tokens, **kwargs)
+
+
+# ---- alignment; tokenizers and models here are those of `transformers` ----
+
+
+def _rendered(prompt_ids, output_ids):
+    return Rendered(prompt_ids + output_ids, [False] * len(prompt_ids) + [True] * len(output_ids))
+
+
+def run_tokenize_prompt_and_output(prompt_strs, output_strs, tokenizer):
+    def encode(text):
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    pairs = zip(prompt_strs, output_strs, strict=True)
+    rendered = [_rendered(encode(prompt), encode(output)) for prompt, output in pairs]
+    ids, is_answer = token_rows(rendered, tokenizer.pad_token_id or 0)
+    return {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "response_mask": is_answer[:, 1:]}
+
+
+def run_compute_entropy(logits):
+    return ops.token_log_probs(logits, logits.new_zeros(logits.shape[:-1], dtype=torch.int64))[1]
+
+
+def run_get_response_log_probs(model, input_ids, labels, return_token_entropy=False):
+    log_probs, entropy = ops.token_log_probs(model(input_ids).logits, labels)
+    return {"log_probs": log_probs} | ({"token_entropy": entropy} if return_token_entropy else {})
+
+
+def run_masked_normalize(tensor, mask, dim=None, normalize_constant=1.0):
+    return masked_sum(tensor, mask.bool(), dim) / normalize_constant
+
+
+def run_masked_mean(tensor, mask, dim=None):
+    return masked_mean(tensor, mask.bool(), dim)
+
+
+def run_sft_microbatch_train_step(
+    policy_log_probs, response_mask, gradient_accumulation_steps, normalize_constant=1.0
+):
+    of_answers = masked_sum(policy_log_probs, response_mask.bool(), -1) / normalize_constant
+    loss = -of_answers.mean() / gradient_accumulation_steps
+    loss.backward()
+    return loss.detach(), {}
+
+
+def run_compute_group_normalized_rewards(
+    reward_fn,
+    rollout_responses,
+    repeated_ground_truths,
+    group_size,
+    advantage_eps,
+    normalize_by_std,
+):
+    scored = map(reward_fn, rollout_responses, repeated_ground_truths)
+    rewards = torch.tensor([float(one["reward"]) for one in scored])
+    advantages = group_advantages(rewards, group_size, advantage_eps, normalize_by_std)
+    return advantages, rewards, {"mean": rewards.mean(), "std": rewards.std()}
+
+
+def run_compute_naive_policy_gradient_loss(raw_rewards_or_advantages, policy_log_probs):
+    return -raw_rewards_or_advantages * policy_log_probs
+
+
+def run_compute_grpo_clip_loss(advantages, policy_log_probs, old_log_probs, cliprange):
+    losses, clipped = policy_losses(policy_log_probs, old_log_probs, advantages, clip=cliprange)
+    return losses, {"clipped": clipped}
+
+
+def run_compute_policy_gradient_loss(
+    policy_log_probs,
+    loss_type,
+    raw_rewards=None,
+    advantages=None,
+    old_log_probs=None,
+    cliprange=None,
+):
+    if loss_type == "grpo_clip":
+        return run_compute_grpo_clip_loss(advantages, policy_log_probs, old_log_probs, cliprange)
+    weights = {"no_baseline": raw_rewards, "reinforce_with_baseline": advantages}[loss_type]
+    return run_compute_naive_policy_gradient_loss(weights, policy_log_probs), {}
+
+
+def run_grpo_microbatch_train_step(
+    policy_log_probs,
+    response_mask,
+    gradient_accumulation_steps,
+    loss_type,
+    raw_rewards=None,
+    advantages=None,
+    old_log_probs=None,
+    cliprange=None,
+):
+    losses, found = run_compute_policy_gradient_loss(
+        policy_log_probs, loss_type, raw_rewards, advantages, old_log_probs, cliprange
+    )
+    total, count = reduced(losses, response_mask.bool(), "sequence")
+    loss = total / count / gradient_accumulation_steps
+    loss.backward()
+    return loss.detach(), found
+
+
+def get_packed_sft_dataset(tokenizer, dataset_path, seq_length, shuffle):
+    lines = Path(dataset_path).read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines if line.strip()]
+    if shuffle:
+        records = [records[i] for i in torch.randperm(len(records)).tolist()]
+    texts = [
+        [*tokenizer.encode(alpaca_text(one["prompt"], one["response"])), tokenizer.eos_token_id]
+        for one in records
+    ]
+    rows = zip(*wrapped(texts, seq_length), strict=True)
+    return [{"input_ids": inputs, "labels": labels} for inputs, labels in rows]
+
+
+def run_iterate_batches(dataset, batch_size, shuffle):
+    return DataLoader(dataset, batch_size, shuffle)
+
+
+def run_parse_mmlu_response(mmlu_example, model_output):
+    return chosen_letter(model_output)
+
+
+def run_parse_gsm8k_response(model_output):
+    return last_number(model_output)
+
+
+def run_compute_per_instance_dpo_loss(
+    lm, lm_ref, tokenizer, beta, prompt, response_chosen, response_rejected
+):
+    def log_prob(model, response):
+        prompt_ids = tokenizer.encode(alpaca_text(prompt, ""))
+        response_ids = tokenizer.encode(response, add_special_tokens=False)
+        rendered = _rendered(prompt_ids, [*response_ids, tokenizer.eos_token_id])
+        ids, is_answer = token_rows([rendered])
+        ids = ids.to(next(model.parameters()).device)
+        log_probs, _ = ops.token_log_probs(model(ids[:, :-1]).logits, ids[:, 1:])
+        return masked_sum(log_probs, is_answer[:, 1:].to(ids.device))
+
+    device = next(lm.parameters()).device
+    chosen, rejected = (
+        dpo_rewards(log_prob(lm, response), log_prob(lm_ref, response).to(device), beta)
+        for response in (response_chosen, response_rejected)
+    )
+    return preference_losses(chosen - rejected)

@@ -165,11 +165,11 @@ class AlpacaTemplate(Template):
 
     def before(self, message: Message, is_first: bool) -> list[str | int]:
         if message.role == "assistant":
-            return ["\n\n### Response:\n"]
+            return [_RESPONSE]
         if message.role == "system":
             return []
         opening = "" if is_first else "\n\n"
-        return [f"{opening}{_alpaca_task(bool(message.context))}\n\n### Instruction:\n"]
+        return [opening + _alpaca_task(bool(message.context)) + _INSTRUCTION]
 
     def content_of(self, message: Message) -> str:
         if not message.context:
@@ -178,6 +178,14 @@ class AlpacaTemplate(Template):
 
     def after(self, message: Message) -> list[str | int]:
         return [self.end_id] if message.role == "assistant" else []
+
+
+_INSTRUCTION, _RESPONSE = "\n\n### Instruction:\n", "\n\n### Response:\n"
+
+
+def alpaca_text(instruction: str, response: str) -> str:
+    """What `AlpacaTemplate` makes of one instruction and its answer, as a text without its end."""
+    return f"{_alpaca_task(False)}{_INSTRUCTION}{instruction}{_RESPONSE}{response}"
 
 
 def _alpaca_task(has_input: bool) -> str:

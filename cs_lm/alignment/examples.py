@@ -153,6 +153,30 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return rows
 
 
+def token_rows(rendered: Sequence[Rendered], pad_id: int = 0) -> tuple[Tensor, Tensor]:
+    """Token ids, filled up at the right, and which of them belong to an answer: both (B, T)."""
+    width = max(len(one.token_ids) for one in rendered)
+    ids = torch.full((len(rendered), width), pad_id)
+    is_answer = torch.zeros(ids.shape, dtype=torch.bool)
+    for row, one in enumerate(rendered):
+        ids[row, : len(one.token_ids)] = torch.tensor(one.token_ids)
+        is_answer[row, : len(one.token_ids)] = torch.tensor(one.is_answer)
+    return ids, is_answer
+
+
+def wrapped(texts: Sequence[Sequence[int]], seq_length: int) -> tuple[Tensor, Tensor]:
+    """All texts one after the other, cut into rows of `seq_length`, and the token after each.
+
+    The last tokens, which fill no row, are dropped. Texts in one row see each other: this is
+    the packing of other programs, for comparisons with them.
+    Shapes: returns two of (N, T) int64
+    """
+    ids = torch.tensor([i for text in texts for i in text])
+    count = max(0, len(ids) - 1) // seq_length
+    inputs, targets = (ids[shift : shift + count * seq_length] for shift in (0, 1))
+    return inputs.view(count, seq_length), targets.view(count, seq_length)
+
+
 class ExampleBatches:
     """The batches of a run: every row comes once an epoch, in a new order each epoch.
 

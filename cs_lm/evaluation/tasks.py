@@ -84,6 +84,22 @@ def last_number(text: str) -> str | None:
     return number.rstrip("0").rstrip(".") if "." in number else number
 
 
+_LETTER = r"\(?([{letters}])\)?(?![\w'])"
+
+
+def chosen_letter(text: str, num_choices: int = 4) -> str | None:
+    """The letter of the answer that a text states, or None.
+
+    It stands after "answer is", or is the first word, or stands alone on a line. A letter
+    elsewhere is an ordinary word.
+    """
+    letter = _LETTER.format(letters=LETTERS[:num_choices])
+    for pattern in (rf"(?i:answer is):?\s*{letter}", rf"^\s*{letter}\s*(?:[.:,]|$)"):
+        if found := re.search(pattern, text, re.MULTILINE):
+            return found[1]
+    return None
+
+
 def normalised(text: str) -> str:
     """For exact match: lower case, without outer punctuation, one space between words."""
     return " ".join(text.casefold().split()).strip(" .,;:!?\"'")
