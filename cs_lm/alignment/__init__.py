@@ -1,8 +1,10 @@
 """From a language model to one that follows instructions.
 
 Here live the losses of fine-tuning, reward models, PPO, DPO and GRPO, and what they are computed
-from, and conversations as token ids. No training loop: that is training/. Read in this order:
+from, conversations as token ids, and one `Task` for each kind of training. No training loop:
+that is training/. Read in this order:
 `conversations` (messages, templates), `records` (their files), `examples` (their batches, padded or
 packed), `masked` (sums over the tokens of an answer), `kl` (distance from the reference),
-`advantages` (which token was better than expected), `losses` (one formula each).
+`advantages` (which token was better than expected), `losses` (one formula each), `stage` (settings
+of every kind of training here), `sft` (fine-tuning on demonstrations).
 """

@@ -21,14 +21,16 @@ class Start(NamedTuple):
     """Weights and the tokenizer that they were trained with.
 
     base  default settings of the new run; only the model and special tokens come from the old one
+    data  the text that the old run was trained on; None: unknown
     """
 
     base: RunConfig
     tokenizer: BPETokenizer
     weights: dict[str, Tensor]
+    data: DataConfig | None = None
 
 
-def read_start(path: str | Path) -> Start:
+def read_start(path: str | Path, flag: str = "--init_from") -> Start:
     """From a run's folder (its best model), one of its checkpoints, or a folder of weights.
 
     Raises: UserError or FileNotFoundError for a path that is none of these or cannot be read.
@@ -44,10 +46,11 @@ def read_start(path: str | Path) -> Start:
         tokenizer = folder.load_tokenizer()
         folder.check_tokenizer(content, tokenizer)
         saved = saved_config(content)
-        return Start(_base(saved.model_name, saved.model, tokenizer), tokenizer, content["model"])
+        base = _base(saved.model_name, saved.model, tokenizer)
+        return Start(base, tokenizer, content["model"], saved.data)
     if not path.exists():
         raise UserError(
-            f"--init_from: got {str(path)!r}, which is not there; need the folder of a run, one of "
+            f"{flag}: got {str(path)!r}, which is not there; need the folder of a run, one of "
             "its checkpoints, or a folder with weights"
         )
     model = read_weights(path)

@@ -2,18 +2,17 @@
 
 import difflib
 import importlib.util
-import os
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from cs_lm.cli._errors import is_out_of_memory, print_error, readable_errors
+from cs_lm.cli._errors import readable_errors
+from cs_lm.cli._fit import check_writable, fit
 from cs_lm.cli._init_from import read_start
 from cs_lm.cli._progress import ProgressLine
-from cs_lm.config.fields import flag_of, has_setting, replace, settings_of
+from cs_lm.config.fields import flag_of, has_setting, replace, settings_of, value_of
 from cs_lm.config.flags import FlagParser, add_flags, config_from_flags, read_flags
 from cs_lm.config.model import ArchitectureConfig
 from cs_lm.config.presets import DEFAULT_MODEL, model_names
@@ -33,7 +32,6 @@ made in data/ where they are missing; the run lands in runs/<label> or --out_dir
 Units stand in [brackets]."""
 _FIXED_FROM_START = frozenset(("model_name", "special_tokens", "vocab_path", "merges_path"))
 _FIXED_SETTINGS = _FIXED_FROM_START | {"valid_path", "valid_fraction"}
-UNEXPECTED, NON_FINITE = 1, 3  # exit status
 # Settings of this call only, which are not part of the run.
 _OF_THIS_CALL = {*NOT_SAVED_SETTINGS, "out_dir"}
 
@@ -61,7 +59,7 @@ def _main(argv: Sequence[str] | None) -> int:
         _refuse_what_cannot_change(base, given, whose, _FIXED_FROM_START)
     config = config_from_flags(base, namespace, _problems_of_this_machine)
     folder = RunFolder(config.out_dir or Path("runs") / label_of(config.data))
-    _check_writable(folder.path)
+    check_writable(folder.path)
     folder.refuse_a_run()
     tokenizer = None if start is None else start.tokenizer
     if config.dry_run:
@@ -71,7 +69,7 @@ def _main(argv: Sequence[str] | None) -> int:
     with folder.lock():
         folder.refuse_a_run()  # a run that began and ended meanwhile
         weights = None if start is None else start.weights
-        return _fit(lambda: _new_trainer()(config, data, folder, weights=weights))
+        return fit(lambda: _new_trainer()(config, data, folder, weights=weights))
 
 
 def _named_base(given: dict[str, Any]) -> RunConfig:
@@ -102,6 +100,7 @@ def _resume(namespace, given: dict[str, Any], wrong_values: list[Problem]) -> in
 def _resume_locked(folder: RunFolder, namespace, given: dict[str, Any]) -> int:
     step = given.get("resume_step")
     checkpoint = folder.read("last" if step is None else str(step))
+    refuse_a_stage(folder, checkpoint)
     saved = saved_config(checkpoint)
     # an imported model has no best checkpoint yet: its validation text may still change
     fixed = _FIXED_SETTINGS if checkpoint["iteration"] > 0 else _FIXED_FROM_START
@@ -109,7 +108,7 @@ def _resume_locked(folder: RunFolder, namespace, given: dict[str, Any]) -> int:
     _refuse_what_cannot_change(saved, given, whose, fixed)
     config = config_from_flags(saved, namespace, _problems_of_this_machine)
     for name in sorted(set(given) - _OF_THIS_CALL):
-        before, now = _value(saved, name), given[name]
+        before, now = value_of(saved, name), given[name]
         if before != now:
             print(f"resume: --{name} is {_shown(now)} from here on, it was {_shown(before)}")
     tokenizer = folder.load_tokenizer()
@@ -119,7 +118,17 @@ def _resume_locked(folder: RunFolder, namespace, given: dict[str, Any]) -> int:
     data = _prepared(config, tokenizer)
     held = [checkpoint]  # the trainer copies it: `pop` lets the original be freed during training
     del checkpoint
-    return _fit(lambda: _new_trainer()(config, data, folder, held.pop()))
+    return fit(lambda: _new_trainer()(config, data, folder, held.pop()))
+
+
+def refuse_a_stage(folder: RunFolder, checkpoint: dict[str, Any]) -> None:
+    """Raises: UserError for a run that another command trains."""
+    stage = checkpoint["extras"].get("stage")
+    if stage is not None:
+        raise UserError(
+            f"--resume: {str(folder.path)!r} is a run of cs-lm {stage['name']}; resume it with "
+            f"python -m cs_lm {stage['name']} --resume --out_dir {folder.path}"
+        )
 
 
 def _refuse_what_cannot_change(
@@ -135,7 +144,7 @@ def _refuse_what_cannot_change(
         if name not in given or not has_setting(saved, name):
             continue
         if issubclass(owner, ArchitectureConfig) or name in fixed:
-            before = _value(saved, name)
+            before = value_of(saved, name)
             if name != "drop_rate" and given[name] != before:
                 what = f"got {_shown(given[name])}, but {has} {_shown(before)}"
                 wrong.append(Problem(flag_of(each), what, fix=remedy))
@@ -145,13 +154,6 @@ def _refuse_what_cannot_change(
 
 def _shown(value: Any) -> str:
     return " ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
-
-
-def _value(config: RunConfig, name: str) -> Any:
-    for part in (config, config.model, config.data, config.optim):
-        if hasattr(part, name):
-            return getattr(part, name)
-    raise AssertionError(name)
 
 
 def _problems_of_this_machine(config: RunConfig) -> list[Problem]:
@@ -166,14 +168,6 @@ def _problems_of_this_machine(config: RunConfig) -> list[Problem]:
         if importlib.util.find_spec(name) is None:
             found.append(missing_package(f"--{name}", name, EXTRA_OF_TRACKER[name]))
     return found
-
-
-def _check_writable(folder: Path) -> None:
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        why = "is not writable" if existing.is_dir() else "is a file"
-        shown = os.path.relpath(existing)
-        raise UserError(f"--out_dir: got {str(folder)!r}, but {shown!r} {why}; name another folder")
 
 
 def _print_dry_run(config: RunConfig, folder: RunFolder, tokenizer) -> int:
@@ -200,25 +194,3 @@ def _prepared(config: RunConfig, tokenizer):
 
     with log_to(write_line):
         return prepare(config, tokenizer, progress)
-
-
-def _fit(make_trainer: Callable[[], Any]) -> int:
-    from cs_lm.training.nonfinite import NonFiniteError
-
-    trainer = make_trainer()
-    if trainer.has_ended:
-        print(
-            f"resume: the run is at step {trainer.step} of {trainer.num_steps} already; raise "
-            "--num_epochs or --max_steps to train on"
-        )
-        return 0
-    try:
-        return trainer.fit()
-    except NonFiniteError as error:
-        print_error(error)
-        return NON_FINITE
-    except Exception as error:
-        if isinstance(error, UserError) or is_out_of_memory(error):
-            raise
-        traceback.print_exc()
-        return UNEXPECTED

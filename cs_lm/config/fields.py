@@ -66,6 +66,17 @@ def has_setting(config: Any, name: str) -> bool:
     return name in names or any(has_setting(each, name) for each in inner)
 
 
+def value_of(config: Any, name: str, otherwise: Any = None) -> Any:
+    """The value of a setting of this config, or of a config that it contains now."""
+    for each in dataclasses.fields(config):
+        value = getattr(config, each.name)
+        if each.name == name:
+            return value
+        if dataclasses.is_dataclass(value) and has_setting(value, name):
+            return value_of(value, name)
+    return otherwise
+
+
 def replace(config: Any, values: dict[str, Any]) -> Any:
     """A copy of a config, and of the configs inside it, with the named settings changed."""
     changes = {}

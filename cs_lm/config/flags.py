@@ -19,6 +19,7 @@ from cs_lm.config.fields import (
     replace,
     settings_of,
     validate_all,
+    value_of,
 )
 from cs_lm.errors import Problem, UserError
 
@@ -137,6 +138,7 @@ def _is_list(action: argparse.Action) -> bool:
 def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
     """Adds one flag per setting of the config. A flag that is not given sets no attribute."""
     groups = {}
+    defaults = config_class()
     for name, (owner, each) in settings_of(config_class).items():
         if owner not in groups:
             title = (owner.__doc__ or "").strip().rstrip(".")
@@ -152,7 +154,9 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
             options["metavar"] = _metavar(kind, choices_of(each))
             if typing.get_origin(kind) is tuple:
                 options.update(action="extend", nargs="*" if each.default else "+")
-        groups[owner].add_argument(*spellings, help=_help(each), **options)
+        groups[owner].add_argument(
+            *spellings, help=_help(each, value_of(defaults, name, each.default)), **options
+        )
 
 
 def read_flags(
@@ -217,8 +221,7 @@ def _metavar(kind: Any, choices: tuple[str, ...] | None) -> str:
     return kind.__name__.upper()
 
 
-def _help(each) -> str:
-    default = each.default
+def _help(each, default: Any) -> str:
     if isinstance(default, tuple):
         default = " ".join(map(str, default))
     unit = f" [{each.metadata['unit']}]" if each.metadata["unit"] else ""

@@ -4,6 +4,7 @@
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from cs_lm.config.data import DataConfig
 from cs_lm.config.fields import is_unicode, not_positive, not_unicode, setting
@@ -160,6 +161,16 @@ class RunConfig:
         """Updates for `num_epochs` passes over the tokens: at least 1, at most `max_steps`."""
         steps = max(1, round(self.num_epochs * num_tokens / self.tokens_per_step))
         return steps if self.max_steps is None else min(steps, self.max_steps)
+
+
+def as_in_a_run(name: str, **changes: Any) -> Any:
+    """The setting of that name, for the config of another command.
+
+    changes  `default`, or another part of the setting
+    """
+    each = RunConfig.__dataclass_fields__[name]
+    default = changes.pop("default", each.default)
+    return field(default=default, metadata={**each.metadata, **changes})
 
 
 def named_run(model_name: str) -> RunConfig:

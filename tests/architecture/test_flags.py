@@ -10,7 +10,7 @@ import pytest
 from cs_lm.cli.commands import COMMANDS
 from cs_lm.cli.commands import main as command
 from cs_lm.cli.train import main as train
-from cs_lm.config.fields import choices_of, flag_of, plain_type, settings_of
+from cs_lm.config.fields import choices_of, flag_of, plain_type, settings_of, value_of
 from cs_lm.config.flags import FlagParser, add_flags, read_flags
 from cs_lm.config.run import RunConfig
 
@@ -163,6 +163,7 @@ CONFIGS = {
     "serve": "cs_lm.cli.serve.ServeConfig",
     "verify": "cs_lm.cli.verify.VerifyConfig",
     "cache": "cs_lm.cli.cache.CacheConfig",
+    "sft": "cs_lm.alignment.sft.SFTConfig",
 }
 MAY_BE_NEGATIVE = ("frequency_penalty", "presence_penalty", "length_penalty")
 FROZEN = Path(__file__).with_name("flags.txt")
@@ -177,9 +178,10 @@ def all_flags() -> str:
     """One line a flag: command, spelling, default, unit, choices, help."""
     lines = []
     for name in CONFIGS:
-        for _, each in settings_of(config_of(name)).values():
-            facts = each.metadata
-            parts = [name, flag_of(each), repr(each.default), facts["unit"], choices_of(each)]
+        defaults = config_of(name)()
+        for setting, (_, each) in settings_of(config_of(name)).items():
+            facts, default = each.metadata, value_of(defaults, setting, each.default)
+            parts = [name, flag_of(each), repr(default), facts["unit"], choices_of(each)]
             lines.append(" | ".join([*map(str, parts), facts["help"]]))
     return "\n".join(lines) + "\n"
 

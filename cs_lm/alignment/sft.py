@@ -1,0 +1,310 @@
+"""Supervised fine-tuning: a language model learns to answer from conversations.
+
+    loss = -sum(log p(answer's tokens)) / number of these tokens
+
+over all micro-batches of an update. With text of the pre-training mixed in, `weight` times the mean
+loss of a token of that text is added.
+"""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cs_lm.alignment.conversations import Template, template_of
+from cs_lm.alignment.examples import (
+    ExampleBatch,
+    ExampleBatches,
+    describe,
+    example_loss,
+    example_of,
+    padded_batch,
+    render_all,
+)
+from cs_lm.alignment.records import Demonstration
+from cs_lm.alignment.stage import StageConfig
+from cs_lm.config.fields import setting
+from cs_lm.config.optim import OptimConfig
+from cs_lm.config.run import RunConfig
+from cs_lm.data.batches import Batch, BatchSource
+from cs_lm.data.pipeline import PreparedData
+from cs_lm.device import World
+from cs_lm.errors import Problem, UserError
+from cs_lm.evaluation.perplexity import EvalOptions, evaluate, token_byte_lengths
+from cs_lm.inference.decoding_config import DecodingConfig
+from cs_lm.inference.generate import generate_samples
+from cs_lm.inference.sampling import NotANumberError
+from cs_lm.inference.text import allowed_ids
+from cs_lm.models.base import evaluating, next_token_loss
+from cs_lm.models.registry import build_model
+from cs_lm.models.stats import flops_per_token, num_parameters
+from cs_lm.ops.fused import OPS
+from cs_lm.ops.reference import IGNORE_INDEX
+from cs_lm.optim.adamw import AdamW
+from cs_lm.optim.param_groups import parameter_groups
+from cs_lm.tokenizer import BPETokenizer
+from cs_lm.training.run_dir import RunFolder
+from cs_lm.training.step import under_autocast
+from cs_lm.training.task import CheckStop, Task
+
+_log = logging.getLogger("cs_lm")
+_SAMPLE_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class SFTConfig(StageConfig):
+    """Supervised fine-tuning."""
+
+    data: tuple[str, ...] = setting(
+        (), "conversations, instructions or pairs: JSON or JSONL files, or patterns; required"
+    )
+    valid_data: tuple[str, ...] = setting((), "separate ones for validation; same forms as --data")
+    valid_fraction: float = setting(
+        0.05, "part of --data that is kept for validation without --valid_data", "of records"
+    )
+    learn_prompts: bool = setting(False, "also learn the user's messages, not the answers alone")
+    packing: bool = setting(
+        False, "several conversations in a row of --seq_length tokens; each sees itself alone"
+    )
+    pretraining_mix: float = setting(
+        0.0, "windows of text for each conversation of an update; 0: no text", minimum=0
+    )
+    pretraining_path: tuple[str, ...] = setting(
+        (), "text to mix in and to validate on; default: what the model was trained on"
+    )
+    pretraining_weight: float = setting(1.0, "weight of the mean loss of the text", minimum=0)
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(
+            lr=2e-5, lr_min=2e-6, warmup_ratio=0.03, warmfix_ratio=1.0, weight_decay=0.0
+        )
+    )
+
+    def validate(self) -> list[Problem]:
+        found = super().validate()
+        if not self.data and not self.resume:
+            fix = "name files of conversations"
+            found.append(Problem("--data", "is missing", fix=fix))
+        if not 0 < self.valid_fraction < 1:
+            what = f"got {self.valid_fraction}"
+            found.append(Problem("--valid_fraction", what, "more than 0 and less than 1"))
+        if self.pretraining_path and not self.pretraining_mix:
+            what, fix = "has no effect without --pretraining_mix", "add it, or leave it out"
+            found.append(Problem("--pretraining_path", what, fix=fix))
+        return found
+
+
+class TextBatch(NamedTuple):
+    """Windows of text; `scale` makes their summed loss comparable with that of the answers."""
+
+    inputs: Tensor
+    targets: Tensor
+    scale: float
+
+
+class Sources(NamedTuple):
+    """What a model is fine-tuned from.
+
+    base  settings of the run with the model
+    text  pre-training text to mix in, or None
+    """
+
+    base: RunConfig
+    tokenizer: BPETokenizer
+    text: PreparedData | None = None
+
+
+def hash_of(value: Any) -> str:
+    """SHA-256 of how the value is written."""
+    return hashlib.sha256(repr(value).encode("utf-8")).hexdigest()
+
+
+def split(
+    demonstrations: Sequence[Demonstration], fraction: float
+) -> tuple[list[Demonstration], list[Demonstration]]:
+    """Training and validation: conversations with the same prompt fall on the same side.
+
+    The hashes of the prompts decide, so the order in the file does not matter. At least one prompt
+    falls on each side.
+    Raises: UserError for fewer than two prompts.
+    """
+    hashes = [hash_of(one.conversation[:-1]) for one in demonstrations]
+    prompts = sorted(set(hashes))
+    if len(prompts) < 2:
+        raise UserError("--data: got a single prompt, which leaves none for validation; give more")
+    count = min(max(1, round(fraction * len(prompts))), len(prompts) - 1)
+    kept = set(prompts[:count])
+    sides: tuple[list, list] = [], []
+    for one, found in zip(demonstrations, hashes):
+        sides[found in kept].append(one)
+    return sides
+
+
+class SupervisedFineTuning(Task):
+    """Trains the model of `sources.base` on demonstrations."""
+
+    def __init__(
+        self,
+        config: SFTConfig,
+        sources: Sources,
+        train: Sequence[Demonstration],
+        valid: Sequence[Demonstration],
+        world: World,
+    ):
+        base = sources.base
+        self.config, self.run_config = config, config.as_run(base)
+        self.tokenizer, self.text = sources.tokenizer, sources.text
+        self.template: Template = template_of(sources.tokenizer, config.template)
+        self._device = world.device
+        self.model = build_model(
+            base.model,
+            OPS[base.ops],
+            generator=torch.Generator().manual_seed(config.seed),
+            device=world.device,
+        )
+        optim = config.optim
+        groups = parameter_groups(self.model, optim.weight_decay)
+        self.optimizer = AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+        most = config.max_tokens(base)
+        rendered = render_all(train, self.template, most, config.learn_prompts)
+        _log.info("data: %s; template %s", describe(rendered), self.template.name)
+        examples = [example_of(one) for one in rendered]
+        pack_to = most - 1 if config.packing else None
+        self.batches = ExampleBatches(
+            examples, config.batch_size, config.seed, world.device, pack_to
+        )
+        self.num_steps = config.num_steps(self.batches.num_rows)
+        self._data_hash = hash_of([one.conversation for one in (*train, *valid)])
+        self.valid = valid
+        self._valid = [example_of(one) for one in render_all(valid, self.template, most)]
+        self._byte_lengths = token_byte_lengths(sources.tokenizer.vocab)
+        self._windows = self._num_windows = None
+        if self.text is not None:
+            rows = config.batch_size * config.grad_accum
+            self._num_windows = max(1, round(config.pretraining_mix * rows))
+            self._windows = BatchSource(
+                self.text.train, self._num_windows, most - 1, config.seed, "random", world
+            )
+        num_tokens = sum(len(one.inputs) for one in examples) / self.batches.num_rows
+        rows = config.batch_size * config.grad_accum
+        text_tokens = (self._num_windows or 0) * (most - 1)
+        self.tokens_per_step = round(rows * num_tokens) + text_tokens
+        self.flops_per_token = flops_per_token(base.model, most - 1)
+        self.measure = {
+            "data": hash_of([one.conversation for one in valid]),
+            "template": self.template.name,
+            "tokenizer": sources.tokenizer.fingerprint,
+        }
+        self._loss = under_autocast(self._loss_of, world.device, config.dtype)
+
+    def batches_of_step(self, step: int) -> list[ExampleBatch | TextBatch]:
+        first = step * self.config.grad_accum
+        batches: list = [self.batches(first + i) for i in range(self.config.grad_accum)]
+        if self._windows is None:
+            return batches
+        num_targets = sum(int((b.targets != IGNORE_INDEX).sum()) for b in batches)
+        windows: Batch = self._windows(step)
+        scale = self.config.pretraining_weight * num_targets / windows.targets.numel()
+        return [*batches, TextBatch(*windows, scale)]
+
+    def _loss_of(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        if not isinstance(batch, TextBatch):
+            return example_loss(model, batch)
+        total, count = next_token_loss(model, batch)
+        return batch.scale * total, torch.zeros_like(count)
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        return self._loss(model, batch)
+
+    @torch.no_grad()
+    def evaluate(self, check_stop: CheckStop) -> dict[str, Any]:
+        total, count = 0.0, 0
+        with evaluating(self.model):
+            size = self.config.batch_size
+            for start in range(0, len(self._valid), size):
+                check_stop()
+                batch = padded_batch(self._valid[start : start + size], self._device)
+                part, counted = self._loss(self.model, batch)
+                total, count = total + part.item(), count + counted.item()
+        found = {"loss_nats": total / max(1, count), "num_scored_tokens": count}
+        if self.text is not None:
+            config = self.run_config
+            options = EvalOptions(config.seq_length, config.batch_size, self.config.eval_tokens)
+            on_text = evaluate(
+                self.model, self.text.valid, self._byte_lengths, options, on_batch=check_stop
+            )
+            found["text_bits_per_byte"] = on_text.bits_per_byte
+        return found
+
+    def describe_evaluation(self, found: dict[str, Any]) -> str:
+        text = ""
+        if "text_bits_per_byte" in found:
+            text = f" | text {found['text_bits_per_byte']:.4f} bits/byte"
+        return f"validation loss of answers {found['loss_nats']:.4f}{text}"
+
+    def sample(self, check_stop: CheckStop) -> tuple[dict[str, Any] | None, str]:
+        """An answer to the first prompt of the validation part."""
+        prompt = self.valid[0].conversation[:-1]
+        ids = self.template.render_for_completion(prompt)
+        room = self.run_config.model.context_length - len(ids)
+        if room < 1:
+            return None, ""
+        ends = frozenset([self.template.end_id])
+        allowed = allowed_ids(self.tokenizer, self.run_config.model.vocab_size, None, ends)
+        choice = DecodingConfig(
+            max_new_tokens=min(_SAMPLE_TOKENS, room), temperature=0.0, seed=self.config.seed
+        )
+        try:
+            (found,) = generate_samples(self.model, [ids], choice, ends, allowed)
+        except NotANumberError as error:
+            return None, str(error)
+        check_stop()
+        text = self.tokenizer.decode(found.token_ids)
+        return {
+            "prompt": prompt[-1].content,
+            "text": text,
+        }, f"{prompt[-1].content} -> {text.strip()}"
+
+    def save(self) -> dict[str, Any]:
+        return {
+            "tokenizer_fingerprint": self.tokenizer.fingerprint,
+            "stage": {"name": "sft", "config": self.config.saved()},
+            "template": self.template.name,
+            "data_sha256": self._data_hash,
+        }
+
+    def load(self, extras: dict[str, Any]) -> None:
+        if extras["tokenizer_fingerprint"] != self.tokenizer.fingerprint:
+            raise UserError(
+                "--resume: the tokenizer in the run's folder is not the one it began with"
+            )
+        if extras.get("data_sha256") != self._data_hash:
+            raise UserError(
+                "--resume: --data or --valid_data hold other records than when the run began; "
+                "restore the files, or start a new run in another --out_dir"
+            )
+
+    def start(self, folder: RunFolder) -> None:
+        ends = [*self.tokenizer.end_tokens]
+        end = self.tokenizer.decode([self.template.end_id])
+        self.tokenizer.end_tokens = ends if end in ends else [*ends, end]
+        folder.save_tokenizer(self.tokenizer)
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "stage": "sft",
+            "train_rows": self.batches.num_rows,
+            "valid_records": len(self._valid),
+            "num_parameters": num_parameters(self.run_config.model),
+            "template": self.template.name,
+        }
+
+    def describe_batches(self, step: int) -> list[dict[str, Any]]:
+        first = step * self.config.grad_accum
+        return [
+            {"number": number, "examples": self.batches.rows(number)}
+            for number in range(first, first + self.config.grad_accum)
+        ]

@@ -1,0 +1,125 @@
+"""Starts or resumes a run of a stage of alignment."""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from cs_lm.alignment.stage import StageConfig
+from cs_lm.cli._fit import check_writable, fit
+from cs_lm.cli._init_from import read_start
+from cs_lm.config.data import DataConfig
+from cs_lm.config.fields import flag_of, from_json, settings_of, value_of
+from cs_lm.config.flags import FlagParser, add_flags, config_from_flags, read_flags
+from cs_lm.config.run import RunConfig
+from cs_lm.device import resolve_device
+from cs_lm.errors import Problem, UserError
+from cs_lm.tokenizer import BPETokenizer
+from cs_lm.training.console import log_to, print_line
+from cs_lm.training.run_dir import RunFolder, saved_config
+from cs_lm.training.task import Task
+from cs_lm.training.trainer import Trainer
+
+# What may be another value in a resumed run.
+_MAY_CHANGE = frozenset((
+    "num_epochs", "max_steps", "lr", "lr_min", "max_norm", "device", "log_interval",
+    "save_interval", "keep_last", "on_nan", "eval_interval", "sample_interval", "tensorboard",
+    "wandb", "mlflow", "resume", "resume_step", "out_dir",
+))  # fmt: skip
+
+
+class Begun(NamedTuple):
+    """The model of a stage.
+
+    base     settings of a run with this model
+    data     the text that it was trained on; None: unknown
+    weights  state dict to start from; None in a resumed run
+    """
+
+    base: RunConfig
+    tokenizer: BPETokenizer
+    data: DataConfig | None
+    weights: dict[str, Any] | None
+
+
+def run_stage(
+    name: str,
+    config_class: type[StageConfig],
+    description: str,
+    argv: Sequence[str] | None,
+    make_task: Callable[[Any, Begun], Task],
+) -> int:
+    """The exit status of the command.
+
+    make_task  (config, Begun) -> the task
+    """
+    parser = FlagParser(prog=f"python -m cs_lm {name}", description=description)
+    add_flags(parser, config_class)
+    namespace = parser.parse_strictly(argv)
+    with log_to(lambda text: print_line(text, sys.stdout)):
+        given, wrong = read_flags(namespace, config_class)
+        if not given.get("resume"):
+            config = config_from_flags(config_class(), namespace, _problems_of_this_machine)
+            return _begin(config, make_task)
+        if wrong or not given.get("out_dir"):
+            missing = Problem("--out_dir", "is missing", fix="name the folder of the run")
+            raise UserError(*(wrong or [missing]))
+        folder = RunFolder(given["out_dir"])
+        folder.require()
+        with folder.lock():
+            return _resume(name, config_class, folder, namespace, given, make_task)
+
+
+def _begin(config: StageConfig, make_task: Callable[[Any, Begun], Task]) -> int:
+    folder = RunFolder(config.out_dir)
+    check_writable(folder.path)
+    folder.refuse_a_run()
+    start = read_start(config.source, "--from")
+    begun = Begun(start.base, start.tokenizer, start.data, start.weights)
+    task = make_task(config, begun)
+    with folder.lock():
+        folder.refuse_a_run()
+        run_config = dataclasses.replace(config.as_run(begun.base), data=begun.data or DataConfig())
+        return fit(lambda: Trainer(run_config, task, folder, weights=begun.weights))
+
+
+def _resume(
+    name: str,
+    config_class: type[StageConfig],
+    folder: RunFolder,
+    namespace: Any,
+    given: dict[str, Any],
+    make_task: Callable[[Any, Begun], Task],
+) -> int:
+    step = given.get("resume_step")
+    checkpoint = folder.read("last" if step is None else str(step))
+    stage = checkpoint["extras"].get("stage") or {"name": "train"}
+    if stage["name"] != name:
+        raise UserError(
+            f"--resume: {str(folder.path)!r} is a run of cs-lm {stage['name']}, not of {name}; "
+            "resume it with that command"
+        )
+    settings = settings_of(config_class)
+    saved = from_json(config_class, stage["config"])
+    refused = [
+        Problem(flag_of(settings[key][1]), "cannot change in a resumed run", fix="leave it out")
+        for key in given
+        if key not in _MAY_CHANGE and given[key] != value_of(saved, key)
+    ]
+    if refused:
+        raise UserError(*refused)
+    config = config_from_flags(saved, namespace, _problems_of_this_machine)
+    base = saved_config(checkpoint)
+    begun = Begun(base, folder.load_tokenizer(), base.data, None)
+    run_config, task = config.as_run(begun.base), make_task(config, begun)
+    held = [checkpoint]  # the trainer copies it: `pop` lets the original be freed
+    del checkpoint
+    return fit(lambda: Trainer(run_config, task, folder, held.pop()))
+
+
+def _problems_of_this_machine(config: StageConfig) -> list[Problem]:
+    try:
+        resolve_device(config.device)
+    except UserError as error:
+        return list(error.args)
+    return []
