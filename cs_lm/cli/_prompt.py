@@ -64,7 +64,7 @@ class PromptSession:
 
     def prompts(self) -> Iterator[str]:
         """The prompts, until an empty line, `/quit` or the end of the input."""
-        while (line := self._ask("> ")) not in ("", "/quit", "/exit"):
+        while (line := self._ask("> ")) not in (None, "", "/quit", "/exit"):
             try:
                 if line.startswith("/"):
                     self._command(line[1:])
@@ -77,12 +77,13 @@ class PromptSession:
             except UserError as error:
                 print_error(error)
 
-    def _ask(self, prompt: str) -> str:
+    def _ask(self, prompt: str) -> str | None:
+        """A line; None at the end of the input."""
         while True:
             try:
                 line = input(prompt)
             except EOFError:
-                return ""
+                return None
             except UnicodeDecodeError as error:
                 problem = f"prompt: is not UTF-8 at byte offset {error.start}; once more"
                 print_error(UserError(problem))
@@ -95,16 +96,16 @@ class PromptSession:
         lines, line = [], first
         while not line.rstrip().endswith(_BLOCK):
             lines.append(line)
-            try:
-                line = input("... ")
-            except EOFError:
+            following = self._ask("... ")
+            if following is None:
                 break
+            line = following
         else:
             lines.append(line.rstrip().removesuffix(_BLOCK))
         return "\n".join(lines).strip("\n")
 
     def _command(self, line: str) -> None:
-        name, *values = line.split(maxsplit=1)
+        name, *values = line.split(maxsplit=1) or ["help"]
         if name in ("help", "?"):
             print(HELP, file=sys.stderr)
         elif name == "settings":

@@ -114,6 +114,9 @@ class EvalConfig:
         elif max(self.num_shots) > 0 and not self.demonstrations_path:
             what = "has no solved examples to show"
             found.append(Problem("--num_shots", what, fix="name --demonstrations_path"))
+        elif max(self.num_shots) == 0 and self.demonstrations_path:
+            what, fix = "has no effect without demonstrations", "add --num_shots, such as 0 4"
+            found.append(Problem("--demonstrations_path", what, fix=fix))
         if self.dev_path and len(self.num_shots) < 2:
             found.append(Problem("--dev_path", "has no effect with one value of --num_shots"))
         if self.seed < 0:
@@ -138,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     pool = _examples(config.demonstrations_path, "--demonstrations_path")
     dev = _examples(config.dev_path, "--dev_path")
     kind = kind_of(examples) if config.kind == "auto" else config.kind
-    if kind == "multiple_choice" and not all(example.choices for example in examples):
+    if kind == "multiple_choice" and not all(example.choices for example in (*examples, *dev)):
         raise UserError("--kind: got multiple_choice, but a question has no choices")
     if config.letters and kind != "multiple_choice":
         raise UserError(f"--letters: has no effect with answers of kind {kind}; leave it out")
@@ -258,7 +261,8 @@ def _print_contamination(reports: Sequence[_Report], is_dirty: list[bool], ngram
     print(f"\n{total:,} of {len(is_dirty):,} questions share {ngram} words in a row with the text")
     for num_shots, answered in reports:
         clean = [one for one, dirty in zip(answered, is_dirty, strict=True) if not dirty]
-        print(f"{num_shots:>14} demonstrations, without them: {_cell(accuracy(clean))}")
+        left = _cell(accuracy(clean)) if clean else "none is left"
+        print(f"{num_shots:>14} demonstrations, without them: {left}")
 
 
 def _write_results(

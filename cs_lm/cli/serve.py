@@ -129,7 +129,13 @@ def _engines(config: ServeConfig) -> dict[str, Engine]:
         if name in engines:
             raise UserError(f"--out_dir: got two runs named {name!r}; rename one of the folders")
         trained = load_trained(folder, config.checkpoint, device, dtype)
-        engines[name] = Engine(trained.model, trained.tokenizer, config.max_rows, config.max_queue)
+        engines[name] = Engine(
+            trained.model,
+            trained.tokenizer,
+            config.max_rows,
+            config.max_queue,
+            trained.template,
+        )
     return engines
 
 

@@ -1,5 +1,6 @@
 """Which examples of a task occur in a training text: overlap of n-grams of words."""
 
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 
@@ -34,27 +35,23 @@ def contaminated(
         for ngram in ngrams_of(words, length) if words else ():
             wanted.setdefault(length, {}).setdefault(ngram, []).append(number)
     found = [False] * len(examples)
-    rest = ""
-    for block in (*text, None):
+    rest, words = "", []
+    for block in itertools.chain(text, [None]):
         # the last word of a block may go on in the next one
         whole = rest + (block or "")
         cut = len(whole) if block is None else _last_border(whole)
-        words = words_of(whole[:cut])
+        earlier = words[max(0, len(words) - size + 1) :]  # n-grams go on from block to block
+        words, rest = earlier + words_of(whole[:cut]), whole[cut:]
         for length, ngrams in wanted.items():
             for i in range(len(words) - length + 1):
                 for number in ngrams.get(tuple(words[i : i + length]), ()):
                     found[number] = True
-        rest = _last_words(whole[:cut], size - 1) + whole[cut:]
     return found
 
 
 def _last_border(text: str) -> int:
     """Where the last word begins, if the text may end inside it."""
-    match = re.search(r"\w+\Z", text)
-    return match.start() if match else len(text)
-
-
-def _last_words(text: str, count: int) -> str:
-    """The last `count` words, with a space behind each: n-grams may go on in the next block."""
-    words = words_of(text[-100 * (count + 1) :])
-    return "".join(f"{word} " for word in words[-count:]) if count else ""
+    end = len(text)
+    while end and _WORD.match(text[end - 1]):
+        end -= 1
+    return end

@@ -73,7 +73,7 @@ def answer_all(
     shown = options.prompt_format
     prompts, shots = [], []
     for index, example in enumerate(examples):
-        answers = _answers(shown.prepared(example))
+        answers = _answers(shown.prepared(example), options.kind)
         room = max(len(tokenizer.encode(shown.answer(answer))) for answer in answers)
         room = options.max_new_tokens if is_generated else room
 
@@ -92,13 +92,14 @@ def answer_all(
     ]
 
 
-def _answers(example: Example) -> tuple[str, ...]:
-    return example.choices or (example.answer,)
+def _answers(example: Example, kind: str) -> tuple[str, ...]:
+    """The answers to score."""
+    return example.choices if kind == "multiple_choice" else (example.answer,)
 
 
 def _scored(model, tokenizer, examples, prompts, options, on_progress):
     shown = options.prompt_format
-    answers_of = [_answers(shown.prepared(example)) for example in examples]
+    answers_of = [_answers(shown.prepared(example), options.kind) for example in examples]
     pairs = [
         token_pair(tokenizer.encode, prompt, shown.answer(answer))
         for answers, prompt in zip(answers_of, prompts, strict=True)
@@ -185,6 +186,6 @@ def mean_logprob(answered: Sequence[Answered]) -> tuple[float, float, float]:
     """
     values = []
     for one in answered:
-        choices = one.example.choices
-        values.append(one.scores[choices.index(one.example.answer) if choices else 0])
+        is_chosen = len(one.scores) > 1
+        values.append(one.scores[one.example.choices.index(one.example.answer) if is_chosen else 0])
     return sum(values) / len(values), *bootstrap_interval(values)

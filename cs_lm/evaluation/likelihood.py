@@ -1,5 +1,6 @@
 """How likely a model holds given continuations of given texts."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ import torch
 
 from cs_lm.errors import UserError
 from cs_lm.evaluation.perplexity import padded, rows_per_pass
+from cs_lm.inference.sampling import NOT_NUMBERS, NotANumberError
 from cs_lm.models.base import LanguageModel, evaluating
 from cs_lm.ops.reference import log_softmax
 
@@ -31,8 +33,11 @@ def token_pair(encode: Callable[[str], list[int]], context: str, continuation: s
     """
     stripped = context.rstrip(" ")
     continuation, context = context[len(stripped) :] + continuation, stripped
-    of_context = encode(context)
-    return of_context, encode(context + continuation)[len(of_context) :]
+    of_context, whole = encode(context), encode(context + continuation)
+    border = min(len(of_context), len(whole) - 1)  # a token may reach over the border
+    if continuation and border < 1:  # one token is both: it cannot be told apart
+        return of_context, encode(continuation)
+    return whole[:border], whole[border:]
 
 
 @torch.no_grad()
@@ -45,14 +50,15 @@ def likelihoods(
 
     A pair longer than the model's context loses tokens at its beginning.
     on_batch  called with the number of pairs that are done
-    Raises: UserError for an empty context, or a continuation as long as the model's context.
+    Raises: UserError for an empty context or continuation, or a continuation longer than the
+    model's context; NotANumberError for logits that are no numbers.
     """
     longest = model.config.context_length
     for context, continuation in pairs:
-        if not context or len(continuation) > longest:
+        if not context or not 1 <= len(continuation) <= longest:
             raise UserError(
                 f"answer: got {len(continuation)} tokens after a context of {len(context)}, need 1 "
-                f"or more of context, and at most {longest} of answer"
+                f"or more of context, and 1 to {longest} of answer"
             )
     found: list[Likelihood | None] = [None] * len(pairs)
     lengths = [len(context) + len(continuation) for context, continuation in pairs]
@@ -72,6 +78,8 @@ def likelihoods(
                 end = len(rows[row]) - 1
                 start = end - len(pairs[i][1])
                 total = float(chosen[row, start:end].double().sum())
+                if math.isnan(total):
+                    raise NotANumberError(NOT_NUMBERS)
                 found[i] = Likelihood(total, end - start, bool(is_best[row, start:end].all()))
             first += size
             on_batch(min(first, len(order)))

@@ -35,6 +35,11 @@ class PromptFormat:
         if not self.letters or not example.choices:
             return example
         names = tuple(LETTERS[: len(example.choices)])
+        if len(names) < len(example.choices):
+            raise UserError(
+                f"--letters: {example.where} has {len(example.choices)} choices, need at most "
+                f"{len(LETTERS)}; leave the flag out"
+            )
         listed = "\n".join(f"{name}. {text}" for name, text in zip(names, example.choices))
         return replace(
             example,
@@ -72,12 +77,13 @@ def demonstrations_for(
 ) -> list[Example]:
     """`num_shots` examples of the pool, in a random order that follows from (seed, index).
 
-    They are of the example's subject if the pool has examples of it, and never the example itself.
+    They are of the example's subject if the pool has examples of it, and never the example itself
+    or another one with the same words.
     With fewer than `num_shots`, all of them are taken.
     """
 
     def is_the_same(one: Example) -> bool:
-        return one is example or (bool(one.where) and one.where == example.where)
+        return one == example or (bool(one.where) and one.where == example.where)
 
     others = [one for one in pool if not is_the_same(one)]
     others = [other for other in others if other.subject == example.subject] or others

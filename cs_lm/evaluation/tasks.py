@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +78,11 @@ def kind_of(examples: Sequence[Example]) -> str:
 
 def last_number(text: str) -> str | None:
     """The last number in the text, without thousands separators and trailing zeros."""
-    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+", text)
+    found = re.findall(r"(?:(?<!\d)-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)", text)
     if not found:
         return None
-    number = found[-1].replace(",", "")
-    return number.rstrip("0").rstrip(".") if "." in number else number
+    number = Decimal(found[-1].replace(",", ""))
+    return format(number.normalize(), "f") if number else "0"
 
 
 _LETTER = r"\(?([{letters}])\)?(?![\w'])"
@@ -131,28 +132,39 @@ def _read_jsonl(path: Path, text: str, subject: str) -> list[Example]:
 
 
 def _read_csv(path: Path, text: str, subject: str) -> list[Example]:
+    reader = csv.reader(io.StringIO(text, newline=""))
     try:
-        rows = [row for row in csv.reader(io.StringIO(text, newline="")) if row]
+        numbered = [(reader.line_num, row) for row in reader if row]
     except csv.Error as error:
         raise UserError(f"{path}: is not CSV ({error})") from None
-    if not rows:
+    if not numbered:
         return []
-    heads = [head.strip().casefold() for head in rows[0]]
+    heads = [head.strip().casefold() for head in numbered[0][1]]
+    places = [f"{path}, line {number}" for number, _ in numbered]
     if set(heads) & set(_QUESTION) and set(heads) & set(_ANSWER):
-        records = [dict(zip(heads, row)) for row in rows[1:]]
-        for record in records:
+        records = []
+        for where, (_, row) in zip(places[1:], numbered[1:]):
+            if len(row) < len(heads):
+                raise UserError(
+                    f"{where}: got {len(row)} columns, need {len(heads)}, as the first line has"
+                )
+            record = dict(zip(heads, row))
             letters = [record[h] for h in heads if len(h) == 1 and h.upper() in LETTERS]
-            if letters:
-                record["choices"] = letters
+            records.append(record | {"choices": letters} if letters else record)
+        places = places[1:]
     else:  # MMLU's: no heads
-        short = [number for number, row in enumerate(rows, start=1) if len(row) < 4]
-        if short:
-            raise UserError(
-                f"{path}, row {short[0]}: got {len(rows[short[0] - 1])} columns, need a first line "
-                "with the names of the columns, or a question, two or more choices and a letter"
-            )
-        records = [{"question": q, "choices": c, "answer": a} for q, *c, a in rows]
-    return [_example(r, subject, f"{path}, row {n}") for n, r in enumerate(records, start=1)]
+        records = []
+        for where, (_, row) in zip(places, numbered):
+            question, choices, letter = row[0], row[1:-1], row[-1].strip().upper()
+            if len(row) < 4 or letter not in LETTERS[: len(choices)]:
+                raise UserError(
+                    f"{where}: got {len(row)} columns, the last one {letter[:20]!r}, need a first "
+                    "line with the names of the columns, or a question, two or more choices and "
+                    "the letter of one of them"
+                )
+            answer = LETTERS.index(letter)
+            records.append({"question": question, "choices": choices, "answer": answer})
+    return [_example(record, subject, where) for record, where in zip(records, places)]
 
 
 def _example(record: dict[str, Any], subject: str, where: str) -> Example:
@@ -164,11 +176,16 @@ def _example(record: dict[str, Any], subject: str, where: str) -> Example:
 
     question, answer = first_of(_QUESTION), first_of(_ANSWER)
     choices = record.get("choices") or ()
-    if isinstance(choices, dict):  # as Hugging Face's datasets have them: {"text": [...], ...}
+    if isinstance(choices, dict):  # as Hugging Face's datasets have them
+        labels = choices.get("label")
         choices = choices.get("text", ())
+        if isinstance(labels, list) and answer in labels:
+            answer = labels.index(answer)
     if not isinstance(choices, (list, tuple)):
         raise UserError(f"{where}: got choices {choices!r}, need a list")
     choices = tuple(str(choice).strip() for choice in choices)
+    if not all(choices):
+        raise UserError(f"{where}: choice {choices.index('') + 1} is empty")
     if choices:
         answer = _chosen(answer, choices, where)
     subject = str(record.get("subject") or subject)

@@ -95,6 +95,8 @@ def complete(
     """
     stop_ids = stop_ids_of(tokenizer, config.stop_token)
     allowed = allowed_ids(tokenizer, model.config.vocab_size, config.allowed_characters, stop_ids)
+    if not prompts:
+        return []
     ids = [tokenizer.encode(prompt) for prompt in prompts]
     is_streamed = config.num_beams == 1 and config.best_of is None
     num_rows = len(prompts) * config.num_rows

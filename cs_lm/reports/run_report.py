@@ -24,14 +24,14 @@ _FAULTS = {
 def run_report(name: str, records: Iterable[Record]) -> str:
     """The page, from the records of the run's metrics log."""
     records = list(records)
-    first = next((r for r in records if r["kind"] in ("config", "resume")), {})
+    begun = next((r for r in reversed(records) if r["kind"] in ("config", "resume")), {})
     of_kind = {
         kind: [r for r in records if r["kind"] == kind] for kind in ("train", "valid", "sample")
     }
     faults = list(_faults(records))
     body = "\n".join(
         [
-            _facts(first, records, of_kind),
+            _facts(begun, records, of_kind),
             "<h2>Curves</h2>",
             _charts(of_kind, [r["step"] for r in records if r["kind"] in _FAULTS]),
             "<h2>Faults</h2>",
@@ -39,24 +39,24 @@ def run_report(name: str, records: Iterable[Record]) -> str:
             "<h2>Samples through time</h2>",
             _samples(of_kind["sample"]),
             "<h2>Settings</h2>",
-            _table(flat(first.get("config", {}))),
+            _table(flat(begun.get("config", {}))),
             "<h2>Environment</h2>",
-            _table({"device": first.get("device", "unknown"), **first.get("versions", {})}),
+            _table({"device": begun.get("device", "unknown"), **begun.get("versions", {})}),
         ]
     )
     return page(name, body, STYLE + _STYLE, SCRIPT)
 
 
-def _facts(first: Record, records: Sequence[Record], of_kind: Mapping[str, list[Record]]) -> str:
+def _facts(begun: Record, records: Sequence[Record], of_kind: Mapping[str, list[Record]]) -> str:
     facts: dict[str, str] = {}
-    if "num_parameters" in first:
-        facts["parameters"] = f"{first['num_parameters']:,}"
+    if "num_parameters" in begun:
+        facts["parameters"] = f"{begun['num_parameters']:,}"
     for key, label in (("train_tokens", "training tokens"), ("valid_tokens", "validation tokens")):
-        if first.get(key):
-            facts[label] = f"{first[key]:,}"
+        if begun.get(key):
+            facts[label] = f"{begun[key]:,}"
     steps = [r["step"] for r in records]
     if steps:
-        facts["steps"] = f"{max(steps):,} of {first.get('num_steps', 0):,}"
+        facts["steps"] = f"{max(steps):,} of {begun.get('num_steps', 0):,}"
     last = next((r for r in reversed(records) if r.get("elapsed_s")), None)
     if last:
         seconds = datetime.timedelta(seconds=round(last["elapsed_s"]))

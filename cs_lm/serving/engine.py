@@ -27,6 +27,7 @@ from cs_lm.inference.sampling import (
 )
 from cs_lm.inference.text import TextStream, allowed_ids, stop_ids_of
 from cs_lm.models.base import LanguageModel
+from cs_lm.serving.chat import chat_template
 from cs_lm.serving.row_cache import RowCache
 
 _log = logging.getLogger("cs_lm")
@@ -99,10 +100,20 @@ class Engine:
 
     max_rows   answers that are decoded at the same time
     max_queue  jobs that may wait for their turn
+    template   name of the template that the model was fine-tuned with; None: it was not, or its
+               tokenizer tells
     """
 
-    def __init__(self, model: LanguageModel, tokenizer: Any, max_rows: int = 16, max_queue=64):
+    def __init__(
+        self,
+        model: LanguageModel,
+        tokenizer: Any,
+        max_rows: int = 16,
+        max_queue: int = 64,
+        template: str | None = None,
+    ):
         self.model, self.tokenizer = model, tokenizer
+        self.template = chat_template(tokenizer, template)
         self.max_rows, self._max_queue = max_rows, max_queue
         self._cache = RowCache(model, max_rows)
         self._rows: list[_Row] = []
@@ -110,7 +121,8 @@ class Engine:
         self._changed = threading.Condition()
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._stop_ids = stop_ids_of(tokenizer, ())
+        ends = frozenset() if self.template is None else frozenset([self.template.end_id])
+        self._stop_ids = stop_ids_of(tokenizer, ()) | ends
         size = model.config.vocab_size
         self._device = model.output_embedding.device
         self._allowed = allowed_ids(tokenizer, size, None, self._stop_ids).to(self._device)

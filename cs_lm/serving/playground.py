@@ -107,15 +107,10 @@ function take(record) {
   let reason = null;
   for (const choice of record.choices) {
     const found = choice.logprobs;
-    let shown = choice.text;
+    // the text is final; a token's own bytes may be half a character
     if (found && found.tokens.length)
-      found.tokens.forEach((token, i) => {
-        const last = i === found.tokens.length - 1;
-        // the text is final; a token's own bytes may be half a character
-        addToken(last ? shown : token, found.token_logprobs[i], found.top_logprobs[i]);
-        if (!last) shown = shown.slice(token.length);
-      });
-    else if (shown) out.append(shown);
+      addToken(choice.text, found.token_logprobs[0], found.top_logprobs[0]);
+    else if (choice.text) out.append(choice.text);
     reason = choice.finish_reason || reason;
   }
   return { reason, usage: record.usage };

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from cs_lm.alignment.conversations import ROLES
+from cs_lm.errors import UserError
 from cs_lm.inference.decoding_config import FILTERS, DecodingConfig
-from cs_lm.serving.chat import ROLES, chat_prompt
+from cs_lm.serving.chat import chat_prompt
 
 MOST_STOPS, MOST_LOGPROBS, MOST_PROMPTS = 4, 20, 16
 # Fields that have no effect here; a client library may send them.
@@ -153,7 +155,10 @@ def _chat(content: Mapping[str, Any], served: Any) -> tuple[list[list[int]], tup
             raise RequestError(400, f"{where}: need a role, one of {', '.join(ROLES)}", "messages")
         role = "system" if message["role"] == "developer" else message["role"]
         checked.append((role, _unicode(_text(message.get("content"), where), "messages")))
-    prompt = chat_prompt(served.tokenizer, checked)
+    try:
+        prompt = chat_prompt(served.tokenizer, checked, served.template)
+    except UserError as error:
+        raise RequestError(400, f"messages: {error}", "messages") from None
     return [prompt.token_ids], prompt.stop
 
 
@@ -183,11 +188,11 @@ def _numbers(content: Mapping[str, Any]):
         if value is None:
             continue
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or (kind is int and value != int(value)):
+        if not is_number or not _is_finite(value) or (kind is int and value != int(value)):
             what = "a whole number" if kind is int else "a number"
-            raise RequestError(400, f"{field}: got {value!r}, need {what}", field)
+            raise RequestError(400, f"{field}: got {_shown(value)}, need {what}", field)
         if not low <= value <= high:
-            raise RequestError(400, f"{field}: got {value}, need {low} to {high}", field)
+            raise RequestError(400, f"{field}: got {_shown(value)}, need {low} to {high}", field)
         if field == "seed":
             yield field, int(value) % (1 << 62)
         elif field in ("top_p", "min_p", "typical_p"):
@@ -204,8 +209,20 @@ def _whole(content: Mapping[str, Any], field: str, default, low: int, high: int)
     if value is None:
         return default
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise RequestError(400, f"{field}: got {value!r}, need {low} to {high}", field)
+        raise RequestError(400, f"{field}: got {_shown(value)}, need {low} to {high}", field)
     return value
+
+
+def _is_finite(value: int | float) -> bool:
+    return isinstance(value, int) or math.isfinite(value)
+
+
+def _shown(value: Any) -> str:
+    """A value in a message, without the end of a long one; Python refuses to write long numbers."""
+    if isinstance(value, int) and abs(value) >= 1 << 64:
+        return "a number of more than 19 digits"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _flag(content: Mapping[str, Any], field: str) -> bool:

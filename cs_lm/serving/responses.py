@@ -80,21 +80,15 @@ class Answers:
         )
 
     def chunks(self, events: Sequence[Event]) -> bytes:
-        """The new events as a part of the stream, one chunk an answer."""
-        before = [len(text) for text in self._texts]
-        self.add(events)
-        parts = []
-        for index in dict.fromkeys(event.answer for event in events):
-            own = [event for event in events if event.answer == index]
-            text = self._texts[index][before[index] :]
-            offsets = self._offsets[index][-len(own) :]
-            reason = own[-1].finish_reason
-            found = self._logprobs(own, offsets)
-            if self._asked.is_chat:
-                parts.append(self._chunk(index, {"content": text} if text else {}, found, reason))
-            else:
-                parts.append(self._chunk(index, text, found, reason))
-        return b"".join(parts)
+        """The new events as a part of the stream, one chunk each: at most one token."""
+        return b"".join(map(self._chunk_of, events))
+
+    def _chunk_of(self, event: Event) -> bytes:
+        text, offset = event.text, len(self._texts[event.answer])
+        self.add([event])
+        found = self._logprobs([event], [offset])
+        content = ({"content": text} if text else {}) if self._asked.is_chat else text
+        return self._chunk(event.answer, content, found, event.finish_reason)
 
     def last_chunks(self) -> bytes:
         usage = b""

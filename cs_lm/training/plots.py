@@ -69,7 +69,11 @@ def plot_runs(
         raise UserError(missing_package("plot", "matplotlib", "ui")) from None
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    places = [_axis(against, run) for run in runs]
+    longest_s = max(
+        (r["elapsed_s"] for run in runs for r in run.of_kind("train") if r.get("elapsed_s")),
+        default=0.0,
+    )
+    places = [_axis(against, run, longest_s) for run in runs]
     for number, (run, place) in enumerate(zip(runs, places)):
         if show in _OF_TRAINING:
             _draw_training(axes, place, show, run)
@@ -110,7 +114,8 @@ def _format_axes(axes, against: str, show: str) -> None:
         axes.xaxis.set_major_formatter(_thousands_formatter())
 
 
-def _axis(against: str, run: _Run) -> _Axis:
+def _axis(against: str, run: _Run, longest_s: float) -> _Axis:
+    """longest_s  training time of the longest run in the plot, which sets the unit [s]"""
     points = run.of_kind("train") + run.of_kind("valid")
     if against == "tokens":
         return _Axis("trained tokens", lambda r: r["tokens"])
@@ -131,7 +136,7 @@ def _axis(against: str, run: _Run) -> _Axis:
     # an evaluation happens at the time of its step
     steps, seconds = [0, *(r["step"] for r in timed)], [0.0, *(r["elapsed_s"] for r in timed)]
     units = {"s": 1, "min": 60, "h": 3600}
-    label = next((name for name, unit in units.items() if seconds[-1] < 120 * unit), "h")
+    label = next((name for name, unit in units.items() if longest_s < 120 * unit), "h")
     unit = units[label]
     return _Axis(
         f"training time [{label}]", lambda r: float(np.interp(r["step"], steps, seconds)) / unit

@@ -242,10 +242,13 @@ def saved_config(content: dict[str, Any]) -> RunConfig:
 
 
 class TrainedModel(NamedTuple):
+    """The model of a run. template: of conversations, if it was fine-tuned on them."""
+
     model: LanguageModel
     tokenizer: BPETokenizer
     config: RunConfig
     iteration: int
+    template: str | None = None
 
 
 def load_trained(
@@ -266,4 +269,5 @@ def load_trained(
     model = build_model(config.model, generator=torch.Generator(), device=device)
     restore(content, model)
     cast_weights(model, dtype).eval()
-    return TrainedModel(model, tokenizer, config, content["iteration"])
+    template = content["extras"].get("template")
+    return TrainedModel(model, tokenizer, config, content["iteration"], template)

@@ -54,7 +54,9 @@ class Trackers:
         try:
             action()
         except Exception as error:  # another program's: whatever it raises must not end a run
-            self._open.pop(name, None)
+            failed = self._open.pop(name, None)
+            with contextlib.suppress(Exception):
+                failed.close()
             first_line = str(error).partition("\n")[0]
             _log.warning("%s stopped (%s); training continues", name, first_line)
 

@@ -30,7 +30,7 @@ _TABLE = {
     "training": _ALL_BELOW,
     "alignment": f"{_ALL_BELOW} training",
     "reports": "config storage",
-    "serving": "config ops models inference tokenizer reports",
+    "serving": "config ops models inference tokenizer alignment reports",
     "cli": f"{_ALL_BELOW} interop training alignment reports serving",
 }
 MAY_IMPORT = {wing: set(others.split()) for wing, others in _TABLE.items()}

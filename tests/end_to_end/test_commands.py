@@ -128,17 +128,21 @@ def test_colours_are_for_terminals_alone(monkeypatch):
 
 
 def test_typed_bytes_that_are_no_text_are_reported(monkeypatch, capsys):
-    typed = iter([UnicodeDecodeError("utf-8", b"caf\xe9", 3, 4, "x"), "caf\udce9", "The cat", ""])
+    broken = UnicodeDecodeError("utf-8", b"caf\xe9", 3, 4, "x")
+    block = ['"""a', "caf\udce9", broken, 'b"""']
+    typed = iter([broken, "caf\udce9", "The cat", *block, "/", None])
 
     def answer(_prompt):
         line = next(typed)
-        if isinstance(line, Exception):
-            raise line
+        if isinstance(line, Exception) or line is None:
+            raise line or EOFError
         return line
 
     monkeypatch.setattr("builtins.input", answer)
-    assert list(PromptSession(DecodingConfig()).prompts()) == ["The cat"]
+    assert list(PromptSession(DecodingConfig()).prompts()) == ["The cat", "a\nb"]
     errors = capsys.readouterr().err.splitlines()
+    assert "/help" in "".join(errors[4:])  # for an empty command
+    errors = errors[:2]
     assert errors[0].startswith("error: prompt: is not UTF-8 at byte offset 3; once more")
     assert len(errors) == 2 and errors[1].startswith("error: prompt: ")
 
@@ -212,7 +216,7 @@ def test_selfcheck(capsys, dtype, num_threads):
         shown = shown_by(capsys, "selfcheck", "--dtype", dtype, "--device", "cpu")
     finally:
         torch.set_num_threads(threads_before)
-    assert shown.count(" ok\n") == 23 and "DIFFERENT" not in shown
+    assert shown.count(" ok\n") == 27 and "DIFFERENT" not in shown
 
 
 def test_selfcheck_finds_a_wrong_operation(capsys, monkeypatch):

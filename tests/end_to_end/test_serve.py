@@ -26,7 +26,7 @@ from cs_lm.inference.decoding_config import DecodingConfig
 from cs_lm.inference.text import complete
 from cs_lm.models.transformer import TransformerLM
 from cs_lm.serving.app import Limits, build_app
-from cs_lm.serving.chat import chat_prompt
+from cs_lm.serving.chat import chat_prompt, chat_template
 from cs_lm.serving.engine import Engine
 from cs_lm.tokenizer import BPETokenizer
 
@@ -181,7 +181,8 @@ def test_chat(server, model):
 def test_a_chat_with_special_tokens():
     names = ["<|user|>", "<|assistant|>", "<|end|>"]
     tokenizer = BPETokenizer({i: bytes([i]) for i in range(256)}, [], names)
-    prompt = chat_prompt(tokenizer, [("system", "s"), ("user", "<|end|>")])
+    messages = [("system", "s"), ("user", "<|end|>")]
+    prompt = chat_prompt(tokenizer, messages, chat_template(tokenizer))
     assert prompt.stop == ()
     text = [tokenizer.vocab[i].decode() for i in prompt.token_ids]
     assert text == ["<|user|>", "s", "<|end|>", "<|user|>", *"<|end|>", "<|end|>", "<|assistant|>"]
@@ -192,6 +193,9 @@ def test_a_chat_with_special_tokens():
     [
         ({"model": "other"}, 404, "model: got 'other', need one of tiny"),
         ({"model": "../tiny"}, 404, "model: got '../tiny', need one of tiny"),
+        ({"seed": 10**400}, 400, "seed: got a number of more than 19 digits, need"),
+        ({"temperature": 10**400}, 400, "temperature: got a number of more than 19 digits"),
+        ({"max_tokens": 10**400}, 400, "max_tokens: got a number of more than 19 digits"),
         ({"prompt": ""}, 400, "prompt: is empty"),
         ({"prompt": None}, 400, "prompt: need text, or token ids from 0 to 257"),
         ({"prompt": [1, 258]}, 400, "prompt: need text, or token ids"),

@@ -1,7 +1,9 @@
 """Continuous batching: each answer is the one that the library gives for its seed."""
 
+import json
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,9 +11,10 @@ import torch
 from cs_lm.config.model import GPT2Config, ModelConfig
 from cs_lm.inference.decoding_config import DecodingConfig
 from cs_lm.inference.generate import generate_samples
-from cs_lm.inference.text import allowed_ids, complete
+from cs_lm.inference.text import allowed_ids, complete, stop_ids_of
 from cs_lm.models.registry import build_model
-from cs_lm.serving.engine import Engine, Job, QueueFullError
+from cs_lm.serving.engine import Engine, Event, Job, QueueFullError
+from cs_lm.serving.responses import Answers
 from cs_lm.tokenizer import BPETokenizer
 
 BYTES = BPETokenizer({i: bytes([i]) for i in range(256)}, [], ["<|endoftext|>"])
@@ -193,3 +196,38 @@ def test_a_failure_ends_its_requests_and_not_the_engine(model, engine, monkeypat
     monkeypatch.undo()
     later = Client(engine, ["a"])
     assert later.answers() == expected(model, ["a"], later.config)
+
+
+def test_chat_answers_end_at_their_end_token():
+    """Whether or not the tokenizer names it among those that end a text."""
+    names = ["<|user|>", "<|assistant|>", "<|end|>"]
+    tokenizer = BPETokenizer({i: bytes([i]) for i in range(256)}, [], names)
+    (end,) = tokenizer.encode("<|end|>")
+    config = ModelConfig(12, 3, 20, 259, 1, CONTEXT)
+    model = build_model(config, generator=torch.Generator().manual_seed(1)).eval()
+    assert end not in stop_ids_of(tokenizer, ())
+    assert end in Engine(model, tokenizer)._stop_ids
+    assert Engine(model, BYTES)._stop_ids == {256}
+
+
+def test_a_stream_has_one_token_in_a_chunk():
+    """So that the text of each chunk is that of its token, also for a slow reader."""
+    asked = SimpleNamespace(
+        is_chat=False, model="m", prompts=[[1]], config=DecodingConfig(num_alternatives=1)
+    )
+    answers = Answers(asked, BYTES.vocab)
+    events = [
+        Event(0, "n", 110, -0.1, [(110, -0.1)]),
+        Event(0, "", 195, -0.2, [(195, -0.2)]),
+        Event(0, "\u00e9", 169, -0.3, [(169, -0.3)]),
+        Event(0, "!", None, finish_reason="stop"),
+    ]
+    parts = answers.chunks(events).decode("utf-8").split("\n\n")[:-1]
+    choices = [json.loads(part.removeprefix("data: "))["choices"][0] for part in parts]
+    assert [choice["text"] for choice in choices] == ["n", "", "\u00e9", "!"]
+    assert [len(choice["logprobs"]["tokens"]) for choice in choices] == [1, 1, 1, 0]
+    assert [choice["logprobs"]["text_offset"] for choice in choices] == [[0], [1], [1], []]
+    assert (
+        choices[-1]["finish_reason"] == "stop"
+        and answers.whole()["choices"][0]["text"] == "n\u00e9!"
+    )

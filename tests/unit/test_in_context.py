@@ -21,6 +21,7 @@ from cs_lm.evaluation.intervals import bootstrap_interval, wilson_interval
 from cs_lm.evaluation.likelihood import likelihoods, token_pair
 from cs_lm.evaluation.prompts import PromptFormat, build_prompt, demonstrations_for
 from cs_lm.evaluation.tasks import Example, kind_of, last_number, normalised, read_examples
+from cs_lm.inference.sampling import NotANumberError
 from cs_lm.models.transformer import TransformerLM
 from cs_lm.tokenizer import BPETokenizer
 
@@ -74,7 +75,10 @@ def test_files_that_people_have(tmp_path):
         ("a.jsonl", '{"question": "q", "answer": "E", "choices": ["x", "y"]}', "got answer 'E', n"),
         ("a.jsonl", '{"question": "q", "answer": 2, "choices": ["x", "y"]}', "got answer 2, need"),
         ("a.jsonl", '{"question": "q", "answer": "x", "choices": "xy"}', "got choices 'xy', need"),
-        ("a.csv", "q,x\n", "a.csv, row 1: got 2 columns, need a first line"),
+        ("a.csv", "q,x\n", "a.csv, line 1: got 2 columns, the last one 'X', need a first line"),
+        ("a.csv", "q,x,y,C\n", "a.csv, line 1: got 4 columns, the last one 'C'"),
+        ("a.csv", "question,A,B,answer\n\nq,x\n", "a.csv, line 3: got 2 columns, need 4"),
+        ("a.jsonl", '{"question": "q", "answer": "x", "choices": ["x", " "]}', "choice 2 is empty"),
         ("a.jsonl", "", "--task_path: the files hold no example"),
     ],
 )
@@ -102,9 +106,12 @@ def test_numbers_and_words_are_compared_as_people_do():
         ("#### -5", "-5"),
         ("2.50 dollars", "2.5"),
         ("7.00", "7"),
-        ("from 3 to .5", ".5"),
+        ("from 3 to .5", "0.5"),
         ("none", None),
         ("100", "100"),
+        ("10-20", "20"),
+        ("-0", "0"),
+        ("1,500,000.0", "1500000"),
     ]:
         assert last_number(text) == number
     assert normalised("  The  CAT. ") == normalised("the cat")
@@ -228,6 +235,64 @@ def test_completion_is_greedy_text(model):
     assert [one.is_correct for one in answered] == [True, False]
 
 
+def test_completion_judges_the_answer_and_not_the_first_choice(model):
+    with torch.no_grad():
+        best = model(torch.tensor([BYTES.encode("ab:")]))[0, -1, :128].argmax().item()
+    right, wrong = chr(best), chr((best + 1) % 128 or 7)
+    options = InContextOptions("completion", PromptFormat("{question}:{answer}"))
+    for choices in ((right, wrong), (wrong, right)):
+        task = [Example("ab", right, choices), Example("ab", wrong, choices)]
+        answered = answer_all(model, BYTES, task, [], 0, options)
+        assert [one.is_correct for one in answered] == [True, False]
+        assert mean_logprob(answered)[0] == pytest.approx(
+            sum(one.scores[0] for one in answered) / 2
+        )
+
+
+def test_tokens_across_the_border_belong_to_the_continuation():
+    """Bytes with the merges ab and bc; nothing is scored twice, or left out."""
+    vocab = {i: bytes([i]) for i in range(256)} | {256: b"ab", 257: b"bc"}
+    encode = BPETokenizer(vocab, [(b"b", b"c"), (b"a", b"b")], []).encode
+    for context, continuation in [("xa", "b"), ("ab", "c"), ("a", "b"), ("x ", "b"), ("x", "yz")]:
+        first, second = token_pair(encode, context, continuation)
+        assert first and second
+        if (context, continuation) != ("a", "b"):  # a single token: both are encoded alone
+            assert first + second == encode(context + continuation)
+
+
+def test_what_cannot_be_scored_is_refused(model):
+    with pytest.raises(ValueError, match="got 0 tokens after a context of 1"):
+        likelihoods(model, [([97], [])])
+    weight = model.lm_head.weight.detach().clone()
+    with torch.no_grad():
+        model.lm_head.weight[0] = math.nan
+        with pytest.raises(NotANumberError):
+            likelihoods(model, [([97], [98])])
+        model.lm_head.weight.copy_(weight)
+    many = Example("q", "0", tuple(map(str, range(27))), where="a.jsonl, line 1")
+    with pytest.raises(ValueError, match="--letters: a.jsonl, line 1 has 27 choices"):
+        PromptFormat(letters=True).prepared(many)
+
+
+def test_a_question_is_not_its_own_demonstration():
+    task = Example("q", "a", where="t.jsonl, line 1")
+    copies = [Example("q", "a", where="/abs/t.jsonl, line 1"), Example("other", "a")]
+    assert demonstrations_for(task, 0, copies, 5, 0) == copies[1:]
+
+
+def test_gold_answers_are_labels_or_letters(tmp_path):
+    """A choice may look like another one's letter or label."""
+    path = written(tmp_path, "blood.csv", "Blood?,AB,O,A,B,B\n")
+    assert read_examples([path])[0].answer == "O"
+    record = {
+        "question": "q",
+        "answer": "1",
+        "choices": {"text": list("wxyz"), "label": list("1234")},
+    }
+    path = written(tmp_path, "arc.jsonl", json.dumps(record))
+    assert read_examples([path])[0].answer == "w"
+
+
 def test_as_many_demonstrations_as_fit(model):
     """The model has 96 positions, an example 23 bytes."""
     pool = [Example(f"question number {i:2}", "yes") for i in range(9)]
@@ -266,3 +331,6 @@ def test_contamination_finds_words_in_a_row():
     assert contaminated(task, [text], 9) == [False, True, False, False]
     assert contaminated(task, ["Short one, here"], 13) == [False, True, False, False]
     assert contaminated(task, [], 13) == [False] * 4
+    long = [Example(f"{'g' * 300} {'a' * 300}", "t")]
+    dna = ["x " + "g" * 250, "g" * 50 + " " + "a" * 300 + " t", "c" * 200_000]
+    assert contaminated(long, dna, 2) == [True]

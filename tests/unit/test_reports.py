@@ -156,11 +156,14 @@ def test_axes_of_a_plot(two_logs, tmp_path, monkeypatch):
 
     run = plots._Run("run", list(records()))
     valid = run.of_kind("valid")[0]
-    assert plots._axis("flops", run).value(valid) == pytest.approx(320 * 500)
-    assert plots._axis("time", run).value(valid) == 10
+    assert plots._axis("flops", run, 20.0).value(valid) == pytest.approx(320 * 500)
+    assert plots._axis("time", run, 20.0).value(valid) == 10
+    of_long_runs = plots._axis("time", run, 36_000.0)
+    assert of_long_runs.label == "training time [h]"
+    assert of_long_runs.value(valid) == pytest.approx(10 / 3600)
     assert (
-        plots._axis("epoch", run).value(valid) == 1
-        and plots._axis("tokens", run).value(valid) == 320
+        plots._axis("epoch", run, 20.0).value(valid) == 1
+        and plots._axis("tokens", run, 20.0).value(valid) == 320
     )
     with pytest.raises(UserError, match="plot: the log of 'x' has no times; draw against step"):
-        plots._axis("time", plots._Run("x", []))
+        plots._axis("time", plots._Run("x", []), 0.0)
