@@ -177,8 +177,28 @@ def wrapped(texts: Sequence[Sequence[int]], seq_length: int) -> tuple[Tensor, Te
     return inputs.view(count, seq_length), targets.view(count, seq_length)
 
 
+class EpochOrder:
+    """Which of `count` things make up a batch: each comes once an epoch, in a new order each epoch.
+
+    A batch may hold things of two epochs. The same seed gives the same order.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int):
+        self._count, self._batch_size, self._seed = count, batch_size, seed
+        self._order = lru_cache(maxsize=2)(self._new_order)
+
+    def _new_order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self._seed, epoch)).permutation(self._count)
+
+    def __call__(self, index: int) -> list[int]:
+        """The numbers of the things in a batch."""
+        places = index * self._batch_size + np.arange(self._batch_size)
+        epochs, inside = np.divmod(places, self._count)
+        return [int(self._order(int(e))[i]) for e, i in zip(epochs, inside)]
+
+
 class ExampleBatches:
-    """The batches of a run: every row comes once an epoch, in a new order each epoch.
+    """The batches of a run, in the order of `EpochOrder`.
 
     A row is an example, or a pack of examples that each see only themselves.
     """
@@ -192,26 +212,20 @@ class ExampleBatches:
         pack_to: int | None = None,
     ):
         """pack_to  tokens of a row of packed examples; None: one example a row, padded"""
-        self._examples, self._batch_size, self._seed = examples, batch_size, seed
-        self._device, self._pack_to = device, pack_to
+        self._examples, self._device, self._pack_to = examples, device, pack_to
         self._rows = [[number] for number in range(len(examples))]
         if pack_to is not None:
             self._rows = best_fit([len(one.inputs) for one in examples], pack_to)
-        self._order = lru_cache(maxsize=2)(self._new_order)  # a batch may hold rows of two epochs
+        self._order = EpochOrder(len(self._rows), batch_size, seed)
 
     @property
     def num_rows(self) -> int:
         """Rows in an epoch."""
         return len(self._rows)
 
-    def _new_order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng((self._seed, epoch)).permutation(len(self._rows))
-
     def rows(self, index: int) -> list[list[int]]:
         """The numbers of the examples in each row of a batch."""
-        places = index * self._batch_size + np.arange(self._batch_size)
-        epochs, inside = np.divmod(places, len(self._rows))
-        return [self._rows[self._order(int(e))[i]] for e, i in zip(epochs, inside)]
+        return [self._rows[number] for number in self._order(index)]
 
     def __call__(self, index: int) -> ExampleBatch:
         rows = [[self._examples[number] for number in row] for row in self.rows(index)]

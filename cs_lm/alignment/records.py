@@ -69,10 +69,15 @@ def read_prompts(paths: Sequence[str], flag: str = "--prompts") -> list[Prompt]:
     return _read(paths, flag, _prompt)
 
 
-def write_jsonl(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    """One JSON object a line."""
-    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    path.write_text("".join(lines), encoding="utf-8")
+def record_of(prompt: Prompt) -> dict[str, Any]:
+    """The conversation as a JSON object, which `read_prompts` reads."""
+    first = prompt.conversation[0]
+    if len(prompt.conversation) > 1:
+        messages = [{"role": one.role, "content": one.content} for one in prompt.conversation]
+        return {"messages": messages}
+    if first.context:
+        return {"instruction": first.content, "input": first.context}
+    return {"prompt": first.content}
 
 
 # ---- files ----

@@ -6,7 +6,6 @@ over all micro-batches of an update. With text of the pre-training mixed in, `we
 loss of a token of that text is added.
 """
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,14 +25,14 @@ from cs_lm.alignment.examples import (
     render_all,
 )
 from cs_lm.alignment.records import Demonstration
-from cs_lm.alignment.stage import StageConfig
+from cs_lm.alignment.stage import StageConfig, hash_of, save_tokenizer_of
 from cs_lm.config.fields import setting
 from cs_lm.config.optim import OptimConfig
 from cs_lm.config.run import RunConfig
 from cs_lm.data.batches import Batch, BatchSource
 from cs_lm.data.pipeline import PreparedData
 from cs_lm.device import World
-from cs_lm.errors import Problem, UserError
+from cs_lm.errors import Problem
 from cs_lm.evaluation.perplexity import EvalOptions, evaluate, token_byte_lengths
 from cs_lm.inference.decoding_config import DecodingConfig
 from cs_lm.inference.generate import generate_samples
@@ -115,32 +114,6 @@ class Sources(NamedTuple):
     base: RunConfig
     tokenizer: BPETokenizer
     text: PreparedData | None = None
-
-
-def hash_of(value: Any) -> str:
-    """SHA-256 of how the value is written."""
-    return hashlib.sha256(repr(value).encode("utf-8")).hexdigest()
-
-
-def split(
-    demonstrations: Sequence[Demonstration], fraction: float
-) -> tuple[list[Demonstration], list[Demonstration]]:
-    """Training and validation: conversations with the same prompt fall on the same side.
-
-    The hashes of the prompts decide, so the order in the file does not matter. At least one prompt
-    falls on each side.
-    Raises: UserError for fewer than two prompts.
-    """
-    hashes = [hash_of(one.conversation[:-1]) for one in demonstrations]
-    prompts = sorted(set(hashes))
-    if len(prompts) < 2:
-        raise UserError("--data: got a single prompt, which leaves none for validation; give more")
-    count = min(max(1, round(fraction * len(prompts))), len(prompts) - 1)
-    kept = set(prompts[:count])
-    sides: tuple[list, list] = [], []
-    for one, found in zip(demonstrations, hashes):
-        sides[found in kept].append(one)
-    return sides
 
 
 class SupervisedFineTuning(Task):
@@ -277,21 +250,10 @@ class SupervisedFineTuning(Task):
         }
 
     def load(self, extras: dict[str, Any]) -> None:
-        if extras["tokenizer_fingerprint"] != self.tokenizer.fingerprint:
-            raise UserError(
-                "--resume: the tokenizer in the run's folder is not the one it began with"
-            )
-        if extras.get("data_sha256") != self._data_hash:
-            raise UserError(
-                "--resume: --data or --valid_data hold other records than when the run began; "
-                "restore the files, or start a new run in another --out_dir"
-            )
+        self.config.check_resumed(extras, self.tokenizer, self._data_hash)
 
     def start(self, folder: RunFolder) -> None:
-        ends = [*self.tokenizer.end_tokens]
-        end = self.tokenizer.decode([self.template.end_id])
-        self.tokenizer.end_tokens = ends if end in ends else [*ends, end]
-        folder.save_tokenizer(self.tokenizer)
+        save_tokenizer_of(self.template, self.tokenizer, folder)
 
     def facts(self) -> dict[str, Any]:
         return {

@@ -1,14 +1,20 @@
 """What all stages of alignment share: their settings, and the trainer's view of them."""
 
 import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
+from cs_lm.alignment.conversations import Template
 from cs_lm.config.fields import not_positive, setting, to_json
 from cs_lm.config.optim import OptimConfig
 from cs_lm.config.run import RunConfig, as_in_a_run
-from cs_lm.errors import Problem
+from cs_lm.errors import Problem, UserError
+from cs_lm.tokenizer import BPETokenizer
+from cs_lm.training.run_dir import RunFolder
 
+T = TypeVar("T")
 # Settings of a stage that its trainer reads under the same name.
 _OF_THE_TRAINER = (
     "batch_size", "grad_accum", "num_epochs", "max_steps", "device", "dtype", "seed",
@@ -86,6 +92,50 @@ class StageConfig:
         """The settings as JSON, for a checkpoint: without those of a single call."""
         return to_json(dataclasses.replace(self, resume=False, resume_step=None))
 
+    def check_resumed(self, extras: dict[str, Any], tokenizer: Any, data_hash: str) -> None:
+        """Raises: UserError if a run cannot go on from a checkpoint with these extras."""
+        if extras["tokenizer_fingerprint"] != tokenizer.fingerprint:
+            raise UserError("--resume: the tokenizer is not the one that the run began with")
+        if extras.get("data_sha256") != data_hash:
+            raise UserError(
+                "--resume: --data or --valid_data hold other records than when the run began; "
+                "restore the files, or start a new run in another --out_dir"
+            )
+
     def max_tokens(self, base: RunConfig) -> int:
         """The longest conversation. A model reads all tokens but the last."""
         return min(self.seq_length or base.model.context_length, base.model.context_length) + 1
+
+
+def hash_of(value: Any) -> str:
+    """SHA-256 of how the value is written."""
+    return hashlib.sha256(repr(value).encode("utf-8")).hexdigest()
+
+
+def split_by_prompt(
+    records: Sequence[T], fraction: float, prompt_of: Callable[[T], Any]
+) -> tuple[list[T], list[T]]:
+    """Training and validation: records with the same prompt fall on the same side.
+
+    The hashes of the prompts decide, so the order in the file does not matter. At least one prompt
+    falls on each side.
+    Raises: UserError for fewer than two prompts.
+    """
+    hashes = [hash_of(prompt_of(one)) for one in records]
+    prompts = sorted(set(hashes))
+    if len(prompts) < 2:
+        raise UserError("--data: got a single prompt, which leaves none for validation; give more")
+    count = min(max(1, round(fraction * len(prompts))), len(prompts) - 1)
+    kept = set(prompts[:count])
+    sides: tuple[list, list] = [], []
+    for one, found in zip(records, hashes):
+        sides[found in kept].append(one)
+    return sides
+
+
+def save_tokenizer_of(template: Template, tokenizer: BPETokenizer, folder: RunFolder) -> None:
+    """Writes the tokenizer into the run's folder; the template's end of an answer ends a text."""
+    end = tokenizer.decode([template.end_id])
+    if end not in tokenizer.end_tokens:
+        tokenizer.end_tokens = [*tokenizer.end_tokens, end]
+    folder.save_tokenizer(tokenizer)

@@ -14,7 +14,7 @@ from cs_lm.interop.import_weights import read_weights
 from cs_lm.interop.tokenizers import read_tokenizer
 from cs_lm.tokenizer import BPETokenizer
 from cs_lm.training.checkpoint_manager import STATE
-from cs_lm.training.run_dir import RunFolder, saved_config
+from cs_lm.training.run_dir import RunFolder, saved_config, stage_of
 
 
 class Start(NamedTuple):
@@ -45,6 +45,8 @@ def read_start(path: str | Path, flag: str = "--init_from") -> Start:
         content = folder.read(which)
         tokenizer = folder.load_tokenizer()
         folder.check_tokenizer(content, tokenizer)
+        if stage_of(content) == "reward":
+            raise UserError(f"{flag}: {str(path)!r} is a reward model, need a language model")
         saved = saved_config(content)
         base = _base(saved.model_name, saved.model, tokenizer)
         return Start(base, tokenizer, content["model"], saved.data)

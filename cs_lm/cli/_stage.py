@@ -16,7 +16,7 @@ from cs_lm.device import resolve_device
 from cs_lm.errors import Problem, UserError
 from cs_lm.tokenizer import BPETokenizer
 from cs_lm.training.console import log_to, print_line
-from cs_lm.training.run_dir import RunFolder, saved_config
+from cs_lm.training.run_dir import RunFolder, saved_config, stage_of
 from cs_lm.training.task import Task
 from cs_lm.training.trainer import Trainer
 
@@ -51,7 +51,7 @@ def run_stage(
 ) -> int:
     """The exit status of the command.
 
-    make_task  (config, Begun) -> the task
+    make_task  (config, Begun) -> the task, its model with the weights to start from
     """
     parser = FlagParser(prog=f"python -m cs_lm {name}", description=description)
     add_flags(parser, config_class)
@@ -80,7 +80,7 @@ def _begin(config: StageConfig, make_task: Callable[[Any, Begun], Task]) -> int:
     with folder.lock():
         folder.refuse_a_run()
         run_config = dataclasses.replace(config.as_run(begun.base), data=begun.data or DataConfig())
-        return fit(lambda: Trainer(run_config, task, folder, weights=begun.weights))
+        return fit(lambda: Trainer(run_config, task, folder))
 
 
 def _resume(
@@ -93,14 +93,13 @@ def _resume(
 ) -> int:
     step = given.get("resume_step")
     checkpoint = folder.read("last" if step is None else str(step))
-    stage = checkpoint["extras"].get("stage") or {"name": "train"}
-    if stage["name"] != name:
+    if stage_of(checkpoint) != name:
         raise UserError(
-            f"--resume: {str(folder.path)!r} is a run of cs-lm {stage['name']}, not of {name}; "
-            "resume it with that command"
+            f"--resume: {str(folder.path)!r} is a run of cs-lm {stage_of(checkpoint)}, not of "
+            f"{name}; resume it with that command"
         )
     settings = settings_of(config_class)
-    saved = from_json(config_class, stage["config"])
+    saved = from_json(config_class, checkpoint["extras"]["stage"]["config"])
     refused = [
         Problem(flag_of(settings[key][1]), "cannot change in a resumed run", fix="leave it out")
         for key in given

@@ -22,6 +22,8 @@ COMMANDS = {
     "export-weights": "a trained model for other programs",
     "book": "the books' experiment: GPT-2's shape on a short story, beside the published losses",
     "sft": "fine-tune a trained model on conversations, instructions or pairs",
+    "rank": "sample answers to prompts, and rank them by a rule, a reward model or yourself",
+    "reward": "train a reward model on rankings",
     "plot": "draw the losses, speed or gradient norms of one or several runs",
     "report": "one HTML page of a run: curves, samples, settings, faults",
     "cache": "what lies in data/: sizes and last uses; removes what is named",

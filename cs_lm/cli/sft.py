@@ -22,17 +22,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _task(config, begun: Begun):
     from cs_lm.alignment.records import read_demonstrations
-    from cs_lm.alignment.sft import Sources, SupervisedFineTuning, split
+    from cs_lm.alignment.sft import Sources, SupervisedFineTuning
+    from cs_lm.alignment.stage import split_by_prompt
     from cs_lm.device import World, resolve_device
+    from cs_lm.training.checkpoint import restore
 
     train = read_demonstrations(config.data)
     if config.valid_data:
         valid = read_demonstrations(config.valid_data, "--valid_data")
     else:
-        train, valid = split(train, config.valid_fraction)
+        train, valid = split_by_prompt(
+            train, config.valid_fraction, lambda one: one.conversation[:-1]
+        )
     text = _text(config, begun) if config.pretraining_mix else None
-    sources = Sources(begun.base, begun.tokenizer, text)
-    return SupervisedFineTuning(config, sources, train, valid, World(resolve_device(config.device)))
+    sources, world = (
+        Sources(begun.base, begun.tokenizer, text),
+        World(resolve_device(config.device)),
+    )
+    task = SupervisedFineTuning(config, sources, train, valid, world)
+    if begun.weights is not None:
+        restore({"model": begun.weights}, task.model)
+    return task
 
 
 def _text(config, begun: Begun):

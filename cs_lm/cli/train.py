@@ -23,7 +23,7 @@ from cs_lm.data.pipes import check_no_pipe, with_pipes_kept
 from cs_lm.device import resolve_device
 from cs_lm.errors import Problem, UserError, missing_package
 from cs_lm.training.console import log_to, print_line
-from cs_lm.training.run_dir import RunFolder, saved_config
+from cs_lm.training.run_dir import RunFolder, saved_config, stage_of
 from cs_lm.training.trackers import EXTRA_OF_TRACKER, names_of
 
 DESCRIPTION = """\
@@ -123,11 +123,11 @@ def _resume_locked(folder: RunFolder, namespace, given: dict[str, Any]) -> int:
 
 def refuse_a_stage(folder: RunFolder, checkpoint: dict[str, Any]) -> None:
     """Raises: UserError for a run that another command trains."""
-    stage = checkpoint["extras"].get("stage")
-    if stage is not None:
+    stage = stage_of(checkpoint)
+    if stage != "train":
         raise UserError(
-            f"--resume: {str(folder.path)!r} is a run of cs-lm {stage['name']}; resume it with "
-            f"python -m cs_lm {stage['name']} --resume --out_dir {folder.path}"
+            f"--resume: {str(folder.path)!r} is a run of cs-lm {stage}; resume it with "
+            f"python -m cs_lm {stage} --resume --out_dir {folder.path}"
         )
 
 

@@ -15,6 +15,12 @@ def num_parameters(config: ArchitectureConfig) -> int:
     return count_weights(config).in_total
 
 
+def num_scalar_parameters(config: ArchitectureConfig) -> int:
+    """Of a reward model: a row and a bias in place of the head for the vocabulary."""
+    own_head = 0 if getattr(config, "tied_head", False) else config.vocab_size * config.d_model
+    return num_parameters(config) - own_head + config.d_model + 1
+
+
 def flops_per_token(config: ArchitectureConfig, seq_length: int) -> int:
     """Floating-point operations of forward and backward, for each trained token.
 

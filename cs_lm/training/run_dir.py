@@ -14,7 +14,7 @@ from cs_lm.config.run import MAX_CONTEXT_LENGTH, RunConfig
 from cs_lm.errors import Problem, UserError
 from cs_lm.models.base import LanguageModel, cast_weights
 from cs_lm.models.registry import build_model
-from cs_lm.models.stats import num_parameters
+from cs_lm.models.stats import num_parameters, num_scalar_parameters
 from cs_lm.optim.adamw import AdamW
 from cs_lm.optim.param_groups import parameter_groups
 from cs_lm.storage.atomic import atomic_write
@@ -221,6 +221,12 @@ def _check_extras(extras: dict[str, Any]) -> None:
             )
 
 
+def stage_of(content: dict[str, Any]) -> str:
+    """The command that trained a checkpoint: "train", or a stage of alignment."""
+    stage = content["extras"].get("stage")
+    return stage["name"] if isinstance(stage, dict) and "name" in stage else "train"
+
+
 def saved_config(content: dict[str, Any]) -> RunConfig:
     """The settings in a checkpoint, checked: their model has as many weights as the checkpoint.
 
@@ -233,8 +239,11 @@ def saved_config(content: dict[str, Any]) -> RunConfig:
     problems = validate_all(config)
     if config.model.context_length > MAX_CONTEXT_LENGTH:
         problems.append(Problem("--max_seq_length", f"got {config.model.context_length}"))
-    if not problems and num_parameters(config.model) != num_weights:
-        what = f"got {num_weights} weights, but settings for {num_parameters(config.model)}"
+    wanted = num_parameters(config.model)
+    if stage_of(content) == "reward":
+        wanted = num_scalar_parameters(config.model) + 1  # and the offset of the scores
+    if not problems and wanted != num_weights:
+        what = f"got {num_weights} weights, but settings for {wanted}"
         problems = [Problem("weights", what)]
     if problems:
         raise UserError(f"checkpoint: its settings cannot be those of a run: {problems[0]}")
@@ -264,6 +273,11 @@ def load_trained(
     tokenizer = folder.load_tokenizer()
     content = folder.read(which)
     folder.check_tokenizer(content, tokenizer)
+    if stage_of(content) == "reward":
+        raise UserError(
+            f"--out_dir: {str(folder.path)!r} is a reward model, which gives scores and no text; "
+            "name the run that it was trained from, or one of PPO"
+        )
     config = saved_config(content)
     # restore() overwrites all weights; a separate generator leaves torch's global one untouched
     model = build_model(config.model, generator=torch.Generator(), device=device)

@@ -164,6 +164,8 @@ CONFIGS = {
     "verify": "cs_lm.cli.verify.VerifyConfig",
     "cache": "cs_lm.cli.cache.CacheConfig",
     "sft": "cs_lm.alignment.sft.SFTConfig",
+    "rank": "cs_lm.cli.rank.RankConfig",
+    "reward": "cs_lm.alignment.reward_training.RewardConfig",
 }
 MAY_BE_NEGATIVE = ("frequency_penalty", "presence_penalty", "length_penalty")
 FROZEN = Path(__file__).with_name("flags.txt")

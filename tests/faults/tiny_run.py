@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from cs_lm.cli.train import NON_FINITE
+from cs_lm.cli._fit import NON_FINITE
 from cs_lm.config.data import DataConfig
 from cs_lm.config.fields import replace as replaced
 from cs_lm.config.model import ModelConfig

@@ -1,0 +1,202 @@
+"""A reward model: one number for an answer, learnt from rankings.
+
+    loss of a prompt = the mean of -log sigmoid(r_better - r_worse) over all pairs of its answers
+
+Each answer is one row of one forward pass, whatever the number of pairs that it is in, and each
+prompt weighs the same. Source: Ouyang et al. 2022, section 3.5.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cs_lm.alignment.conversations import Conversation, Message, Rendered, Template
+from cs_lm.alignment.examples import token_rows
+from cs_lm.alignment.losses import ranking_losses
+from cs_lm.alignment.records import Ranking
+from cs_lm.config.model import ArchitectureConfig
+from cs_lm.models.base import evaluating
+from cs_lm.models.layers import Linear
+from cs_lm.models.registry import build_model
+from cs_lm.ops.fused import FAST
+from cs_lm.ops.reference import Ops
+
+
+class ScalarModel(nn.Module):
+    """A Transformer with one number at each position, in place of logits.
+
+    `offset` is subtracted from scores, so that those of a reference have mean 0. A loss does not
+    use it: differences of scores would round differently.
+
+    generator  draws the initial weights; None: torch's global generator
+    """
+
+    def __init__(
+        self,
+        config: ArchitectureConfig,
+        ops: Ops = FAST,
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        self.trunk = build_model(config, ops, generator=generator, device=device)
+        self.trunk.lm_head = None  # no logits
+        self.head = Linear(config.d_model, 1, bias=True, ops=ops)
+        std = 1 / math.sqrt(config.d_model + 1)
+        with torch.no_grad():
+            self.head.weight.normal_(0, std, generator=generator)
+        self.head.to(device)
+        self.register_buffer("offset", torch.zeros((), device=device))
+
+    def load_trunk(self, weights: dict[str, Tensor]) -> None:
+        """Takes the weights of a language model, whose head is left out."""
+        own = self.trunk.state_dict()
+        self.trunk.load_state_dict({name: weights[name] for name in own})
+
+    def seed_dropout(self, seed: int) -> None:
+        self.trunk.seed_dropout(seed)
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """The number at each position: (B, T) ids to (B, T), float32."""
+        return self.head(self.trunk.hidden_states(token_ids)).squeeze(-1).float()
+
+    def raw_scores(self, token_ids: Tensor, last: Tensor) -> Tensor:
+        """The number at position `last` of each row: (B, T) ids and (B) to (B)."""
+        hidden = self.trunk.hidden_states(token_ids)
+        rows = torch.arange(len(last), device=last.device)
+        return self.head(hidden[rows, last]).squeeze(-1).float()
+
+
+class RankedRows(NamedTuple):
+    """The answers to some prompts, a row each, and how they are ranked.
+
+    token_ids  (N, T), filled up at the right
+    last       (N), the position of each answer's end token
+    places     (P, K), the row of each answer of each prompt
+    ranks      (P, K), 1 is the best
+    mask       (P, K), False where a prompt has fewer answers
+    """
+
+    token_ids: Tensor
+    last: Tensor
+    places: Tensor
+    ranks: Tensor
+    mask: Tensor
+
+
+class RenderedRanking(NamedTuple):
+    rows: list[list[int]]  # token ids of the prompt with each answer and its end token
+    ranks: tuple[int, ...]
+
+
+def render_answer(template: Template, prompt: Conversation, answer: str) -> list[int]:
+    """Token ids of a finished answer. Training and scoring both come here."""
+    return template.render((*prompt, Message("assistant", answer))).token_ids
+
+
+def render_rankings(
+    rankings: Sequence[Ranking], template: Template, max_tokens: int
+) -> tuple[list[RenderedRanking], list[str]]:
+    """Those of which all answers fit, and where the others come from."""
+    kept, too_long = [], []
+    for one in rankings:
+        rows = [render_answer(template, one.prompt, answer) for answer in one.answers]
+        if max(map(len, rows)) > max_tokens:
+            too_long.append(one.where)
+        else:
+            kept.append(RenderedRanking(rows, one.ranks))
+    return kept, too_long
+
+
+def ranked_rows(
+    rankings: Sequence[RenderedRanking], device: torch.device | str = "cpu"
+) -> RankedRows:
+    """All answers of the rankings as one batch."""
+    rows = [row for one in rankings for row in one.rows]
+    ids, last = padded(rows)
+    most = max(len(one.ranks) for one in rankings)
+    places, ranks = (torch.zeros(len(rankings), most, dtype=torch.int64) for _ in range(2))
+    start = 0
+    for number, one in enumerate(rankings):
+        count = len(one.ranks)
+        places[number, :count] = torch.arange(start, start + count)
+        ranks[number, :count] = torch.tensor(one.ranks)
+        start += count
+    # a rank is at least 1
+    return RankedRows(*(x.to(device) for x in (ids, last, places, ranks, ranks > 0)))
+
+
+def padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids (N, T), filled up at the right, and the position of each row's last token (N)."""
+    ids, _ = token_rows([Rendered(list(row), [False] * len(row)) for row in rows])
+    return ids, torch.tensor([len(row) - 1 for row in rows])
+
+
+def ranking_loss(model: ScalarModel, batch: RankedRows) -> tuple[Tensor, Tensor]:
+    """Sum of the prompts' losses [nats], and the number of prompts with a pair."""
+    scores = model.raw_scores(batch.token_ids, batch.last)[batch.places]  # (P, K)
+    losses, num_pairs = ranking_losses(scores, batch.ranks, batch.mask)
+    return losses.sum(), (num_pairs > 0).sum()
+
+
+@torch.no_grad()
+def score_rows(
+    model: ScalarModel, rows: Sequence[Sequence[int]], device: torch.device, batch_size: int = 64
+) -> Tensor:
+    """The score of each row at its last token: (N) on the CPU, without dropout."""
+    found = [torch.zeros(0)]
+    with evaluating(model):
+        for start in range(0, len(rows), batch_size):
+            ids, last = (x.to(device) for x in padded(rows[start : start + batch_size]))
+            found.append(model.raw_scores(ids, last).cpu())
+    return torch.cat(found) - model.offset.cpu()
+
+
+MARGIN_BINS = (0.0, 0.25, 0.5, 1.0, 2.0, math.inf)
+
+
+def preference_report(
+    scores: Sequence[Tensor], rankings: Sequence[RenderedRanking]
+) -> dict[str, Any]:
+    """How well scores order the answers, for a log.
+
+    accuracy            share of the pairs whose better answer has the higher score
+    calibration         for bins of the margin |r_i - r_j|: the number of pairs, the share that is
+                        right, and the share that the model expects, the mean of sigmoid(margin)
+    score_mean, score_std
+    length_correlation  of scores and lengths in tokens, over all answers
+    """
+    margins: list[Tensor] = []
+    for own, one in zip(scores, rankings, strict=True):
+        ranks = torch.tensor(one.ranks)
+        is_pair = ranks.unsqueeze(-1) < ranks
+        margins.append((own.unsqueeze(-1) - own)[is_pair])
+    margin = torch.cat(margins) if margins else torch.zeros(0)
+    bins = []
+    for low, high in zip(MARGIN_BINS, MARGIN_BINS[1:]):
+        inside = margin[(margin.abs() >= low) & (margin.abs() < high)]
+        if len(inside):
+            expected = torch.sigmoid(inside.abs()).mean().item()
+            right = (inside > 0).double().mean().item()
+            bins.append({"from": low, "pairs": len(inside), "right": right, "expected": expected})
+    flat = torch.cat(list(scores)) if scores else torch.zeros(0)
+    lengths = torch.tensor([float(len(row)) for one in rankings for row in one.rows])
+    return {
+        "num_pairs": len(margin),
+        "accuracy": (margin > 0).double().mean().item() if len(margin) else None,
+        "calibration": bins,
+        "score_mean": flat.mean().item() if len(flat) else None,
+        "score_std": flat.std().item() if len(flat) > 1 else None,
+        "length_correlation": _correlation(flat, lengths),
+    }
+
+
+def _correlation(x: Tensor, y: Tensor) -> float | None:
+    """Pearson's; None if one of both is constant."""
+    if len(x) < 2 or x.std() == 0 or y.std() == 0:
+        return None
+    return torch.corrcoef(torch.stack([x.double(), y.double()]))[0, 1].item()

@@ -1,0 +1,182 @@
+"""`python -m cs_lm rank`: samples answers to prompts, and ranks them.
+
+The order comes from a rule, from a reward model, or from you: without both, each prompt's answers
+are shown on the terminal. The file can be given to `reward --data`. Prompts that the file holds
+already are left out, so the same command goes on after a stop.
+"""
+
+import json
+import random
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cs_lm.alignment.conversations import template_of
+from cs_lm.alignment.records import Prompt, read_prompts, record_of
+from cs_lm.alignment.reward_model import render_answer, score_rows
+from cs_lm.alignment.reward_training import load_reward_model
+from cs_lm.alignment.rules import rule_of, score_by_rule
+from cs_lm.cli._errors import readable_errors
+from cs_lm.config.fields import not_positive, setting
+from cs_lm.config.flags import parse_config
+from cs_lm.config.shared import checkpoint_setting, device_setting, validate_checkpoint
+from cs_lm.device import resolve_device
+from cs_lm.errors import Problem, UserError
+from cs_lm.inference.decoding_config import DecodingConfig
+from cs_lm.inference.generate import generate_samples
+from cs_lm.inference.text import allowed_ids
+from cs_lm.training.run_dir import RunFolder, load_trained
+
+Score = Callable[[Prompt, Sequence[str]], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class RankConfig:
+    """Ranked answers."""
+
+    source: str = setting("", "folder of the run that answers; required", flag="--from")
+    checkpoint: str = checkpoint_setting()
+    prompts: tuple[str, ...] = setting((), "prompts: JSON or JSONL files, or patterns; required")
+    out: str = setting("", "JSONL file of the rankings; it is continued if it is there; required")
+    num_answers: tuple[int, ...] = setting(
+        (4,), "answers to each prompt: one number, or the least and the most of a random one"
+    )
+    rule: str | None = setting(
+        None, "rank by a rule: exact, contains, last_number, length, or module:function"
+    )
+    reward: str | None = setting(None, "rank by the reward model in this folder")
+    temperature: float = setting(1.0, "of the sampled answers")
+    max_new_tokens: int = setting(128, "of an answer", "tokens")
+    seed: int = setting(0, "of the answers", minimum=0)
+    device: str = device_setting()
+
+    def validate(self) -> list[Problem]:
+        required = {"--from": self.source, "--prompts": self.prompts, "--out": self.out}
+        found = [
+            Problem(flag, "is missing", fix="name it")
+            for flag, value in required.items()
+            if not value
+        ]
+        found += not_positive(self)
+        counts = list(self.num_answers)
+        if not 1 <= len(counts) <= 2 or counts != sorted(counts) or counts[0] < 2:
+            what = f"got {' '.join(map(str, counts))}"
+            need = "one number, or the least and the most, from 2"
+            found.append(Problem("--num_answers", what, need))
+        if self.rule is not None and self.reward is not None:
+            found.append(Problem("--rule, --reward", "got both", fix="give one of the two"))
+        return found + validate_checkpoint(self.checkpoint)
+
+
+@readable_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    config = parse_config(RankConfig, "python -m cs_lm rank", __doc__, argv)
+    prompts = read_prompts(config.prompts)
+    device = resolve_device(config.device)
+    score = _scorer(config, device)
+    out = Path(config.out)
+    done = _prompts_in(out)
+    answers_to = _Sampler(config, device)
+    todo = [(n, one) for n, one in enumerate(prompts) if _key(record_of(one)) not in done]
+    print(f"{len(prompts):,} prompts, {len(prompts) - len(todo):,} of them ranked already")
+    with out.open("a", encoding="utf-8") as file:
+        for number, prompt in todo:
+            record = _ranked(prompt, answers_to(number, prompt), score)
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.flush()
+    print(f"rankings: {out}")
+    return 0
+
+
+class _Sampler:
+    """Draws the answers. Those to prompt number n follow from (seed, n)."""
+
+    def __init__(self, config: RankConfig, device: torch.device):
+        trained = load_trained(RunFolder(config.source), config.checkpoint, device)
+        self._model, self._tokenizer, self._config = trained.model, trained.tokenizer, config
+        self._template = template_of(trained.tokenizer, trained.template or "auto")
+        self._ends = frozenset([self._template.end_id])
+        size = trained.config.model.vocab_size
+        self._allowed = allowed_ids(trained.tokenizer, size, None, self._ends)
+
+    def __call__(self, number: int, prompt: Prompt) -> list[str]:
+        rng = random.Random(f"{self._config.seed}:{number}")
+        count = rng.randint(self._config.num_answers[0], self._config.num_answers[-1])
+        ids = self._template.render_for_completion(prompt.conversation)
+        room = self._model.config.context_length - len(ids)
+        if room < 1:
+            raise UserError(f"{prompt.where}: got {len(ids)} tokens, which fill the context")
+        choice = DecodingConfig(
+            max_new_tokens=min(room, self._config.max_new_tokens),
+            temperature=self._config.temperature,
+            seed=rng.getrandbits(40),
+            num_samples=count,
+        )
+        drawn = generate_samples(self._model, [ids], choice, self._ends, self._allowed)
+        return [self._tokenizer.decode(one.token_ids) for one in drawn]
+
+
+def _scorer(config: RankConfig, device: torch.device) -> Score:
+    if config.rule is not None:
+        rule = rule_of(config.rule)
+        return lambda prompt, answers: [score_by_rule(rule, one, prompt) for one in answers]
+    if config.reward is not None:
+        reward = load_reward_model(RunFolder(config.reward), "best", device)
+
+        def by_model(prompt: Prompt, answers: Sequence[str]) -> list[float]:
+            rows = [render_answer(reward.template, prompt.conversation, one) for one in answers]
+            return score_rows(reward.model, rows, device).tolist()
+
+        return by_model
+    if not sys.stdin.isatty():
+        raise UserError("--rule: is missing: give it or --reward, or rank yourself on a terminal")
+    return _asked
+
+
+def _asked(prompt: Prompt, answers: Sequence[str]) -> list[float]:
+    """Scores from a person: the numbers of the answers, best first; = ties two of them."""
+    print(f"\n{prompt.conversation[-1].content}")
+    for number, answer in enumerate(answers, start=1):
+        print(f"  {number}  {answer}")
+    while True:
+        try:
+            line = input("best first, such as 2 1=3 (q ends): ")
+        except EOFError:
+            line = "q"
+        if line.strip() == "q":
+            raise UserError("rank: ended; the same command goes on from here")
+        groups = [group.split("=") for group in line.split()]
+        numbers = [number for group in groups for number in group]
+        if sorted(numbers) == sorted(map(str, range(1, len(answers) + 1))):
+            scores = {n: -float(rank) for rank, group in enumerate(groups) for n in group}
+            return [scores[str(number)] for number in range(1, len(answers) + 1)]
+        print(f"need each of 1 to {len(answers)} once", file=sys.stderr)
+
+
+def _ranked(prompt: Prompt, answers: Sequence[str], score: Score) -> dict:
+    scores = list(score(prompt, answers))
+    rank = {value: n for n, value in enumerate(sorted(set(scores), reverse=True), start=1)}
+    found = {"responses": list(answers), "ranks": [rank[value] for value in scores]}
+    return record_of(prompt) | found | {"scores": scores}
+
+
+def _key(record: dict) -> str:
+    names = ("prompt", "instruction", "input", "messages")
+    return json.dumps([record.get(name) for name in names])
+
+
+def _prompts_in(path: Path) -> set[str]:
+    """The prompts of a file that an earlier call wrote. A half line at its end is taken out."""
+    if not path.exists():
+        return set()
+    content = path.read_text(encoding="utf-8")
+    whole = content[: content.rfind("\n") + 1]
+    if whole != content:
+        path.write_text(whole, encoding="utf-8")
+    try:
+        return {_key(json.loads(line)) for line in whole.splitlines() if line.strip()}
+    except (ValueError, AttributeError):
+        raise UserError(f"--out: {str(path)!r} holds other lines than rankings") from None

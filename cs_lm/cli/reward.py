@@ -1,0 +1,34 @@
+"""`python -m cs_lm reward`: trains a reward model on rankings or preferences.
+
+It begins with the weights of a language model, and gives one number for an answer.
+"""
+
+from collections.abc import Sequence
+
+from cs_lm.cli._errors import readable_errors
+from cs_lm.cli._stage import Begun, run_stage
+
+
+@readable_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    from cs_lm.alignment.reward_training import RewardConfig
+
+    return run_stage("reward", RewardConfig, __doc__, argv, _task)
+
+
+def _task(config, begun: Begun):
+    from cs_lm.alignment.records import read_rankings
+    from cs_lm.alignment.reward_training import RewardModeling
+    from cs_lm.alignment.stage import split_by_prompt
+    from cs_lm.device import World, resolve_device
+
+    train = read_rankings(config.data)
+    if config.valid_data:
+        sides = train, read_rankings(config.valid_data, "--valid_data")
+    else:
+        sides = split_by_prompt(train, config.valid_fraction, lambda one: one.prompt)
+    world = World(resolve_device(config.device))
+    task = RewardModeling(config, begun.base, begun.tokenizer, sides, world)
+    if begun.weights is not None:
+        task.model.load_trunk(begun.weights)
+    return task

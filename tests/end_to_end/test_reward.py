@@ -1,0 +1,136 @@
+"""`cs-lm rank` and `cs-lm reward`: from a run to a reward model."""
+
+import json
+
+import pytest
+import torch
+
+from cs_lm.alignment.conversations import Message
+from cs_lm.alignment.reward_model import render_answer, score_rows
+from cs_lm.alignment.reward_training import load_reward_model
+from cs_lm.cli.commands import main as command
+from cs_lm.training.metrics_log import MetricsLog
+from cs_lm.training.run_dir import RunFolder
+from tests.end_to_end.test_sft import WORDS, assert_equal, bases, state, work
+
+__all__ = ["bases", "work"]  # fixtures
+
+
+def rank(out, *more, **changes):
+    settings = {"from": "runs/transformer", "prompts": "data.jsonl", "out": out, **changes}
+    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    return command(["rank", *flags, "--max_new_tokens", "12", "--device", "cpu", *more])
+
+
+@pytest.fixture
+def ranked(work):
+    """Answers in capital letters are better than those in small ones."""
+    path = work / "ranked.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for word in WORDS:
+            answers = [word.upper(), word, word.title()]
+            file.write(
+                json.dumps({"prompt": word, "responses": answers, "ranks": [1, 3, 2]}) + "\n"
+            )
+    return path
+
+
+def reward(ranked, out, *more, **changes):
+    settings = {"from": "runs/transformer", "data": ranked, "out_dir": out, "lr": 3e-3,
+                "batch_size": 4, "num_epochs": 99, "eval_interval": 4, "save_interval": 3,
+                "device": "cpu", **changes}  # fmt: skip
+    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    return command(["reward", *flags, *more])
+
+
+def test_answers_are_ranked_by_a_rule_and_a_stop_loses_none(work, capsys):
+    whole, parts = work / "whole.jsonl", work / "parts.jsonl"
+    assert rank(whole, "--num_answers", "2", "4", rule="length", seed=3) == 0
+    lines = whole.read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    assert len(records) == 3 * len(WORDS)
+    assert {len(record["responses"]) for record in records} == {2, 3, 4}
+    for record in records:
+        lengths = [len(answer) for answer in record["responses"]]
+        better = sorted(set(lengths))
+        assert record["ranks"] == [better.index(length) + 1 for length in lengths]
+    # stopped within a line
+    parts.write_text("\n".join(lines[:7]) + "\n" + lines[7][:20], encoding="utf-8")
+    capsys.readouterr()
+    assert rank(parts, "--num_answers", "2", "4", rule="length", seed=3) == 0
+    assert "ranked already" in capsys.readouterr().out
+    found = parts.read_text(encoding="utf-8").splitlines()
+    assert found[:7] == lines[:7] and set(found) <= set(lines)
+    asked = {json.loads(line)["prompt"] for line in found}
+    assert asked == {record["prompt"] for record in records}
+
+
+def test_a_reward_model_learns_what_is_better(work, ranked, capsys):
+    """Validated on what it learns; then it ranks answers itself, and makes no text."""
+    out = work / "rm"
+    assert reward(ranked, out, max_steps=60, eval_interval=30, valid_data=ranked) == 0
+    valid = [r for r in MetricsLog(out / "metrics.jsonl").records() if r["kind"] == "valid"]
+    assert valid[-1]["accuracy"] > 0.95 and valid[-1]["num_pairs"] == 3 * len(WORDS)
+    assert valid[-1]["loss_nats"] < 0.3 < valid[0]["calibration"][0]["expected"]
+    model, _, template = load_reward_model(RunFolder(out), "last", torch.device("cpu"))
+    answers = [(word, one) for word in WORDS for one in (word.upper(), word, word.title())]
+    rows = [render_answer(template, (Message("user", w),), one) for w, one in answers]
+    scores = score_rows(model, rows, torch.device("cpu"))
+    assert abs(scores.mean().item()) < 0.35  # 0 over the answers that it was trained on
+    again = work / "by_model.jsonl"
+    assert rank(again, reward=out) == 0
+    record = json.loads(again.read_text(encoding="utf-8").splitlines()[0])
+    assert record["ranks"][record["scores"].index(max(record["scores"]))] == 1
+    capsys.readouterr()
+    assert command(["verify", "--out_dir", str(out)]) == 0
+    for argv, message in [
+        (["generate", "--out_dir", str(out), "--prompt", "a"], "is a reward model, which gives"),
+        (["sft", "--from", str(out), "--data", "data.jsonl", "--out_dir", str(work / "x")],
+         "is a reward model, need a language model"),
+        (["rank", "--from", "runs/transformer", "--prompts", "data.jsonl", "--out",
+          str(work / "y"), "--reward", "runs/transformer"], "is a run of cs-lm train, need one of"),
+    ]:  # fmt: skip
+        assert command(argv) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("source", ["transformer", "gpt2"])
+def test_a_resumed_reward_run_is_the_same_to_the_last_bit(work, ranked, source):
+    runs = work / "whole", work / "parts"
+    for out in runs:
+        start = f"runs/{source}"
+        assert reward(ranked, out, max_steps=6, keep_last=5, **{"from": start}) == 0
+    assert command(["reward", "--resume", "--out_dir", str(runs[1]), "--resume_step", "3"]) == 0
+    assert_equal(*(state(out, 6) for out in runs))
+
+
+def test_mistakes_are_named(work, ranked, capsys):
+    cases = [
+        (["reward"], "--data: is missing; name files of rankings"),
+        (["reward", "--from", "runs/transformer", "--data", "data.jsonl", "--out_dir", "z"],
+         "data.jsonl, line 1: got responses"),
+        (["rank"], "--prompts: is missing"),
+        (["rank", "--num_answers", "4", "2"], "--num_answers: got 4 2, need one number, or"),
+        (["rank", "--rule", "length", "--reward", "x"], "--rule, --reward: got both"),
+    ]  # fmt: skip
+    for argv, message in cases:
+        assert command(argv) == 2
+        assert message in capsys.readouterr().err, argv
+    assert rank(work / "out.jsonl") == 2
+    assert "--rule: is missing: give it or --reward" in capsys.readouterr().err
+    other = work / "other.jsonl"
+    other.write_text("[1]\n", encoding="utf-8")
+    assert rank(other, rule="length") == 2
+    assert "holds other lines than rankings" in capsys.readouterr().err
+
+
+def test_a_person_ranks_on_a_terminal(work, monkeypatch, capsys):
+    from cs_lm.alignment.records import Prompt
+    from cs_lm.cli.rank import _asked, _ranked
+
+    lines = iter(["3", "1 2 3 3", "2 1=3"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    prompt = Prompt((Message("user", "q"),), {})
+    record = _ranked(prompt, ["x", "y", "z"], _asked)
+    assert record["ranks"] == [2, 1, 2] and record["prompt"] == "q"
+    assert capsys.readouterr().err.count("need each of 1 to 3 once") == 2
