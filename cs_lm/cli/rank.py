@@ -84,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{len(prompts):,} prompts, {len(prompts) - len(todo):,} of them ranked already")
     with out.open("a", encoding="utf-8") as file:
         for number, prompt in todo:
-            record = _ranked(prompt, answers_to(number, prompt), score)
+            answers, ended = answers_to(number, prompt)
+            record = _ranked(prompt, answers, score) | {"ended": ended}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()
     print(f"rankings: {out}")
@@ -102,7 +103,8 @@ class _Sampler:
         size = trained.config.model.vocab_size
         self._allowed = allowed_ids(trained.tokenizer, size, None, self._ends)
 
-    def __call__(self, number: int, prompt: Prompt) -> list[str]:
+    def __call__(self, number: int, prompt: Prompt) -> tuple[list[str], list[bool]]:
+        """The answers, and whether each ended by itself."""
         rng = random.Random(f"{self._config.seed}:{number}")
         count = rng.randint(self._config.num_answers[0], self._config.num_answers[-1])
         ids = self._template.render_for_completion(prompt.conversation)
@@ -116,7 +118,8 @@ class _Sampler:
             num_samples=count,
         )
         drawn = generate_samples(self._model, [ids], choice, self._ends, self._allowed)
-        return [self._tokenizer.decode(one.token_ids) for one in drawn]
+        texts = [self._tokenizer.decode(one.token_ids) for one in drawn]
+        return texts, [one.stopped for one in drawn]
 
 
 def _scorer(config: RankConfig, device: torch.device) -> Score:

@@ -53,6 +53,7 @@ def test_answers_are_ranked_by_a_rule_and_a_stop_loses_none(work, capsys):
     for record in records:
         lengths = [len(answer) for answer in record["responses"]]
         better = sorted(set(lengths))
+        assert len(record["ended"]) == len(lengths)  # False: cut at --max_new_tokens
         assert record["ranks"] == [better.index(length) + 1 for length in lengths]
     # stopped within a line
     parts.write_text("\n".join(lines[:7]) + "\n" + lines[7][:20], encoding="utf-8")
