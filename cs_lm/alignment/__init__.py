@@ -7,5 +7,5 @@ that is training/. Read in this order:
 packed), `masked` (sums over the tokens of an answer), `kl` (distance from the reference),
 `advantages` (which token was better than expected), `losses` (one formula each), `stage` (settings
 of every kind of training here), `sft` (fine-tuning on demonstrations), `reward_model` (scores and
-rankings), `reward_training`, `rules` (scores without a model).
+rankings), `reward_training`, `dpo`, `rules` (scores without a model).
 """

@@ -89,8 +89,16 @@ class RankedRows(NamedTuple):
 
 
 class RenderedRanking(NamedTuple):
-    rows: list[list[int]]  # token ids of the prompt with each answer and its end token
+    """Answers to one prompt, as token ids.
+
+    rows        the prompt with each answer and its end token
+    ranks       of the answers; 1 is the best
+    num_prompt  tokens before each answer
+    """
+
+    rows: list[list[int]]
     ranks: tuple[int, ...]
+    num_prompt: int
 
 
 def render_answer(template: Template, prompt: Conversation, answer: str) -> list[int]:
@@ -101,14 +109,21 @@ def render_answer(template: Template, prompt: Conversation, answer: str) -> list
 def render_rankings(
     rankings: Sequence[Ranking], template: Template, max_tokens: int
 ) -> tuple[list[RenderedRanking], list[str]]:
-    """Those of which all answers fit, and where the others come from."""
+    """Those of which all answers fit, and where the others come from.
+
+    Equal answers are a tie: no pair of them can be told apart.
+    """
     kept, too_long = [], []
     for one in rankings:
         rows = [render_answer(template, one.prompt, answer) for answer in one.answers]
         if max(map(len, rows)) > max_tokens:
             too_long.append(one.where)
         else:
-            kept.append(RenderedRanking(rows, one.ranks))
+            best = {tuple(row): min(r for other, r in zip(rows, one.ranks) if other == row)
+                    for row in rows}  # fmt: skip
+            num_prompt = len(template.render_for_completion(one.prompt))
+            ranks = tuple(best[tuple(row)] for row in rows)
+            kept.append(RenderedRanking(rows, ranks, num_prompt))
     return kept, too_long
 
 

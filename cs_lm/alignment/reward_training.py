@@ -73,6 +73,25 @@ class RewardConfig(StageConfig):
         return found
 
 
+def rendered_or_refused(
+    rankings: Sequence[Ranking], template: Template, max_tokens: int
+) -> list[RenderedRanking]:
+    """Those of which all answers fit; the others are counted in a warning.
+
+    Raises: UserError if none fits.
+    """
+    kept, too_long = render_rankings(rankings, template, max_tokens)
+    if too_long:
+        found = (
+            f"{len(too_long):,} of {len(rankings):,} rankings have an answer that is too long with "
+            f"its prompt ({max_tokens} tokens), the first in {too_long[0]}"
+        )
+        if not kept:
+            raise UserError(f"--data: {found}; raise --seq_length, or give shorter ones")
+        _log.warning("data: %s; they are left out", found)
+    return kept
+
+
 class RewardModeling(Task):
     """Trains a `ScalarModel` that begins with the weights of the model of `base`."""
 
@@ -95,7 +114,9 @@ class RewardModeling(Task):
         optim = config.optim
         groups = parameter_groups(self.model, optim.weight_decay)
         self.optimizer = AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
-        train, valid = (self._rendered(one, config.max_tokens(base)) for one in rankings)
+        train, valid = (
+            rendered_or_refused(one, self.template, config.max_tokens(base)) for one in rankings
+        )
         self._train, self._valid = train, valid
         num_rows = sum(len(one.rows) for one in train)
         _log.info("data: %d rankings of %d answers; template %s", len(train), num_rows,
@@ -110,18 +131,6 @@ class RewardModeling(Task):
         )
         self.measure = {"data": hash_of(valid), "template": self.template.name}
         self._loss = under_autocast(ranking_loss, world.device, config.dtype)
-
-    def _rendered(self, rankings: Sequence[Ranking], max_tokens: int) -> list[RenderedRanking]:
-        kept, too_long = render_rankings(rankings, self.template, max_tokens)
-        if too_long:
-            found = (
-                f"{len(too_long):,} of {len(rankings):,} rankings have an answer that is too long "
-                f"with its prompt ({max_tokens} tokens), the first in {too_long[0]}"
-            )
-            if not kept:
-                raise UserError(f"--data: {found}; raise --seq_length, or give shorter ones")
-            _log.warning("data: %s; they are left out", found)
-        return kept
 
     def batches_of_step(self, step: int) -> list[RankedRows]:
         first = step * self.config.grad_accum

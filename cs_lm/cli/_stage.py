@@ -5,7 +5,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from cs_lm.alignment.stage import StageConfig
+from cs_lm.alignment.records import Ranking, read_rankings
+from cs_lm.alignment.stage import StageConfig, split_by_prompt
 from cs_lm.cli._fit import check_writable, fit
 from cs_lm.cli._init_from import read_start
 from cs_lm.config.data import DataConfig
@@ -68,6 +69,14 @@ def run_stage(
         folder.require()
         with folder.lock():
             return _resume(name, config_class, folder, namespace, given, make_task)
+
+
+def rankings_of(config: Any) -> tuple[list[Ranking], list[Ranking]]:
+    """The rankings to train on, and those to validate on."""
+    train = read_rankings(config.data)
+    if config.valid_data:
+        return train, read_rankings(config.valid_data, "--valid_data")
+    return split_by_prompt(train, config.valid_fraction, lambda one: one.prompt)
 
 
 def _begin(config: StageConfig, make_task: Callable[[Any, Begun], Task]) -> int:

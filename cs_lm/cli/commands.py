@@ -24,6 +24,7 @@ COMMANDS = {
     "sft": "fine-tune a trained model on conversations, instructions or pairs",
     "rank": "sample answers to prompts, and rank them by a rule, a reward model or yourself",
     "reward": "train a reward model on rankings",
+    "dpo": "train a model on rankings directly, without a reward model",
     "plot": "draw the losses, speed or gradient norms of one or several runs",
     "report": "one HTML page of a run: curves, samples, settings, faults",
     "cache": "what lies in data/: sizes and last uses; removes what is named",

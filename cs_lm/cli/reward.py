@@ -6,7 +6,7 @@ It begins with the weights of a language model, and gives one number for an answ
 from collections.abc import Sequence
 
 from cs_lm.cli._errors import readable_errors
-from cs_lm.cli._stage import Begun, run_stage
+from cs_lm.cli._stage import Begun, rankings_of, run_stage
 
 
 @readable_errors
@@ -17,18 +17,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _task(config, begun: Begun):
-    from cs_lm.alignment.records import read_rankings
     from cs_lm.alignment.reward_training import RewardModeling
-    from cs_lm.alignment.stage import split_by_prompt
     from cs_lm.device import World, resolve_device
 
-    train = read_rankings(config.data)
-    if config.valid_data:
-        sides = train, read_rankings(config.valid_data, "--valid_data")
-    else:
-        sides = split_by_prompt(train, config.valid_fraction, lambda one: one.prompt)
     world = World(resolve_device(config.device))
-    task = RewardModeling(config, begun.base, begun.tokenizer, sides, world)
+    task = RewardModeling(config, begun.base, begun.tokenizer, rankings_of(config), world)
     if begun.weights is not None:
         task.model.load_trunk(begun.weights)
     return task

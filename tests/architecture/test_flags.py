@@ -166,6 +166,7 @@ CONFIGS = {
     "sft": "cs_lm.alignment.sft.SFTConfig",
     "rank": "cs_lm.cli.rank.RankConfig",
     "reward": "cs_lm.alignment.reward_training.RewardConfig",
+    "dpo": "cs_lm.alignment.dpo.DPOConfig",
 }
 MAY_BE_NEGATIVE = ("frequency_penalty", "presence_penalty", "length_penalty")
 FROZEN = Path(__file__).with_name("flags.txt")

@@ -35,12 +35,16 @@ def ranked(work):
     return path
 
 
-def reward(ranked, out, *more, **changes):
+def stage(name, ranked, out, *more, **changes):
     settings = {"from": "runs/transformer", "data": ranked, "out_dir": out, "lr": 3e-3,
                 "batch_size": 4, "num_epochs": 99, "eval_interval": 4, "save_interval": 3,
                 "device": "cpu", **changes}  # fmt: skip
     flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    return command(["reward", *flags, *more])
+    return command([name, *flags, *more])
+
+
+def reward(ranked, out, *more, **changes):
+    return stage("reward", ranked, out, *more, **changes)
 
 
 def test_answers_are_ranked_by_a_rule_and_a_stop_loses_none(work, capsys):
@@ -102,6 +106,27 @@ def test_a_resumed_reward_run_is_the_same_to_the_last_bit(work, ranked, source):
         start = f"runs/{source}"
         assert reward(ranked, out, max_steps=6, keep_last=5, **{"from": start}) == 0
     assert command(["reward", "--resume", "--out_dir", str(runs[1]), "--resume_step", "3"]) == 0
+    assert_equal(*(state(out, 6) for out in runs))
+
+
+def test_dpo_prefers_what_is_ranked_above(work, ranked):
+    """Validated on what it learns; the run is a language model like any other."""
+    out = work / "dpo"
+    settings = {"max_steps": 40, "eval_interval": 20, "valid_data": ranked, "beta": 0.3}
+    assert stage("dpo", ranked, out, **settings) == 0
+    valid = [r for r in MetricsLog(out / "metrics.jsonl").records() if r["kind"] == "valid"]
+    assert valid[-1]["accuracy"] > 0.95 and valid[-1]["loss_nats"] < 0.3
+    assert valid[-1]["log_prob_better"] > valid[-1]["log_prob_worse"]
+    assert command(["generate", "--out_dir", str(out), "--prompt", "The"]) == 0
+
+
+@pytest.mark.parametrize("source", ["transformer", "gpt2"])
+def test_a_resumed_dpo_run_is_the_same_to_the_last_bit(work, ranked, source):
+    runs = work / "whole", work / "parts"
+    for out in runs:
+        start = {"from": f"runs/{source}"}
+        assert stage("dpo", ranked, out, max_steps=6, keep_last=5, **start) == 0
+    assert command(["dpo", "--resume", "--out_dir", str(runs[1]), "--resume_step", "3"]) == 0
     assert_equal(*(state(out, 6) for out in runs))
 
 
