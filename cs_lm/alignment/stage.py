@@ -83,8 +83,12 @@ class StageConfig:
         return steps if self.max_steps is None else min(steps, self.max_steps)
 
     def as_run(self, base: RunConfig) -> RunConfig:
-        """The settings of the stage as those of a run with the model of `base`."""
-        length = self.seq_length or base.model.context_length
+        """The settings of the stage as those of a run with the model of `base`.
+
+        Its windows are as long as the longest conversation, and no longer than the context.
+        """
+        context_length = base.model.context_length
+        length = min(self.seq_length or context_length, context_length)
         values = {name: getattr(self, name) for name in _OF_THE_TRAINER}
         return dataclasses.replace(base, **values, seq_length=length)
 
@@ -104,7 +108,7 @@ class StageConfig:
 
     def max_tokens(self, base: RunConfig) -> int:
         """The longest conversation. A model reads all tokens but the last."""
-        return min(self.seq_length or base.model.context_length, base.model.context_length) + 1
+        return self.as_run(base).seq_length + 1
 
 
 def hash_of(value: Any) -> str:
