@@ -7,7 +7,6 @@ prompt weigh as one. Source: Rafailov et al. 2023, Direct preference optimizatio
 """
 
 import functools
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -15,49 +14,32 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cs_lm.alignment.conversations import template_of
-from cs_lm.alignment.examples import EpochOrder
 from cs_lm.alignment.losses import (
     dpo_rewards,
     ipo_losses,
     preference_losses,
     ranking_losses,
 )
+from cs_lm.alignment.ranking_task import RankingsConfig, RankingsTask
 from cs_lm.alignment.records import Ranking
 from cs_lm.alignment.reward_model import RankedRows, RenderedRanking, ranked_rows
-from cs_lm.alignment.reward_training import rendered_or_refused
-from cs_lm.alignment.stage import StageConfig, hash_of, save_tokenizer_of
+from cs_lm.alignment.stage import hash_of, language_model_of
 from cs_lm.config.fields import setting
 from cs_lm.config.optim import OptimConfig
 from cs_lm.config.run import RunConfig
 from cs_lm.device import World
 from cs_lm.errors import Problem
 from cs_lm.models.base import LanguageModel, token_log_probs
-from cs_lm.models.registry import build_model
-from cs_lm.models.stats import flops_per_token, num_parameters
-from cs_lm.ops.fused import OPS
 from cs_lm.ops.reference import IGNORE_INDEX
-from cs_lm.optim.adamw import AdamW
-from cs_lm.optim.param_groups import parameter_groups
 from cs_lm.tokenizer import BPETokenizer
-from cs_lm.training.run_dir import RunFolder
 from cs_lm.training.step import under_autocast
-from cs_lm.training.task import CheckStop, Task
-
-_log = logging.getLogger("cs_lm")
+from cs_lm.training.task import CheckStop
 
 
 @dataclass(frozen=True)
-class DPOConfig(StageConfig):
+class DPOConfig(RankingsConfig):
     """Direct preference optimisation."""
 
-    data: tuple[str, ...] = setting(
-        (), "rankings or preferences: JSON or JSONL files, or patterns; required"
-    )
-    valid_data: tuple[str, ...] = setting((), "separate ones for validation; same forms as --data")
-    valid_fraction: float = setting(
-        0.1, "part of --data that is kept for validation without --valid_data", "of prompts"
-    )
     beta: float = setting(0.1, "how strongly the policy is held to the reference")
     loss: str = setting(
         "sigmoid",
@@ -71,7 +53,6 @@ class DPOConfig(StageConfig):
         0.0, "weight of the best answer's mean surprise of a token", minimum=0
     )
     num_epochs: float = setting(1.0, "passes over the rankings; sets the number of updates")
-    batch_size: int = setting(16, "prompts in one forward pass, with all their answers")
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
             lr=1e-6, lr_min=1e-7, warmup_ratio=0.1, warmfix_ratio=1.0, weight_decay=0.0
@@ -80,11 +61,6 @@ class DPOConfig(StageConfig):
 
     def validate(self) -> list[Problem]:
         found = super().validate()
-        if not self.data and not self.resume:
-            found.append(Problem("--data", "is missing", fix="name files of rankings"))
-        if not 0 < self.valid_fraction < 1:
-            what = f"got {self.valid_fraction}"
-            found.append(Problem("--valid_fraction", what, "more than 0 and less than 1"))
         if not 0 <= self.label_smoothing < 0.5:
             what = f"got {self.label_smoothing}"
             found.append(Problem("--label_smoothing", what, "0 to below 0.5"))
@@ -157,12 +133,14 @@ def compare(model: LanguageModel, batch: ComparedRows, config: DPOConfig) -> Com
     return Compared(losses, num_pairs, rewards, of_answers)
 
 
-class PreferenceOptimization(Task):
+class PreferenceOptimization(RankingsTask):
     """Trains the model of `base`; the model that it begins with is the reference.
 
     Dropout is off, so that policy and reference agree at the start. The reference's
     log-probabilities are computed once, and stored with each checkpoint.
     """
+
+    stage = "dpo"
 
     def __init__(
         self,
@@ -173,53 +151,38 @@ class PreferenceOptimization(Task):
         world: World,
     ):
         """rankings  those to train on, and those to validate on"""
-        self.config, self.run_config, self.tokenizer = config, config.as_run(base), tokenizer
-        self.template, self._device = template_of(tokenizer, config.template), world.device
-        self.model = build_model(
-            base.model,
-            OPS[base.ops],
-            generator=torch.Generator().manual_seed(config.seed),
-            device=world.device,
-        ).eval()
-        optim = config.optim
-        groups = parameter_groups(self.model, optim.weight_decay)
-        self.optimizer = AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
-        most = config.max_tokens(base)
-        sides = [rendered_or_refused(one, self.template, most) for one in rankings]
-        self._num_train = len(sides[0])
-        self._rankings = [one for side in sides for one in side]
-        self.reference: list[Tensor] | None = None
-        self._order = EpochOrder(self._num_train, config.batch_size, config.seed)
-        self.num_steps = config.num_steps(self._num_train)
-        tokens = sum(len(row) for one in sides[0] for row in one.rows) / self._num_train
-        self.tokens_per_step = round(tokens * config.batch_size * config.grad_accum)
-        self.flops_per_token = flops_per_token(base.model, self.run_config.seq_length)
-        self._data_hash = hash_of([one.rows for one in self._rankings])
+        model = language_model_of(config, base, world.device).eval()
+        super().__init__(config, base, tokenizer, rankings, model, world)
+        self.rankings = [*self.train, *self.valid]
+        self.reference: list[Tensor] | None = None  # of each ranking
         self.measure = {
-            "data": hash_of([one.rows for one in sides[1]]),
+            "data": hash_of([one.rows for one in self.valid]),
             "loss": [config.loss, config.beta, config.label_smoothing, config.nll_weight],
         }
         self._compare = under_autocast(self._compared, world.device, config.dtype)
 
+    def begin_with(self, weights: dict[str, Tensor]) -> None:
+        super().begin_with(weights)
+        self.keep_reference()
+
     def keep_reference(self) -> None:
         """Stores the log-probabilities under the weights that the model has now."""
-        self.reference = [self.live(number) for number in range(len(self._rankings))]
+        self.reference = [self.live(number) for number in range(len(self.rankings))]
 
     @torch.no_grad()
     def live(self, number: int) -> Tensor:
         """Log-probabilities of the answers of one ranking under the present weights: (K), CPU."""
-        zeros = [torch.zeros(len(self._rankings[number].rows))]
-        batch = self._batch([number], zeros)
+        one = self.rankings[number]
+        batch = compared_rows([one], [torch.zeros(len(one.rows))], self.device)
         return answer_log_probs(self.model, batch.rows.token_ids, batch.is_answer).cpu()
 
-    def _batch(self, numbers: Sequence[int], reference: Sequence[Tensor]) -> ComparedRows:
-        rankings = [self._rankings[number] for number in numbers]
-        return compared_rows(rankings, reference, self._device)
+    def batch(self, numbers: Sequence[int]) -> ComparedRows:
+        """The rankings of these numbers."""
+        rankings = [self.rankings[number] for number in numbers]
+        return compared_rows(rankings, [self.reference[n] for n in numbers], self.device)
 
     def batches_of_step(self, step: int) -> list[ComparedRows]:
-        first = step * self.config.grad_accum
-        numbers = [self._order(first + i) for i in range(self.config.grad_accum)]
-        return [self._batch(some, [self.reference[n] for n in some]) for some in numbers]
+        return [self.batch(self.order(number)) for number in self.numbers_of_step(step)]
 
     def _compared(self, model: nn.Module, batch: ComparedRows) -> Compared:
         return compare(model, batch, self.config)
@@ -232,9 +195,9 @@ class PreferenceOptimization(Task):
     def evaluate(self, check_stop: CheckStop) -> dict[str, Any]:
         total, prompts, right, pairs = 0.0, 0, 0, 0
         margins, better, worse = 0.0, 0.0, 0.0
-        for number in range(self._num_train, len(self._rankings)):
+        for number in range(len(self.train), len(self.rankings)):
             check_stop()
-            batch = self._batch([number], [self.reference[number]])
+            batch = self.batch([number])
             found = self._compare(self.model, batch)
             ranks = batch.rows.ranks[0]
             is_pair = ranks.unsqueeze(-1) < ranks
@@ -264,27 +227,9 @@ class PreferenceOptimization(Task):
         )
 
     def save(self) -> dict[str, Any]:
-        return {
-            "tokenizer_fingerprint": self.tokenizer.fingerprint,
-            "stage": {"name": "dpo", "config": self.config.saved()},
-            "template": self.template.name,
-            "data_sha256": self._data_hash,
-            "reference_log_probs": torch.cat(self.reference),
-        }
+        return super().save() | {"reference_log_probs": torch.cat(self.reference)}
 
     def load(self, extras: dict[str, Any]) -> None:
-        self.config.check_resumed(extras, self.tokenizer, self._data_hash)
-        sizes = [len(one.rows) for one in self._rankings]
+        super().load(extras)
+        sizes = [len(one.rows) for one in self.rankings]
         self.reference = list(extras["reference_log_probs"].split(sizes))
-
-    def start(self, folder: RunFolder) -> None:
-        save_tokenizer_of(self.template, self.tokenizer, folder)
-
-    def facts(self) -> dict[str, Any]:
-        return {
-            "stage": "dpo",
-            "train_rankings": self._num_train,
-            "valid_rankings": len(self._rankings) - self._num_train,
-            "num_parameters": num_parameters(self.run_config.model),
-            "template": self.template.name,
-        }

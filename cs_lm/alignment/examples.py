@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -69,14 +69,19 @@ def render_all(
         kept.append(rendered)
     if too_long:
         where, length = too_long[0]
-        found = (
+        report_left_out(
             f"{len(too_long):,} of {len(demonstrations):,} conversations are longer than "
-            f"{max_tokens} tokens, the first in {where} ({length})"
+            f"{max_tokens} tokens, the first in {where} ({length})",
+            some_are_left=bool(kept),
         )
-        if not kept:
-            raise UserError(f"--data: {found}; raise --seq_length, or give shorter ones")
-        _log.warning("data: %s; they are left out", found)
     return kept
+
+
+def report_left_out(found: str, some_are_left: bool) -> None:
+    """Warns of records that are too long. Raises: UserError if no others are left."""
+    if not some_are_left:
+        raise UserError(f"--data: {found}; raise --seq_length, or give shorter ones")
+    _log.warning("data: %s; they are left out", found)
 
 
 def describe(rendered: Sequence[Rendered]) -> str:
@@ -155,13 +160,16 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 def token_rows(rendered: Sequence[Rendered], pad_id: int = 0) -> tuple[Tensor, Tensor]:
     """Token ids, filled up at the right, and which of them belong to an answer: both (B, T)."""
-    width = max(len(one.token_ids) for one in rendered)
-    ids = torch.full((len(rendered), width), pad_id)
-    is_answer = torch.zeros(ids.shape, dtype=torch.bool)
-    for row, one in enumerate(rendered):
-        ids[row, : len(one.token_ids)] = torch.tensor(one.token_ids)
-        is_answer[row, : len(one.token_ids)] = torch.tensor(one.is_answer)
-    return ids, is_answer
+    ids = padded_rows([one.token_ids for one in rendered], pad_id)
+    return ids, padded_rows([one.is_answer for one in rendered], False)
+
+
+def padded_rows(rows: Sequence[Sequence[Any]], filling: Any = 0) -> Tensor:
+    """Rows of unequal length as one tensor (B, T), filled up at the right."""
+    found = torch.full((len(rows), max(map(len, rows))), filling)
+    for number, row in enumerate(rows):
+        found[number, : len(row)] = torch.tensor(row)
+    return found
 
 
 def wrapped(texts: Sequence[Sequence[int]], seq_length: int) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,6 @@ A file is one JSON list of such objects, or one object a line. A "prompt" may be
 too. A "question" with an "answer" is a pair.
 """
 
-import glob
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 from cs_lm.alignment.conversations import ROLES, Conversation, Message, check_conversation
 from cs_lm.config.fields import is_unicode
 from cs_lm.errors import UserError
+from cs_lm.evaluation.tasks import files_named, text_of_file
 
 T = TypeVar("T")
 _SEPARATORS = ("prompt", "instruction", "question", "messages")
@@ -86,25 +86,18 @@ def record_of(prompt: Prompt) -> dict[str, Any]:
 def _read(
     paths: Sequence[str], flag: str, understood: Callable[[dict[str, Any], str], T]
 ) -> list[T]:
-    found: list[T] = []
-    for pattern in paths:
-        files = sorted(glob.glob(pattern)) or [pattern]
-        for path in map(Path, files):
-            if not path.is_file():
-                raise UserError(
-                    f"{flag}: got {pattern!r}, which is not a file, nor a pattern of files"
-                )
-            found += [understood(record, where) for record, where in _records(path)]
+    found = [
+        understood(record, where)
+        for path in files_named(paths, flag)
+        for record, where in _records(path)
+    ]
     if not found:
         raise UserError(f"{flag}: the files hold no record")
     return found
 
 
 def _records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 at byte offset {error.start}") from None
+    text = text_of_file(path)
     if text.lstrip().startswith("["):
         for number, record in enumerate(_parsed(text, str(path)), start=1):
             yield _object(record, f"{path}, record {number}"), f"{path}, record {number}"

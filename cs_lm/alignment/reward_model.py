@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cs_lm.alignment.conversations import Conversation, Message, Rendered, Template
-from cs_lm.alignment.examples import token_rows
+from cs_lm.alignment.conversations import Conversation, Message, Template
+from cs_lm.alignment.examples import padded_rows
 from cs_lm.alignment.losses import ranking_losses
 from cs_lm.alignment.records import Ranking
 from cs_lm.config.model import ArchitectureConfig
@@ -147,8 +147,7 @@ def ranked_rows(
 
 def padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Token ids (N, T), filled up at the right, and the position of each row's last token (N)."""
-    ids, _ = token_rows([Rendered(list(row), [False] * len(row)) for row in rows])
-    return ids, torch.tensor([len(row) - 1 for row in rows])
+    return padded_rows(rows), torch.tensor([len(row) - 1 for row in rows])
 
 
 def ranking_loss(model: ScalarModel, batch: RankedRows) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cs_lm.alignment.conversations import Template, template_of
+from cs_lm.alignment.answers import Answerer, ContextFullError
 from cs_lm.alignment.examples import (
     ExampleBatch,
     ExampleBatches,
@@ -25,7 +25,13 @@ from cs_lm.alignment.examples import (
     render_all,
 )
 from cs_lm.alignment.records import Demonstration
-from cs_lm.alignment.stage import StageConfig, hash_of, save_tokenizer_of
+from cs_lm.alignment.stage import (
+    StageConfig,
+    StageTask,
+    hash_of,
+    language_model_of,
+    validate_records,
+)
 from cs_lm.config.fields import setting
 from cs_lm.config.optim import OptimConfig
 from cs_lm.config.run import RunConfig
@@ -35,20 +41,12 @@ from cs_lm.device import World
 from cs_lm.errors import Problem
 from cs_lm.evaluation.perplexity import EvalOptions, evaluate, token_byte_lengths
 from cs_lm.inference.decoding_config import DecodingConfig
-from cs_lm.inference.generate import generate_samples
 from cs_lm.inference.sampling import NotANumberError
-from cs_lm.inference.text import allowed_ids
 from cs_lm.models.base import evaluating, next_token_loss
-from cs_lm.models.registry import build_model
-from cs_lm.models.stats import flops_per_token, num_parameters
-from cs_lm.ops.fused import OPS
 from cs_lm.ops.reference import IGNORE_INDEX
-from cs_lm.optim.adamw import AdamW
-from cs_lm.optim.param_groups import parameter_groups
 from cs_lm.tokenizer import BPETokenizer
-from cs_lm.training.run_dir import RunFolder
 from cs_lm.training.step import under_autocast
-from cs_lm.training.task import CheckStop, Task
+from cs_lm.training.task import CheckStop
 
 _log = logging.getLogger("cs_lm")
 _SAMPLE_TOKENS = 64
@@ -83,13 +81,7 @@ class SFTConfig(StageConfig):
     )
 
     def validate(self) -> list[Problem]:
-        found = super().validate()
-        if not self.data and not self.resume:
-            fix = "name files of conversations"
-            found.append(Problem("--data", "is missing", fix=fix))
-        if not 0 < self.valid_fraction < 1:
-            what = f"got {self.valid_fraction}"
-            found.append(Problem("--valid_fraction", what, "more than 0 and less than 1"))
+        found = [*super().validate(), *validate_records(self, "conversations")]
         if self.pretraining_path and not self.pretraining_mix:
             what, fix = "has no effect without --pretraining_mix", "add it, or leave it out"
             found.append(Problem("--pretraining_path", what, fix=fix))
@@ -116,8 +108,10 @@ class Sources(NamedTuple):
     text: PreparedData | None = None
 
 
-class SupervisedFineTuning(Task):
+class SupervisedFineTuning(StageTask):
     """Trains the model of `sources.base` on demonstrations."""
+
+    stage = "sft"
 
     def __init__(
         self,
@@ -127,55 +121,42 @@ class SupervisedFineTuning(Task):
         valid: Sequence[Demonstration],
         world: World,
     ):
-        base = sources.base
-        self.config, self.run_config = config, config.as_run(base)
-        self.tokenizer, self.text = sources.tokenizer, sources.text
-        self.template: Template = template_of(sources.tokenizer, config.template)
+        base, self.text = sources.base, sources.text
+        model = language_model_of(config, base, world.device)
+        super().__init__(config, base, sources.tokenizer, model)
         self._device = world.device
-        self.model = build_model(
-            base.model,
-            OPS[base.ops],
-            generator=torch.Generator().manual_seed(config.seed),
-            device=world.device,
-        )
-        optim = config.optim
-        groups = parameter_groups(self.model, optim.weight_decay)
-        self.optimizer = AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
-        most = config.max_tokens(base)
+        most, length = config.max_tokens(base), self.run_config.seq_length
         rendered = render_all(train, self.template, most, config.learn_prompts)
         _log.info("data: %s; template %s", describe(rendered), self.template.name)
         examples = [example_of(one) for one in rendered]
-        pack_to = most - 1 if config.packing else None
+        pack_to = length if config.packing else None
         self.batches = ExampleBatches(
             examples, config.batch_size, config.seed, world.device, pack_to
         )
         self.num_steps = config.num_steps(self.batches.num_rows)
-        self._data_hash = hash_of([one.conversation for one in (*train, *valid)])
+        self.data_hash = hash_of([one.conversation for one in (*train, *valid)])
         self.valid = valid
         self._valid = [example_of(one) for one in render_all(valid, self.template, most)]
-        self._byte_lengths = token_byte_lengths(sources.tokenizer.vocab)
-        self._windows = self._num_windows = None
-        if self.text is not None:
-            rows = config.batch_size * config.grad_accum
-            self._num_windows = max(1, round(config.pretraining_mix * rows))
-            self._windows = BatchSource(
-                self.text.train, self._num_windows, most - 1, config.seed, "random", world
-            )
-        num_tokens = sum(len(one.inputs) for one in examples) / self.batches.num_rows
+        self._byte_lengths = token_byte_lengths(self.tokenizer.vocab)
         rows = config.batch_size * config.grad_accum
-        text_tokens = (self._num_windows or 0) * (most - 1)
-        self.tokens_per_step = round(rows * num_tokens) + text_tokens
-        self.flops_per_token = flops_per_token(base.model, most - 1)
+        num_tokens = sum(len(one.inputs) for one in examples) / self.batches.num_rows
+        self.tokens_per_step = round(rows * num_tokens)
+        self._windows = None
+        if self.text is not None:
+            count = max(1, round(config.pretraining_mix * rows))
+            self._windows = BatchSource(
+                self.text.train, count, length, config.seed, "random", world
+            )
+            self.tokens_per_step += count * length
         self.measure = {
             "data": hash_of([one.conversation for one in valid]),
             "template": self.template.name,
-            "tokenizer": sources.tokenizer.fingerprint,
+            "tokenizer": self.tokenizer.fingerprint,
         }
         self._loss = under_autocast(self._loss_of, world.device, config.dtype)
 
     def batches_of_step(self, step: int) -> list[ExampleBatch | TextBatch]:
-        first = step * self.config.grad_accum
-        batches: list = [self.batches(first + i) for i in range(self.config.grad_accum)]
+        batches: list = [self.batches(number) for number in self.numbers_of_step(step)]
         if self._windows is None:
             return batches
         num_targets = sum(int((b.targets != IGNORE_INDEX).sum()) for b in batches)
@@ -221,52 +202,25 @@ class SupervisedFineTuning(Task):
     def sample(self, check_stop: CheckStop) -> tuple[dict[str, Any] | None, str]:
         """An answer to the first prompt of the validation part."""
         prompt = self.valid[0].conversation[:-1]
-        ids = self.template.render_for_completion(prompt)
-        room = self.run_config.model.context_length - len(ids)
-        if room < 1:
-            return None, ""
-        ends = frozenset([self.template.end_id])
-        allowed = allowed_ids(self.tokenizer, self.run_config.model.vocab_size, None, ends)
         choice = DecodingConfig(
-            max_new_tokens=min(_SAMPLE_TOKENS, room), temperature=0.0, seed=self.config.seed
+            max_new_tokens=_SAMPLE_TOKENS, temperature=0.0, seed=self.config.seed
         )
         try:
-            (found,) = generate_samples(self.model, [ids], choice, ends, allowed)
+            ((text, _),) = Answerer(self.model, self.tokenizer, self.template)(prompt, choice)
+        except ContextFullError:
+            return None, ""
         except NotANumberError as error:
             return None, str(error)
         check_stop()
-        text = self.tokenizer.decode(found.token_ids)
-        return {
-            "prompt": prompt[-1].content,
-            "text": text,
-        }, f"{prompt[-1].content} -> {text.strip()}"
-
-    def save(self) -> dict[str, Any]:
-        return {
-            "tokenizer_fingerprint": self.tokenizer.fingerprint,
-            "stage": {"name": "sft", "config": self.config.saved()},
-            "template": self.template.name,
-            "data_sha256": self._data_hash,
-        }
-
-    def load(self, extras: dict[str, Any]) -> None:
-        self.config.check_resumed(extras, self.tokenizer, self._data_hash)
-
-    def start(self, folder: RunFolder) -> None:
-        save_tokenizer_of(self.template, self.tokenizer, folder)
+        asked = prompt[-1].content
+        return {"prompt": asked, "text": text}, f"{asked} -> {text.strip()}"
 
     def facts(self) -> dict[str, Any]:
-        return {
-            "stage": "sft",
-            "train_rows": self.batches.num_rows,
-            "valid_records": len(self._valid),
-            "num_parameters": num_parameters(self.run_config.model),
-            "template": self.template.name,
-        }
+        sizes = {"train_rows": self.batches.num_rows, "valid_records": len(self._valid)}
+        return super().facts() | sizes
 
     def describe_batches(self, step: int) -> list[dict[str, Any]]:
-        first = step * self.config.grad_accum
         return [
             {"number": number, "examples": self.batches.rows(number)}
-            for number in range(first, first + self.config.grad_accum)
+            for number in self.numbers_of_step(step)
         ]

@@ -1,4 +1,4 @@
-"""What all stages of alignment share: their settings, and the trainer's view of them."""
+"""What all stages of alignment share: their settings, their task, and the split of their data."""
 
 import dataclasses
 import hashlib
@@ -6,13 +6,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from cs_lm.alignment.conversations import Template
+import torch
+from torch import Tensor, nn
+
+from cs_lm.alignment.conversations import template_of
 from cs_lm.config.fields import not_positive, setting, to_json
 from cs_lm.config.optim import OptimConfig
 from cs_lm.config.run import RunConfig, as_in_a_run
 from cs_lm.errors import Problem, UserError
+from cs_lm.models.base import LanguageModel
+from cs_lm.models.registry import build_model
+from cs_lm.models.stats import flops_per_token
+from cs_lm.ops.fused import OPS
+from cs_lm.optim.param_groups import adamw_of
 from cs_lm.tokenizer import BPETokenizer
+from cs_lm.training.checkpoint import restore
 from cs_lm.training.run_dir import RunFolder
+from cs_lm.training.task import Task
 
 T = TypeVar("T")
 # Settings of a stage that its trainer reads under the same name.
@@ -96,19 +106,85 @@ class StageConfig:
         """The settings as JSON, for a checkpoint: without those of a single call."""
         return to_json(dataclasses.replace(self, resume=False, resume_step=None))
 
-    def check_resumed(self, extras: dict[str, Any], tokenizer: Any, data_hash: str) -> None:
-        """Raises: UserError if a run cannot go on from a checkpoint with these extras."""
-        if extras["tokenizer_fingerprint"] != tokenizer.fingerprint:
+    def max_tokens(self, base: RunConfig) -> int:
+        """The longest conversation. A model reads all tokens but the last."""
+        return self.as_run(base).seq_length + 1
+
+
+def validate_records(config: Any, what: str) -> list[Problem]:
+    """Problems of `data` and `valid_fraction`; what  the records that a stage learns from"""
+    found = []
+    if not config.data and not config.resume:
+        found.append(Problem("--data", "is missing", fix=f"name files of {what}"))
+    if not 0 < config.valid_fraction < 1:
+        given = f"got {config.valid_fraction}"
+        found.append(Problem("--valid_fraction", given, "more than 0 and less than 1"))
+    return found
+
+
+class StageTask(Task):
+    """What the tasks of all stages do alike.
+
+    A subclass sets `stage`, its command, and `data_hash`, which a resumed run must have again.
+    """
+
+    stage: str
+    data_hash: str
+
+    def __init__(
+        self, config: StageConfig, base: RunConfig, tokenizer: BPETokenizer, model: nn.Module
+    ):
+        """base  settings of the run with the model to start from"""
+        self.config, self.run_config, self.tokenizer = config, config.as_run(base), tokenizer
+        self.template = template_of(tokenizer, config.template)
+        self.model, self.optimizer = model, adamw_of(model, config.optim)
+        self.flops_per_token = flops_per_token(base.model, self.run_config.seq_length)
+
+    def begin_with(self, weights: dict[str, Tensor]) -> None:
+        """Takes the state dict of the model that a new run starts from."""
+        restore({"model": weights}, self.model)
+
+    def numbers_of_step(self, step: int) -> range:
+        """The numbers of the micro-batches of an update."""
+        first = step * self.config.grad_accum
+        return range(first, first + self.config.grad_accum)
+
+    def save(self) -> dict[str, Any]:
+        return {
+            "tokenizer_fingerprint": self.tokenizer.fingerprint,
+            "stage": {"name": self.stage, "config": self.config.saved()},
+            "template": self.template.name,
+            "data_sha256": self.data_hash,
+        }
+
+    def load(self, extras: dict[str, Any]) -> None:
+        if extras["tokenizer_fingerprint"] != self.tokenizer.fingerprint:
             raise UserError("--resume: the tokenizer is not the one that the run began with")
-        if extras.get("data_sha256") != data_hash:
+        if extras.get("data_sha256") != self.data_hash:
             raise UserError(
                 "--resume: --data or --valid_data hold other records than when the run began; "
                 "restore the files, or start a new run in another --out_dir"
             )
 
-    def max_tokens(self, base: RunConfig) -> int:
-        """The longest conversation. A model reads all tokens but the last."""
-        return self.as_run(base).seq_length + 1
+    def start(self, folder: RunFolder) -> None:
+        """Writes the tokenizer; the template's end of an answer ends a text from here on."""
+        end = self.tokenizer.decode([self.template.end_id])
+        if end not in self.tokenizer.end_tokens:
+            self.tokenizer.end_tokens = [*self.tokenizer.end_tokens, end]
+        folder.save_tokenizer(self.tokenizer)
+
+    def facts(self) -> dict[str, Any]:
+        num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        template = self.template.name
+        return {"stage": self.stage, "num_parameters": num_parameters, "template": template}
+
+
+def language_model_of(
+    config: StageConfig, base: RunConfig, device: torch.device | str
+) -> LanguageModel:
+    """A model of the shape of `base`, for the weights that a stage starts from."""
+    generator = torch.Generator().manual_seed(config.seed)
+    return build_model(base.model, OPS[base.ops], generator=generator, device=device)
 
 
 def hash_of(value: Any) -> str:
@@ -135,11 +211,3 @@ def split_by_prompt(
     for one, found in zip(records, hashes):
         sides[found in kept].append(one)
     return sides
-
-
-def save_tokenizer_of(template: Template, tokenizer: BPETokenizer, folder: RunFolder) -> None:
-    """Writes the tokenizer into the run's folder; the template's end of an answer ends a text."""
-    end = tokenizer.decode([template.end_id])
-    if end not in tokenizer.end_tokens:
-        tokenizer.end_tokens = [*tokenizer.end_tokens, end]
-    folder.save_tokenizer(tokenizer)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from cs_lm.alignment.records import Ranking, read_rankings
-from cs_lm.alignment.stage import StageConfig, split_by_prompt
+from cs_lm.alignment.stage import StageConfig, StageTask, split_by_prompt
 from cs_lm.cli._fit import check_writable, fit
 from cs_lm.cli._init_from import read_start
 from cs_lm.config.data import DataConfig
@@ -18,7 +18,6 @@ from cs_lm.errors import Problem, UserError
 from cs_lm.tokenizer import BPETokenizer
 from cs_lm.training.console import log_to, print_line
 from cs_lm.training.run_dir import RunFolder, saved_config, stage_of
-from cs_lm.training.task import Task
 from cs_lm.training.trainer import Trainer
 
 # What may be another value in a resumed run.
@@ -32,15 +31,16 @@ _MAY_CHANGE = frozenset((
 class Begun(NamedTuple):
     """The model of a stage.
 
-    base     settings of a run with this model
-    data     the text that it was trained on; None: unknown
-    weights  state dict to start from; None in a resumed run
+    base  settings of a run with this model
+    data  the text that it was trained on; None: unknown
     """
 
     base: RunConfig
     tokenizer: BPETokenizer
     data: DataConfig | None
-    weights: dict[str, Any] | None
+
+
+MakeTask = Callable[[Any, Begun], StageTask]
 
 
 def run_stage(
@@ -48,11 +48,11 @@ def run_stage(
     config_class: type[StageConfig],
     description: str,
     argv: Sequence[str] | None,
-    make_task: Callable[[Any, Begun], Task],
+    make_task: MakeTask,
 ) -> int:
     """The exit status of the command.
 
-    make_task  (config, Begun) -> the task, its model with the weights to start from
+    make_task  (config, Begun) -> the task; it gets its weights afterwards
     """
     parser = FlagParser(prog=f"python -m cs_lm {name}", description=description)
     add_flags(parser, config_class)
@@ -79,13 +79,14 @@ def rankings_of(config: Any) -> tuple[list[Ranking], list[Ranking]]:
     return split_by_prompt(train, config.valid_fraction, lambda one: one.prompt)
 
 
-def _begin(config: StageConfig, make_task: Callable[[Any, Begun], Task]) -> int:
+def _begin(config: StageConfig, make_task: MakeTask) -> int:
     folder = RunFolder(config.out_dir)
     check_writable(folder.path)
     folder.refuse_a_run()
     start = read_start(config.source, "--from")
-    begun = Begun(start.base, start.tokenizer, start.data, start.weights)
+    begun = Begun(start.base, start.tokenizer, start.data)
     task = make_task(config, begun)
+    task.begin_with(start.weights)
     with folder.lock():
         folder.refuse_a_run()
         run_config = dataclasses.replace(config.as_run(begun.base), data=begun.data or DataConfig())
@@ -98,7 +99,7 @@ def _resume(
     folder: RunFolder,
     namespace: Any,
     given: dict[str, Any],
-    make_task: Callable[[Any, Begun], Task],
+    make_task: MakeTask,
 ) -> int:
     step = given.get("resume_step")
     checkpoint = folder.read("last" if step is None else str(step))
@@ -118,7 +119,7 @@ def _resume(
         raise UserError(*refused)
     config = config_from_flags(saved, namespace, _problems_of_this_machine)
     base = saved_config(checkpoint)
-    begun = Begun(base, folder.load_tokenizer(), base.data, None)
+    begun = Begun(base, folder.load_tokenizer(), base.data)
     run_config, task = config.as_run(begun.base), make_task(config, begun)
     held = [checkpoint]  # the trainer copies it: `pop` lets the original be freed
     del checkpoint

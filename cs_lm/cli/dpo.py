@@ -19,12 +19,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _task(config, begun: Begun):
     from cs_lm.alignment.dpo import PreferenceOptimization
     from cs_lm.device import World, resolve_device
-    from cs_lm.training.checkpoint import restore
 
-    world = World(resolve_device(config.device))
-    sides = rankings_of(config)
-    task = PreferenceOptimization(config, begun.base, begun.tokenizer, sides, world)
-    if begun.weights is not None:
-        restore({"model": begun.weights}, task.model)
-        task.keep_reference()
-    return task
+    world, sides = World(resolve_device(config.device)), rankings_of(config)
+    return PreferenceOptimization(config, begun.base, begun.tokenizer, sides, world)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from cs_lm.alignment.answers import Answer, Answerer, ContextFullError
 from cs_lm.alignment.conversations import template_of
 from cs_lm.alignment.records import Prompt, read_prompts, record_of
 from cs_lm.alignment.reward_model import render_answer, score_rows
@@ -26,8 +27,6 @@ from cs_lm.config.shared import checkpoint_setting, device_setting, validate_che
 from cs_lm.device import resolve_device
 from cs_lm.errors import Problem, UserError
 from cs_lm.inference.decoding_config import DecodingConfig
-from cs_lm.inference.generate import generate_samples
-from cs_lm.inference.text import allowed_ids
 from cs_lm.training.run_dir import RunFolder, load_trained
 
 Score = Callable[[Prompt, Sequence[str]], Sequence[float]]
@@ -84,8 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{len(prompts):,} prompts, {len(prompts) - len(todo):,} of them ranked already")
     with out.open("a", encoding="utf-8") as file:
         for number, prompt in todo:
-            answers, ended = answers_to(number, prompt)
-            record = _ranked(prompt, answers, score) | {"ended": ended}
+            answers = answers_to(number, prompt)
+            record = _ranked(prompt, [one.text for one in answers], score)
+            record["ended"] = [one.ended for one in answers]
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()
     print(f"rankings: {out}")
@@ -97,29 +97,23 @@ class _Sampler:
 
     def __init__(self, config: RankConfig, device: torch.device):
         trained = load_trained(RunFolder(config.source), config.checkpoint, device)
-        self._model, self._tokenizer, self._config = trained.model, trained.tokenizer, config
-        self._template = template_of(trained.tokenizer, trained.template or "auto")
-        self._ends = frozenset([self._template.end_id])
-        size = trained.config.model.vocab_size
-        self._allowed = allowed_ids(trained.tokenizer, size, None, self._ends)
+        template = template_of(trained.tokenizer, trained.template or "auto")
+        self._answerer = Answerer(trained.model, trained.tokenizer, template)
+        self._config = config
 
-    def __call__(self, number: int, prompt: Prompt) -> tuple[list[str], list[bool]]:
-        """The answers, and whether each ended by itself."""
+    def __call__(self, number: int, prompt: Prompt) -> list[Answer]:
         rng = random.Random(f"{self._config.seed}:{number}")
         count = rng.randint(self._config.num_answers[0], self._config.num_answers[-1])
-        ids = self._template.render_for_completion(prompt.conversation)
-        room = self._model.config.context_length - len(ids)
-        if room < 1:
-            raise UserError(f"{prompt.where}: got {len(ids)} tokens, which fill the context")
         choice = DecodingConfig(
-            max_new_tokens=min(room, self._config.max_new_tokens),
+            max_new_tokens=self._config.max_new_tokens,
             temperature=self._config.temperature,
             seed=rng.getrandbits(40),
             num_samples=count,
         )
-        drawn = generate_samples(self._model, [ids], choice, self._ends, self._allowed)
-        texts = [self._tokenizer.decode(one.token_ids) for one in drawn]
-        return texts, [one.stopped for one in drawn]
+        try:
+            return self._answerer(prompt.conversation, choice)
+        except ContextFullError as error:
+            raise UserError(f"{prompt.where}: {error}") from None
 
 
 def _scorer(config: RankConfig, device: torch.device) -> Score:

@@ -21,7 +21,4 @@ def _task(config, begun: Begun):
     from cs_lm.device import World, resolve_device
 
     world = World(resolve_device(config.device))
-    task = RewardModeling(config, begun.base, begun.tokenizer, rankings_of(config), world)
-    if begun.weights is not None:
-        task.model.load_trunk(begun.weights)
-    return task
+    return RewardModeling(config, begun.base, begun.tokenizer, rankings_of(config), world)

@@ -25,7 +25,6 @@ def _task(config, begun: Begun):
     from cs_lm.alignment.sft import Sources, SupervisedFineTuning
     from cs_lm.alignment.stage import split_by_prompt
     from cs_lm.device import World, resolve_device
-    from cs_lm.training.checkpoint import restore
 
     train = read_demonstrations(config.data)
     if config.valid_data:
@@ -35,14 +34,8 @@ def _task(config, begun: Begun):
             train, config.valid_fraction, lambda one: one.conversation[:-1]
         )
     text = _text(config, begun) if config.pretraining_mix else None
-    sources, world = (
-        Sources(begun.base, begun.tokenizer, text),
-        World(resolve_device(config.device)),
-    )
-    task = SupervisedFineTuning(config, sources, train, valid, world)
-    if begun.weights is not None:
-        restore({"model": begun.weights}, task.model)
-    return task
+    sources = Sources(begun.base, begun.tokenizer, text)
+    return SupervisedFineTuning(config, sources, train, valid, World(resolve_device(config.device)))
 
 
 def _text(config, begun: Begun):

@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
@@ -54,15 +54,7 @@ def read_examples(paths: Sequence[str], flag: str = "--task_path") -> list[Examp
     ending like `_dev`.
     Raises: UserError for a missing or empty file, or a record that is not understood.
     """
-    examples: list[Example] = []
-    for pattern in paths:
-        files = sorted(glob.glob(pattern)) or [pattern]
-        for file in map(Path, files):
-            if not file.is_file():
-                raise UserError(
-                    f"{flag}: got {pattern!r}, which is not a file, nor a pattern of files"
-                )
-            examples += _read_file(file)
+    examples = [one for file in files_named(paths, flag) for one in _read_file(file)]
     if not examples:
         raise UserError(f"{flag}: the files hold no example")
     return examples
@@ -106,11 +98,30 @@ def normalised(text: str) -> str:
     return " ".join(text.casefold().split()).strip(" .,;:!?\"'")
 
 
-def _read_file(path: Path) -> list[Example]:
+def files_named(paths: Sequence[str], flag: str) -> Iterator[Path]:
+    """The files of paths and patterns; those of a pattern are sorted by name.
+
+    Raises: UserError for a path that is neither.
+    """
+    for pattern in paths:
+        for path in map(Path, sorted(glob.glob(pattern)) or [pattern]):
+            if not path.is_file():
+                raise UserError(
+                    f"{flag}: got {pattern!r}, which is not a file, nor a pattern of files"
+                )
+            yield path
+
+
+def text_of_file(path: Path) -> str:
+    """The whole text, without a byte order mark. Raises: UserError if it is not UTF-8."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 at byte offset {error.start}") from None
+
+
+def _read_file(path: Path) -> list[Example]:
+    text = text_of_file(path)
     subject = _SPLITS.sub("", path.stem)
     read = _read_csv if path.suffix.lower() == ".csv" else _read_jsonl
     return read(path, text, subject)

@@ -1,8 +1,10 @@
-"""Which parameters get weight decay."""
+"""Which parameters get weight decay, and the optimizer of a run."""
 
 from torch import Tensor, nn
 
+from cs_lm.config.optim import OptimConfig
 from cs_lm.models.layers import Embedding
+from cs_lm.optim.adamw import AdamW
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -21,3 +23,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
         {"params": decayed, "weight_decay": weight_decay},
         {"params": not_decayed, "weight_decay": 0.0},
     ]
+
+
+def adamw_of(model: nn.Module, optim: OptimConfig) -> AdamW:
+    """The optimizer of all the model's parameters, with these settings."""
+    groups = parameter_groups(model, optim.weight_decay)
+    return AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)

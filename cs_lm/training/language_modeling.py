@@ -31,8 +31,7 @@ from cs_lm.models.registry import build_model
 from cs_lm.models.stats import flops_per_token, num_parameters
 from cs_lm.ops.compile import CompileWithFallback
 from cs_lm.ops.fused import OPS
-from cs_lm.optim.adamw import AdamW
-from cs_lm.optim.param_groups import parameter_groups
+from cs_lm.optim.param_groups import adamw_of
 from cs_lm.training.malloc import keep_freed_memory
 from cs_lm.training.run_dir import RunFolder
 from cs_lm.training.step import under_autocast
@@ -74,9 +73,7 @@ class LanguageModeling(Task):
             device=world.device,
             activation_checkpointing=config.activation_checkpointing,
         )
-        optim = config.optim
-        groups = parameter_groups(self.model, optim.weight_decay)
-        self.optimizer = AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+        self.optimizer = adamw_of(self.model, config.optim)
         self.num_steps = config.num_steps(len(data.train))
         self.tokens_per_step = config.tokens_per_step
         self.flops_per_token = flops_per_token(config.model, config.seq_length)

@@ -130,6 +130,17 @@ def test_a_resumed_dpo_run_is_the_same_to_the_last_bit(work, ranked, source):
     assert_equal(*(state(out, 6) for out in runs))
 
 
+@pytest.mark.parametrize("name", ["reward", "dpo"])
+def test_other_ranks_are_refused_in_a_resumed_run(work, ranked, name, capsys):
+    out = work / name
+    assert stage(name, ranked, out, max_steps=1) == 0
+    text = ranked.read_text(encoding="utf-8")
+    ranked.write_text(text.replace("[1, 3, 2]", "[3, 1, 2]"), encoding="utf-8")
+    capsys.readouterr()
+    assert command([name, "--resume", "--out_dir", str(out), "--max_steps", "2"]) == 2
+    assert "hold other records than when the run began" in capsys.readouterr().err
+
+
 def test_mistakes_are_named(work, ranked, capsys):
     cases = [
         (["reward"], "--data: is missing; name files of rankings"),

@@ -51,7 +51,7 @@ def test_the_stored_reference_is_the_live_one(base):
     task = task_of(base)
     for number, stored in enumerate(task.reference):
         assert torch.equal(stored, task.live(number))
-        one = task._rankings[number]
+        one = task.rankings[number]
         wanted = torch.stack([log_prob(task.model, one, n) for n in range(len(one.rows))])
         torch.testing.assert_close(stored, wanted.detach(), rtol=1e-4, atol=1e-4)
 
@@ -70,9 +70,9 @@ def test_the_loss_by_hand(base, changes):
             )
     (batch,) = task.batches_of_step(0)
     found = compare(task.model, batch, task.config)
-    order = task._order(0)
+    order = task.order(0)
     for place, number in enumerate(order):
-        one, reference = task._rankings[number], task.reference[number]
+        one, reference = task.rankings[number], task.reference[number]
         lengths = [len(row) - one.num_prompt for row in one.rows]
         live = [log_prob(task.model, one, n).item() for n in range(len(one.rows))]
         ratios = [a - b for a, b in zip(live, reference.tolist())]
@@ -105,7 +105,7 @@ def test_pads_and_neighbours_do_not_matter(base):
     dirty = batch._replace(rows=rows._replace(token_ids=torch.where(after, 7, rows.token_ids)))
     first, second = (compare(task.model, one, task.config) for one in (batch, dirty))
     assert torch.equal(first.losses, second.losses)
-    alone = [task._batch([n], [task.reference[n]]) for n in task._order(0)]
+    alone = [task.batch([n]) for n in task.order(0)]
     losses = [compare(task.model, one, task.config).losses for one in alone]
     torch.testing.assert_close(torch.cat(losses), first.losses, rtol=1e-4, atol=1e-5)
 
@@ -114,7 +114,7 @@ def test_equal_answers_are_no_pair(base):
     """And the prompt is the same list of ids in all rows."""
     some = [Ranking(rankings()[0].prompt, ("same", "same", "other"), (1, 2, 3), "line 1")]
     task = task_of(base, some)
-    (one,) = task._rankings[:1]
+    (one,) = task.rankings[:1]
     assert one.ranks == (1, 1, 3)
     assert len({tuple(row[: one.num_prompt]) for row in one.rows}) == 1
     (batch,) = task.batches_of_step(0)

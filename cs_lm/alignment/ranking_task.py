@@ -1,0 +1,87 @@
+"""What the stages that learn from rankings share: settings, data, the order of the batches."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from cs_lm.alignment.conversations import Template
+from cs_lm.alignment.examples import EpochOrder, report_left_out
+from cs_lm.alignment.records import Ranking
+from cs_lm.alignment.reward_model import RenderedRanking, render_rankings
+from cs_lm.alignment.stage import StageConfig, StageTask, hash_of, validate_records
+from cs_lm.config.fields import setting
+from cs_lm.config.run import RunConfig
+from cs_lm.device import World
+from cs_lm.errors import Problem
+from cs_lm.tokenizer import BPETokenizer
+
+_log = logging.getLogger("cs_lm")
+
+
+@dataclass(frozen=True)
+class RankingsConfig(StageConfig):
+    """Settings of a stage that learns from rankings."""
+
+    data: tuple[str, ...] = setting(
+        (), "rankings or preferences: JSON or JSONL files, or patterns; required"
+    )
+    valid_data: tuple[str, ...] = setting((), "separate ones for validation; same forms as --data")
+    valid_fraction: float = setting(
+        0.1, "part of --data that is kept for validation without --valid_data", "of prompts"
+    )
+    batch_size: int = setting(16, "prompts in one forward pass, with all their answers")
+
+    def validate(self) -> list[Problem]:
+        return [*super().validate(), *validate_records(self, "rankings")]
+
+
+class RankingsTask(StageTask):
+    """Learns from the rankings `train`; those in `valid` are for validation."""
+
+    def __init__(
+        self,
+        config: RankingsConfig,
+        base: RunConfig,
+        tokenizer: BPETokenizer,
+        rankings: tuple[Sequence[Ranking], Sequence[Ranking]],
+        model: nn.Module,
+        world: World,
+    ):
+        """rankings  those to train on, and those to validate on"""
+        super().__init__(config, base, tokenizer, model)
+        self.device = world.device
+        most = config.max_tokens(base)
+        self.train, self.valid = (_rendered(one, self.template, most) for one in rankings)
+        num_tokens = [len(row) for one in self.train for row in one.rows]
+        _log.info("data: %d rankings of %d answers; template %s", len(self.train), len(num_tokens),
+                  self.template.name)  # fmt: skip
+        self.order = EpochOrder(len(self.train), config.batch_size, config.seed)
+        self.num_steps = config.num_steps(len(self.train))
+        mean = sum(num_tokens) / len(self.train)
+        self.tokens_per_step = round(mean * config.batch_size * config.grad_accum)
+        every = [one for side in rankings for one in side]
+        self.data_hash = hash_of([(one.prompt, one.answers, one.ranks) for one in every])
+
+    def facts(self) -> dict[str, Any]:
+        sizes = {"train_rankings": len(self.train), "valid_rankings": len(self.valid)}
+        return super().facts() | sizes
+
+
+def _rendered(
+    rankings: Sequence[Ranking], template: Template, max_tokens: int
+) -> list[RenderedRanking]:
+    """Those of which all answers fit; the others are counted in a warning.
+
+    Raises: UserError if none fits.
+    """
+    kept, too_long = render_rankings(rankings, template, max_tokens)
+    if too_long:
+        report_left_out(
+            f"{len(too_long):,} of {len(rankings):,} rankings have an answer that is too long with "
+            f"its prompt ({max_tokens} tokens), the first in {too_long[0]}",
+            some_are_left=bool(kept),
+        )
+    return kept
