@@ -62,7 +62,9 @@ def decoded(where: str, content: bytes) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{where}: is not UTF-8 at byte offset {error.start}") from None
+        raise UserError(
+            f"{where}: is not UTF-8 at byte offset {error.start}; give a UTF-8 text"
+        ) from None
 
 
 def print_error(error: Exception) -> None:

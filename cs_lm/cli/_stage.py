@@ -66,7 +66,7 @@ def run_stage(
             missing = Problem("--out_dir", "is missing", fix="name the folder of the run")
             raise UserError(*(wrong or [missing]))
         folder = RunFolder(given["out_dir"])
-        folder.require()
+        folder.require("check it, or start the run without --resume")
         with folder.lock():
             return _resume(name, config_class, folder, namespace, given, make_task)
 

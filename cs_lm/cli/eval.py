@@ -4,13 +4,18 @@ Each question stands alone (--num_shots 0), or after solved examples, the demons
 several numbers, each is evaluated; with --dev_path, the best one there is evaluated on the task.
 """
 
+import contextlib
 import json
-from collections.abc import Sequence
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from cs_lm.cli._errors import readable_errors
+from cs_lm.cli._outputs import PLOT, RESULTS, output_problems
 from cs_lm.cli._progress import ProgressLine
 from cs_lm.config.fields import setting
 from cs_lm.config.flags import parse_config
@@ -27,23 +32,27 @@ from cs_lm.device import resolve_device
 from cs_lm.errors import Problem, UserError
 from cs_lm.evaluation.contamination import NGRAM_WORDS, contaminated
 from cs_lm.evaluation.in_context import (
+    MAX_NEW_TOKENS,
     SCORINGS,
     Accuracy,
     Answered,
     InContextOptions,
+    Question,
     accuracy,
     accuracy_by_subject,
     answer_all,
     mean_logprob,
+    pose,
 )
 from cs_lm.evaluation.prompts import PromptFormat
-from cs_lm.evaluation.tasks import KINDS, Example, kind_of, read_examples
+from cs_lm.evaluation.tasks import KINDS, Example, files_named, kind_of, read_examples
 from cs_lm.reports.accuracy_plot import draw_accuracy
-from cs_lm.storage.atomic import atomic_open
+from cs_lm.storage.atomic import temporary_name
 from cs_lm.training.run_dir import RunFolder, TrainedModel, load_trained
 
 _FORMAT = PromptFormat()
 _MOST_SUBJECTS = 100  # in the table; the results have all
+_QUESTIONS_AT_ONCE = 128  # then their answers are in the file of the results
 
 
 @dataclass(frozen=True)
@@ -83,14 +92,18 @@ class EvalConfig:
     instruction: str = setting("", "first text of each prompt")
     letters: bool = setting(False, "list the choices, and answer with their letter")
     max_examples: int | None = setting(None, "take this many questions; default: all")
-    max_new_tokens: int = setting(64, "of a generated answer", "tokens")
+    max_new_tokens: int | None = setting(
+        None, f"of a generated answer; default: {MAX_NEW_TOKENS}", "tokens"
+    )
     seed: int = setting(0, "of the demonstrations")
     results_path: str | None = setting(None, "write one JSON line for each answer to this file")
     plot_path: str | None = setting(None, "draw accuracy against --num_shots to this .png or .svg")
     contamination_path: tuple[str, ...] = setting(
         (), "training text: report which questions occur in it, and the accuracy without them"
     )
-    ngram: int = setting(NGRAM_WORDS, "a question occurs if this many of its words do, in a row")
+    ngram: int | None = setting(
+        None, f"a question occurs if this many of its words do, in a row; default: {NGRAM_WORDS}"
+    )
     encoding_errors: str = encoding_errors_setting()
     text_field: str = text_field_setting()
     document_separator: str | None = document_separator_setting()
@@ -121,14 +134,14 @@ class EvalConfig:
             found.append(Problem("--dev_path", "has no effect with one value of --num_shots"))
         if self.seed < 0:
             found.append(Problem("--seed", f"got {self.seed}", "0 or more"))
-        if self.plot_path is not None and Path(self.plot_path).suffix not in (".png", ".svg"):
-            need = "a name that ends in .png or .svg"
-            found.append(Problem("--plot_path", f"got {self.plot_path!r}", need))
+        if self.ngram is not None and not self.contamination_path:
+            what = "has no effect without --contamination_path"
+            found.append(Problem("--ngram", what, fix="add it, or leave it out"))
         return found + validate_checkpoint(self.checkpoint)
 
 
 class _Report(NamedTuple):
-    """The answers of one number of demonstrations."""
+    """The answers after one number of demonstrations."""
 
     num_shots: int
     answered: list[Answered]
@@ -137,49 +150,80 @@ class _Report(NamedTuple):
 @readable_errors
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(EvalConfig, "python -m cs_lm eval", __doc__, argv)
+    _check_outputs(config)
     examples = read_examples(config.task_path)[: config.max_examples]
     pool = _examples(config.demonstrations_path, "--demonstrations_path")
     dev = _examples(config.dev_path, "--dev_path")
     kind = kind_of(examples) if config.kind == "auto" else config.kind
-    if kind == "multiple_choice" and not all(example.choices for example in (*examples, *dev)):
-        raise UserError("--kind: got multiple_choice, but a question has no choices")
-    if config.letters and kind != "multiple_choice":
-        raise UserError(f"--letters: has no effect with answers of kind {kind}; leave it out")
-    if config.scoring != "sum" and kind in ("exact_match", "last_number"):
-        raise UserError(f"--scoring: has no effect with answers of kind {kind}; leave it out")
     options = InContextOptions(
         kind,
         _prompt_format(config),
         config.scoring,
         config.seed,
-        config.max_new_tokens,
+        config.max_new_tokens or MAX_NEW_TOKENS,
     )
+    _check_kind(config, options, (*examples, *dev))
     is_dirty = _contamination(config, examples)
     device = resolve_device(config.device)
     trained = load_trained(RunFolder(config.out_dir), config.checkpoint, device)
     print(f"model    {config.out_dir}, {config.checkpoint}, step {trained.iteration}")
     print(f"task     {' '.join(config.task_path)}: {len(examples):,} questions, {kind}")
-    num_shots = config.num_shots
+
+    def posed(examples: Sequence[Example]) -> dict[int, list[Question]]:
+        length = trained.config.model.context_length
+        return {
+            n: pose(trained.tokenizer, length, examples, pool, n, options) for n in config.num_shots
+        }
+
+    questions, of_dev = posed(examples), posed(dev)  # all are checked before the first answer
     if dev:
-        on_dev = [_report(trained, dev, pool, n, options) for n in num_shots]
+        on_dev = [_report(trained, n, of_dev[n], options) for n in config.num_shots]
         print("\non the development part")
         _print_accuracies(on_dev)
         best = max(on_dev, key=lambda report: accuracy(report.answered).share)
-        num_shots = (best.num_shots,)
+        questions = {best.num_shots: questions[best.num_shots]}
         print(f"chosen: {best.num_shots}")
-    reports = [_report(trained, examples, pool, n, options) for n in num_shots]
+    with _Results(config, trained.iteration, is_dirty) as results:
+        reports = [
+            _report(trained, n, asked, options, results.add) for n, asked in questions.items()
+        ]
     print()
     _print_accuracies(reports)
     _print_subjects(reports)
     if is_dirty is not None:
-        _print_contamination(reports, is_dirty, config.ngram)
+        _print_contamination(reports, is_dirty, config.ngram or NGRAM_WORDS)
     if config.results_path is not None:
-        _write_results(config, reports, is_dirty, trained)
         print(f"\nresults  {config.results_path}")
     if config.plot_path is not None:
         _draw(config.plot_path, reports, examples)
         print(f"plot     {config.plot_path}")
     return 0
+
+
+def _check_outputs(config: EvalConfig) -> None:
+    given = {"--task_path": config.task_path, "--dev_path": config.dev_path,
+             "--demonstrations_path": config.demonstrations_path}  # fmt: skip
+    inputs = [str(file) for flag, paths in given.items() for file in files_named(paths, flag)]
+    problems = output_problems("--results_path", config.results_path, RESULTS, inputs)
+    problems += output_problems("--plot_path", config.plot_path, PLOT)
+    if problems:
+        raise UserError(*problems)
+
+
+def _check_kind(config: EvalConfig, options: InContextOptions, examples: Sequence[Example]) -> None:
+    kind = options.kind
+    if kind == "multiple_choice":
+        bare = next((example for example in examples if not example.choices), None)
+        if bare is not None:
+            raise UserError(f"--kind: got multiple_choice, but {bare.where} has no choices")
+    no_effect = {
+        "--letters": config.letters and kind != "multiple_choice",
+        "--scoring": config.scoring != "sum" and options.is_generated,
+        "--max_new_tokens": config.max_new_tokens is not None and not options.is_generated,
+    }
+    for flag, is_given in no_effect.items():
+        if is_given:
+            raise UserError(f"{flag}: has no effect with answers of kind {kind}; leave it out")
 
 
 def _examples(paths: Sequence[str], flag: str) -> list[Example]:
@@ -197,27 +241,30 @@ def _prompt_format(config: EvalConfig) -> PromptFormat:
 def _contamination(config: EvalConfig, examples: Sequence[Example]) -> list[bool] | None:
     if not config.contamination_path:
         return None
-    text = text_of(config.contamination_path, config, ())
-    return contaminated(examples, text.read(), config.ngram)
+    text = text_of(config.contamination_path, config, (), "--contamination_path")
+    return contaminated(examples, text.read(), config.ngram or NGRAM_WORDS)
 
 
 def _report(
     trained: TrainedModel,
-    examples: Sequence[Example],
-    pool: Sequence[Example],
     num_shots: int,
+    questions: Sequence[Question],
     options: InContextOptions,
+    add: Callable[[_Report], None] = lambda report: None,
 ) -> _Report:
-    progress = ProgressLine()
+    """add: called with each part of the answers as soon as it is there"""
+    progress, report = ProgressLine(), _Report(num_shots, [])
+    for first in range(0, len(questions), _QUESTIONS_AT_ONCE):
 
-    def show(done: int, total: int) -> None:
-        progress(f"{num_shots} demonstrations", done, total)
+        def show(done: int, first: int = first) -> None:
+            progress(f"{num_shots} demonstrations", first + done, len(questions))
 
-    answered = answer_all(
-        trained.model, trained.tokenizer, examples, pool, num_shots, options, show
-    )
+        part = questions[first : first + _QUESTIONS_AT_ONCE]
+        answered = answer_all(trained.model, trained.tokenizer, part, options, show)
+        add(_Report(num_shots, answered))
+        report.answered.extend(answered)
     progress.close()
-    return _Report(num_shots, answered)
+    return report
 
 
 def _print_accuracies(reports: Sequence[_Report]) -> None:
@@ -229,7 +276,7 @@ def _print_accuracies(reports: Sequence[_Report]) -> None:
     for num_shots, answered in reports:
         found = accuracy(answered)
         low, high = found.interval
-        fitted = sum(one.num_shots for one in answered) / len(answered)
+        fitted = sum(one.question.num_shots for one in answered) / len(answered)
         counts = f"{found.num_correct:,} of {found.num_examples:,}"
         line = f"{num_shots:>14}{fitted:>8.1f}{counts:>14}{found.share:>10.4f}"
         line += f"{f'{low:.4f} to {high:.4f}':>18}"
@@ -237,6 +284,12 @@ def _print_accuracies(reports: Sequence[_Report]) -> None:
             mean, least, most = mean_logprob(answered)
             line += f"{f'{mean:.3f} ({least:.3f} to {most:.3f})':>34}"
         print(line)
+    for num_shots, answered in reports:
+        if cut := [one.example.where for one in answered if one.question.is_cut]:
+            print(
+                f"{num_shots} demonstrations: {len(cut):,} questions are longer than the context, "
+                f"and lost their beginning (the first: {cut[0]})"
+            )
 
 
 def _print_subjects(reports: Sequence[_Report]) -> None:
@@ -265,35 +318,68 @@ def _print_contamination(reports: Sequence[_Report], is_dirty: list[bool], ngram
         print(f"{num_shots:>14} demonstrations, without them: {left}")
 
 
-def _write_results(
-    config: EvalConfig,
-    reports: Sequence[_Report],
-    is_dirty: list[bool] | None,
-    trained: TrainedModel,
-) -> None:
-    """One line an answer. (id, num_shots, seed) names the same question in every file."""
-    with atomic_open(config.results_path) as file:
-        for num_shots, answered in reports:
-            for index, one in enumerate(answered):
-                record = {
-                    "model": config.out_dir,
-                    "step": trained.iteration,
-                    "subject": one.example.subject,
-                    "id": one.example.id,
-                    "index": index,
-                    "num_shots": num_shots,
-                    "num_shots_fitted": one.num_shots,
-                    "scoring": config.scoring,
-                    "seed": config.seed,
-                    "question": one.example.question,
-                    "choices": one.example.choices,
-                    "answer": one.example.answer,
-                    "given": one.given,
-                    "correct": one.is_correct,
-                    "scores_nats": one.scores,
-                    "contaminated": None if is_dirty is None else is_dirty[index],
-                }
-                file.write(json.dumps(record).encode("utf-8") + b"\n")
+class _Results:
+    """The file of --results_path: one line an answer, written as the answers come.
+
+    (id, num_shots, seed) names the same question in every file. The file has another name until
+    it is complete; if something stops the evaluation, it keeps that name.
+    """
+
+    def __init__(self, config: EvalConfig, step: int, is_dirty: list[bool] | None):
+        self._config, self._step, self._is_dirty = config, step, is_dirty
+        self._file: BinaryIO | None = None
+        self._counts: Counter[int] = Counter()  # answers in the file, by number of demonstrations
+
+    def __enter__(self) -> "_Results":
+        if self._config.results_path is not None:
+            path = Path(self._config.results_path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._writing = temporary_name(path)
+            self._file = open(self._writing, "wb")
+        return self
+
+    def __exit__(self, kind, error, _traceback) -> None:
+        if self._file is None:
+            return
+        with contextlib.suppress(OSError):
+            self._file.close()
+        if error is None:
+            os.replace(self._writing, self._config.results_path)
+        elif self._counts:
+            print(f"results  those so far are in {self._writing}", file=sys.stderr)
+        else:
+            self._writing.unlink()
+
+    def add(self, report: _Report) -> None:
+        if self._file is None:
+            return
+        for one in report.answered:
+            index = self._counts[report.num_shots]
+            self._counts[report.num_shots] += 1
+            self._file.write(self._line(report.num_shots, index, one))
+        self._file.flush()
+
+    def _line(self, num_shots: int, index: int, one: Answered) -> bytes:
+        record = {
+            "model": self._config.out_dir,
+            "step": self._step,
+            "subject": one.example.subject,
+            "id": one.example.id,
+            "index": index,
+            "num_shots": num_shots,
+            "num_shots_fitted": one.question.num_shots,
+            "scoring": self._config.scoring,
+            "seed": self._config.seed,
+            "question": one.example.question,
+            "question_is_cut": one.question.is_cut,
+            "choices": one.example.choices,
+            "answer": one.example.answer,
+            "given": one.given,
+            "correct": one.is_correct,
+            "scores_nats": one.scores,
+            "contaminated": None if self._is_dirty is None else self._is_dirty[index],
+        }
+        return json.dumps(record).encode("utf-8") + b"\n"
 
 
 def _draw(path: str, reports: Sequence[_Report], examples: Sequence[Example]) -> None:

@@ -27,6 +27,7 @@ from cs_lm.data.token_store import ArrayTokens
 from cs_lm.device import resolve_device
 from cs_lm.errors import Problem, UserError
 from cs_lm.evaluation.perplexity import EvalOptions, Evaluation, evaluate, token_byte_lengths
+from cs_lm.tokenizer.corpus_files import find_files
 from cs_lm.training.run_dir import RunFolder, TrainedModel, load_trained
 
 
@@ -38,7 +39,9 @@ class EvaluateConfig:
     seq_length: int | None = setting(None, "window; default: the run's --seq_length", "tokens")
     batch_size: int = setting(16, "windows in one forward pass; changes the speed alone")
     max_tokens: int | None = setting(
-        None, "score about this many of each text; default: all", "tokens"
+        None,
+        "score about this many of each text, in whole windows, at least one; default: all",
+        "tokens",
     )
     stride: int | None = setting(
         None,
@@ -67,6 +70,8 @@ class EvaluateConfig:
 @readable_errors
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(EvaluateConfig, "python -m cs_lm evaluate", __doc__, argv)
+    for path in config.text_path:
+        find_files([path], "--text_path")
     trained = load_trained(
         RunFolder(config.out_dir),
         config.checkpoint,
@@ -96,9 +101,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _evaluated(
     trained: TrainedModel, path: str, config: EvaluateConfig, options: EvalOptions
 ) -> Evaluation:
-    text = text_of([path], config, trained.tokenizer.special_tokens)
+    text = text_of([path], config, trained.tokenizer.special_tokens, "--text_path")
     blocks = trained.tokenizer.encode_blocks(text.read())
     ids = np.concatenate([np.asarray(block, np.int64) for block in blocks])
+    if len(ids) < 2:
+        raise UserError(f"--text_path: {path!r} has {len(ids)} tokens, need at least 2")
     lengths = token_byte_lengths(trained.tokenizer.vocab)
     return evaluate(trained.model, ArrayTokens(ids), lengths, options)
 

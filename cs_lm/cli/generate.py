@@ -28,7 +28,7 @@ from cs_lm.device import resolve_device
 from cs_lm.errors import Problem, UserError
 from cs_lm.inference.decoding_config import DecodingConfig
 from cs_lm.inference.sampling import NotANumberError
-from cs_lm.inference.text import Completion, complete, stop_ids_of
+from cs_lm.inference.text import Completion, allowed_ids, complete, stop_ids_of
 from cs_lm.training.run_dir import RunFolder, TrainedModel, load_trained
 from cs_lm.training.signals import StopRequested, raise_on_signal
 
@@ -65,13 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = RunFolder(config.out_dir)
     prompt = config.prompt
     if config.prompt_file is not None:
-        prompt = _prompt_from("--prompt_file", Path(config.prompt_file).read_bytes())
+        where, content = f"--prompt_file: {config.prompt_file!r}", Path(config.prompt_file)
+        prompt = _prompt_from(where, content.read_bytes())
     elif prompt is None and not sys.stdin.isatty():
         prompt = _prompt_from("standard input", sys.stdin.buffer.read())
-    if prompt == "":
-        raise UserError("prompt: got an empty text, need at least one character")
     trained = load_trained(folder, config.checkpoint, device, getattr(torch, config.dtype))
-    stop_ids_of(trained.tokenizer, config.decoding.stop_token)  # raises before any text is shown
+    _check(trained, config.decoding)
     try:
         if prompt is not None:
             _write(trained, prompt, config.decoding)
@@ -105,7 +104,17 @@ def _converse(trained: TrainedModel, decoding: DecodingConfig) -> None:
 
 def _prompt_from(where: str, content: bytes) -> str:
     """The text, without the newline that editors and `echo` put at the end."""
-    return decoded(where, content).removesuffix("\n").removesuffix("\r")
+    text = decoded(where, content).removesuffix("\n").removesuffix("\r")
+    if not text:
+        raise UserError(f"{where}: is empty, need at least one character")
+    return text
+
+
+def _check(trained: TrainedModel, decoding: DecodingConfig) -> None:
+    """Raises: UserError for settings that the model cannot follow, before any text is shown."""
+    stop_ids = stop_ids_of(trained.tokenizer, decoding.stop_token)
+    size = trained.config.model.vocab_size
+    allowed_ids(trained.tokenizer, size, decoding.allowed_characters, stop_ids)
 
 
 def _write(trained: TrainedModel, prompt: str, decoding: DecodingConfig) -> None:
@@ -117,7 +126,7 @@ def _write(trained: TrainedModel, prompt: str, decoding: DecodingConfig) -> None
             print(f"{paint(heading, '36')}\n{paint(prompt, '2')}{completion.text}", flush=True)
             _print_logprobs(trained, completion, decoding)
         return
-    stop_ids_of(trained.tokenizer, decoding.stop_token)
+    _check(trained, decoding)
     print(paint(prompt, "2"), end="", flush=True)
     (completion,) = complete(
         trained.model,

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from cs_lm.cli._errors import readable_errors
+from cs_lm.cli._outputs import PLOT, output_problems
 from cs_lm.config.fields import setting
 from cs_lm.config.flags import parse_config
 from cs_lm.config.shared import validate_run
@@ -30,10 +30,7 @@ class PlotConfig:
         if self.plot_path is None and len(self.out_dir) > 1:
             need = "with several runs; name a file"
             found.append(Problem("--plot_path", "is missing", need))
-        if self.plot_path is not None and Path(self.plot_path).suffix not in (".png", ".svg"):
-            need = "a name that ends in .png or .svg"
-            found.append(Problem("--plot_path", f"got {self.plot_path!r}", need))
-        return found
+        return found + output_problems("--plot_path", self.plot_path, PLOT)
 
 
 @readable_errors
@@ -43,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = [folder.path.resolve() for folder in folders]
     if len(set(names)) < len(names):
         raise UserError("--out_dir: names a run twice; name each once")
+    for folder in folders:
+        folder.read_log()
     path = config.plot_path or folders[0].plot_of(config.show, config.against)
     print(plot_runs([folder.metrics for folder in folders], path, config.against, config.show))
     return 0

@@ -6,6 +6,7 @@ already are left out, so the same command goes on after a stop.
 """
 
 import json
+import os
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from cs_lm.alignment.reward_model import render_answer, score_rows
 from cs_lm.alignment.reward_training import load_reward_model
 from cs_lm.alignment.rules import rule_of, score_by_rule
 from cs_lm.cli._errors import readable_errors
+from cs_lm.cli._outputs import is_an_input, unwritable
 from cs_lm.config.fields import not_positive, setting
 from cs_lm.config.flags import parse_config
 from cs_lm.config.shared import checkpoint_setting, device_setting, validate_checkpoint
@@ -67,6 +69,8 @@ class RankConfig:
             found.append(Problem("--num_answers", what, need))
         if self.rule is not None and self.reward is not None:
             found.append(Problem("--rule, --reward", "got both", fix="give one of the two"))
+        if self.out:
+            found += unwritable("--out", self.out) or is_an_input("--out", self.out, self.prompts)
         return found + validate_checkpoint(self.checkpoint)
 
 
@@ -81,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     answers_to = _Sampler(config, device)
     todo = [(n, one) for n, one in enumerate(prompts) if _key(record_of(one)) not in done]
     print(f"{len(prompts):,} prompts, {len(prompts) - len(todo):,} of them ranked already")
+    out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("a", encoding="utf-8") as file:
         for number, prompt in todo:
             answers = answers_to(number, prompt)
@@ -169,11 +174,16 @@ def _prompts_in(path: Path) -> set[str]:
     """The prompts of a file that an earlier call wrote. A half line at its end is taken out."""
     if not path.exists():
         return set()
-    content = path.read_text(encoding="utf-8")
-    whole = content[: content.rfind("\n") + 1]
-    if whole != content:
-        path.write_text(whole, encoding="utf-8")
+    content = path.read_bytes()
+    whole, rest = content[: content.rfind(b"\n") + 1], content[content.rfind(b"\n") + 1 :]
     try:
-        return {_key(json.loads(line)) for line in whole.splitlines() if line.strip()}
-    except (ValueError, AttributeError):
-        raise UserError(f"--out: {str(path)!r} holds other lines than rankings") from None
+        records = [json.loads(line) for line in whole.splitlines() if line.strip()]
+        keys = {_key(record) for record in records if record["ranks"]}
+        if rest and not rest.startswith(b"{"):
+            raise ValueError
+    except (ValueError, TypeError, KeyError):
+        what, fix = f"{str(path)!r} holds other lines than rankings", "name another file"
+        raise UserError(Problem("--out", what, fix=fix)) from None
+    if rest:
+        os.truncate(path, len(whole))
+    return keys

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cs_lm.cli._errors import decoded, readable_errors
+from cs_lm.cli._outputs import PAGE, output_problems
 from cs_lm.cli._prompt import has_colours
 from cs_lm.config.fields import is_unicode, not_unicode, setting
 from cs_lm.config.flags import parse_config
@@ -51,6 +52,8 @@ class ScoreConfig:
             found.append(Problem("--text_path", f"got {self.text_path!r}, which is not a file"))
         if self.num_alternatives < 0:
             found.append(Problem("--num_alternatives", f"got {self.num_alternatives}", "0 or more"))
+        inputs = [self.text_path] if self.text_path is not None else []
+        found += output_problems("--html_path", self.html_path, PAGE, inputs)
         return found + validate_checkpoint(self.checkpoint)
 
 
@@ -63,10 +66,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     vocab = trained.tokenizer.vocab
     scores = score_tokens(trained.model, trained.tokenizer.encode(text), config.num_alternatives)
     total = summary(scores, vocab)
-    facts = (
-        f"{config.out_dir}, {config.checkpoint}, step {trained.iteration}: {total.num_tokens:,} "
-        f"tokens, {total.loss_nats:.4f} nats per token, {total.bits_per_byte:.4f} bits per byte"
-    )
+    facts = f"{config.out_dir}, {config.checkpoint}, step {trained.iteration}: "
+    if total.num_tokens:
+        facts += (
+            f"{total.num_tokens:,} tokens, {total.loss_nats:.4f} nats per token, "
+            f"{total.bits_per_byte:.4f} bits per byte"
+        )
+    else:
+        facts += "nothing to score, because the first token has none before it"
     view = config.view
     if view == "auto":
         view = "colours" if has_colours(sys.stdout) else "lines"
@@ -86,12 +93,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _text(config: ScoreConfig) -> str:
     where, text = "--text", config.text
     if text is None:
-        where = "standard input" if config.text_path is None else "--text_path"
         path = config.text_path
+        where = "standard input" if path is None else f"--text_path: {path!r}"
         content = sys.stdin.buffer.read() if path is None else Path(path).read_bytes()
         text = decoded(where, content)
     if not text:
-        raise UserError(f"{where}: got an empty text, need at least one character")
+        raise UserError(f"{where}: is empty, need at least one character")
     return text
 
 

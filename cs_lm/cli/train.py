@@ -92,7 +92,7 @@ def _resume(namespace, given: dict[str, Any], wrong_values: list[Problem]) -> in
     if wrong_step:
         raise UserError(*wrong_step)
     folder = RunFolder(asked.out_dir or Path("runs") / label_of(asked.data))
-    folder.require()
+    folder.require("check it, or start the run without --resume")
     with nullcontext() if asked.dry_run else folder.lock():
         return _resume_locked(folder, namespace, given)
 

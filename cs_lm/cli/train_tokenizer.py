@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cs_lm.cli._errors import readable_errors
+from cs_lm.cli._outputs import is_an_input, unwritable
 from cs_lm.cli._progress import ProgressLine
 from cs_lm.config.fields import setting
 from cs_lm.config.flags import parse_config
@@ -49,8 +50,8 @@ class TrainTokenizerConfig:
                 Problem("--merges_path", f"got {self.merges_path!r}, which is --vocab_path too")
             )
         for flag, path in (("--vocab_path", self.vocab_path), ("--merges_path", self.merges_path)):
-            if Path(path).is_dir():
-                found.append(Problem(flag, f"got {path!r}, which is a folder", fix="name a file"))
+            if problems := unwritable(flag, path) or is_an_input(flag, path, self.corpus_path):
+                found += problems
             elif Path(path).exists() and not self.overwrite:
                 found.append(
                     Problem(flag, f"{path!r} exists", fix="add --overwrite, or name another file")

@@ -133,18 +133,25 @@ def find_valid_corpus(data: DataConfig, remember: bool = True) -> Corpus | None:
 def _corpus(
     label: str, paths: tuple[str, ...], data: DataConfig, flag: str, remember: bool
 ) -> Corpus:
-    find_files(paths, flag)  # its error names the flag
-    text = text_of(paths, data, data.special_tokens)
+    text = text_of(paths, data, data.special_tokens, flag)
     description = text.describe(sha256_remembered if remember else None)
     shown = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
     return Corpus(label, shown, paths, data, description)
 
 
-def text_of(paths: Sequence[str], settings: Any, special_tokens: Sequence[str]) -> TextSource:
+def text_of(
+    paths: Sequence[str],
+    settings: Any,
+    special_tokens: Sequence[str],
+    flag: str = "--corpus_path",
+) -> TextSource:
     """The text of the paths.
 
     settings  an object with `encoding_errors`, `document_separator` and `text_field`
+    flag      what names the paths, for messages
+    Raises: UserError for a path without a file, or for one file that is empty
     """
+    find_files(paths, flag)
     separator = separator_for(settings.document_separator, special_tokens)
     return TextSource(
         paths, settings.encoding_errors, separator=separator, text_field=settings.text_field

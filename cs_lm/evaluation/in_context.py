@@ -15,6 +15,8 @@ from cs_lm.inference.text import generate_text
 from cs_lm.models.base import LanguageModel
 
 SCORINGS = ("sum", "per_token", "answer_only")
+GENERATED = ("exact_match", "last_number")
+MAX_NEW_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -31,34 +33,94 @@ class InContextOptions:
     prompt_format: PromptFormat
     scoring: str = "sum"
     seed: int = 0
-    max_new_tokens: int = 64
+    max_new_tokens: int = MAX_NEW_TOKENS
+
+    @property
+    def is_generated(self) -> bool:
+        """Whether the model writes the answers; else it scores given ones."""
+        return self.kind in GENERATED
 
 
-class Answered(NamedTuple):
-    """One example, answered.
+class Question(NamedTuple):
+    """An example as the model gets it.
 
     num_shots  the demonstrations that fitted
-    given      the answer of the model
-    scores     of each choice, or of the right answer alone [nats]; empty for generated answers
+    is_cut     it is longer than the context even without them: the model does not see its beginning
     """
 
     example: Example
+    prompt: str
     num_shots: int
+    is_cut: bool
+
+
+class Answered(NamedTuple):
+    """One question, answered.
+
+    given   the answer of the model
+    scores  of each choice, or of the right answer alone [nats]; empty for generated answers
+    """
+
+    question: Question
     given: str
     is_correct: bool
     scores: list[float]
+
+    @property
+    def example(self) -> Example:
+        return self.question.example
+
+
+def pose(
+    tokenizer: Any,
+    context_length: int,
+    examples: Sequence[Example],
+    pool: Sequence[Example],
+    num_shots: int,
+    options: InContextOptions,
+) -> list[Question]:
+    """The examples after `num_shots` demonstrations of the pool each, or as many as fit.
+
+    Raises: UserError for an answer that is longer than the context, or for no pool.
+    """
+    if num_shots and not pool:
+        raise UserError("--num_shots: needs --demonstrations_path, files with solved examples")
+    shown, questions = options.prompt_format, []
+    for index, example in enumerate(examples):
+        room = _room(tokenizer, context_length, example, options)
+
+        def fits(prompt: str, room: int = room) -> bool:
+            return len(tokenizer.encode(prompt)) + room <= context_length
+
+        chosen = demonstrations_for(example, index, pool, num_shots, options.seed)
+        prompt, used = build_prompt(example, chosen, shown, fits)
+        questions.append(Question(example, prompt, used, not used and not fits(prompt)))
+    return questions
+
+
+def _room(tokenizer: Any, context_length: int, example: Example, options: InContextOptions) -> int:
+    """Tokens of the longest answer. Raises: UserError if the context cannot hold a given one."""
+    if options.is_generated:
+        return options.max_new_tokens
+    shown = options.prompt_format
+    answers = _answers(shown.prepared(example), options.kind)
+    room = max(len(tokenizer.encode(shown.answer(answer))) for answer in answers)
+    if room > context_length:
+        raise UserError(
+            f"{example.where}: an answer has {room} tokens, need at most {context_length}, the "
+            "model's context; leave the question out"
+        )
+    return room
 
 
 def answer_all(
     model: LanguageModel,
     tokenizer: Any,
-    examples: Sequence[Example],
-    pool: Sequence[Example],
-    num_shots: int,
+    questions: Sequence[Question],
     options: InContextOptions,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[Answered]:
-    """The model's answers after `num_shots` demonstrations of the pool, or as many as fit.
+    """The model's answers.
 
     Multiple choice: the choice with the highest score. With log-probabilities of its tokens given
     the prompt, that is their sum; per token, their mean; answer_only, the sum minus the sum given
@@ -66,30 +128,9 @@ def answer_all(
     Completion: correct if each token of the answer is the most likely one. Exact match and last
     number: of the greedy text, up to a stop text.
     """
-    if num_shots and not pool:
-        raise UserError("--num_shots: needs --demonstrations_path, files with solved examples")
-    context_length = model.config.context_length
-    is_generated = options.kind in ("exact_match", "last_number")
-    shown = options.prompt_format
-    prompts, shots = [], []
-    for index, example in enumerate(examples):
-        answers = _answers(shown.prepared(example), options.kind)
-        room = max(len(tokenizer.encode(shown.answer(answer))) for answer in answers)
-        room = options.max_new_tokens if is_generated else room
-
-        def fits(prompt: str, room: int = room) -> bool:
-            return len(tokenizer.encode(prompt)) + room <= context_length
-
-        chosen = demonstrations_for(example, index, pool, num_shots, options.seed)
-        prompt, used = build_prompt(example, chosen, shown, fits)
-        prompts.append(prompt)
-        shots.append(used)
-    answer = _generated if is_generated else _scored
-    given = answer(model, tokenizer, examples, prompts, options, on_progress)
-    return [
-        Answered(example, used, *of_model)
-        for example, used, of_model in zip(examples, shots, given, strict=True)
-    ]
+    answer = _generated if options.is_generated else _scored
+    given = answer(model, tokenizer, questions, options, on_progress)
+    return [Answered(one, *of_model) for one, of_model in zip(questions, given, strict=True)]
 
 
 def _answers(example: Example, kind: str) -> tuple[str, ...]:
@@ -97,15 +138,15 @@ def _answers(example: Example, kind: str) -> tuple[str, ...]:
     return example.choices if kind == "multiple_choice" else (example.answer,)
 
 
-def _scored(model, tokenizer, examples, prompts, options, on_progress):
+def _scored(model, tokenizer, questions, options, on_progress):
     shown = options.prompt_format
-    answers_of = [_answers(shown.prepared(example), options.kind) for example in examples]
+    answers_of = [_answers(shown.prepared(one.example), options.kind) for one in questions]
     pairs = [
-        token_pair(tokenizer.encode, prompt, shown.answer(answer))
-        for answers, prompt in zip(answers_of, prompts, strict=True)
+        token_pair(tokenizer.encode, one.prompt, shown.answer(answer))
+        for answers, one in zip(answers_of, questions, strict=True)
         for answer in answers
     ]
-    found = likelihoods(model, pairs, lambda done: on_progress(done, len(pairs)))
+    found = likelihoods(model, pairs, lambda done: on_progress(done * len(questions) // len(pairs)))
     scores = [_score(one, options.scoring) for one in found]
     if options.scoring == "answer_only":
         alone = [
@@ -117,7 +158,7 @@ def _scored(model, tokenizer, examples, prompts, options, on_progress):
         known = dict(zip(unique, likelihoods(model, unique)))
         scores = [score - known[tuple(a), tuple(b)].logprob for score, (a, b) in zip(scores, alone)]
     first = 0
-    for example, answers in zip(examples, answers_of, strict=True):
+    for (example, *_), answers in zip(questions, answers_of, strict=True):
         own = slice(first, first + len(answers))
         first += len(answers)
         if options.kind == "completion":
@@ -133,7 +174,7 @@ def _score(found: Likelihood, scoring: str) -> float:
     return found.logprob / found.num_tokens if scoring == "per_token" else found.logprob
 
 
-def _generated(model, tokenizer, examples, prompts, options, on_progress):
+def _generated(model, tokenizer, questions, options, on_progress):
     separator = options.prompt_format.separator
     config = DecodingConfig(
         max_new_tokens=options.max_new_tokens,
@@ -141,16 +182,17 @@ def _generated(model, tokenizer, examples, prompts, options, on_progress):
         stop=(separator,) if separator else (),
     )
     batch_size = 8
-    for first in range(0, len(prompts), batch_size):
-        texts = generate_text(model, tokenizer, prompts[first : first + batch_size], config)
-        for example, text in zip(examples[first : first + batch_size], texts):
+    for first in range(0, len(questions), batch_size):
+        batch = questions[first : first + batch_size]
+        texts = generate_text(model, tokenizer, [one.prompt for one in batch], config)
+        for (example, *_), text in zip(batch, texts, strict=True):
             if options.kind == "last_number":
                 wanted = last_number(example.answer)
                 is_correct = wanted is not None and last_number(text) == wanted
             else:
                 is_correct = normalised(text) == normalised(example.answer)
             yield text.strip(), is_correct, []
-        on_progress(min(first + batch_size, len(prompts)), len(prompts))
+        on_progress(first + len(batch))
 
 
 class Accuracy(NamedTuple):

@@ -54,18 +54,32 @@ def read_examples(paths: Sequence[str], flag: str = "--task_path") -> list[Examp
     ending like `_dev`.
     Raises: UserError for a missing or empty file, or a record that is not understood.
     """
-    examples = [one for file in files_named(paths, flag) for one in _read_file(file)]
-    if not examples:
-        raise UserError(f"{flag}: the files hold no example")
+    examples = []
+    for file in files_named(paths, flag):
+        of_file = _read_file(file)
+        if not of_file:
+            raise UserError(f"{flag}: {str(file)!r} holds no example; leave it out")
+        examples += of_file
     return examples
 
 
 def kind_of(examples: Sequence[Example]) -> str:
-    """What the answers look like, from the first example."""
+    """What the answers look like. Raises: UserError if they are of different kinds."""
     first = examples[0]
-    if first.choices:
+    kind = _kind_of_one(first)
+    for other in examples:
+        if _kind_of_one(other) != kind:
+            raise UserError(
+                f"--kind: the answers differ: {first.where} looks like {kind}, {other.where} like "
+                f"{_kind_of_one(other)}; evaluate them apart, or give --kind"
+            )
+    return kind
+
+
+def _kind_of_one(example: Example) -> str:
+    if example.choices:
         return "multiple_choice"
-    return "last_number" if "####" in first.answer else "exact_match"
+    return "last_number" if "####" in example.answer else "exact_match"
 
 
 def last_number(text: str) -> str | None:
@@ -155,7 +169,7 @@ def _read_csv(path: Path, text: str, subject: str) -> list[Example]:
     if set(heads) & set(_QUESTION) and set(heads) & set(_ANSWER):
         records = []
         for where, (_, row) in zip(places[1:], numbered[1:]):
-            if len(row) < len(heads):
+            if len(row) != len(heads):
                 raise UserError(
                     f"{where}: got {len(row)} columns, need {len(heads)}, as the first line has"
                 )
@@ -169,9 +183,10 @@ def _read_csv(path: Path, text: str, subject: str) -> list[Example]:
             question, choices, letter = row[0], row[1:-1], row[-1].strip().upper()
             if len(row) < 4 or letter not in LETTERS[: len(choices)]:
                 raise UserError(
-                    f"{where}: got {len(row)} columns, the last one {letter[:20]!r}, need a first "
-                    "line with the names of the columns, or a question, two or more choices and "
-                    "the letter of one of them"
+                    f"{where}: got {len(row)} columns, the last one {row[-1].strip()[:20]!r}, need "
+                    f"a first line with names of columns (one of {', '.join(_QUESTION)}, and one "
+                    f"of {', '.join(_ANSWER)}), or a question, two or more choices and the letter "
+                    "of one of them"
                 )
             answer = LETTERS.index(letter)
             records.append({"question": question, "choices": choices, "answer": answer})
@@ -199,8 +214,12 @@ def _example(record: dict[str, Any], subject: str, where: str) -> Example:
         raise UserError(f"{where}: choice {choices.index('') + 1} is empty")
     if choices:
         answer = _chosen(answer, choices, where)
+    question, answer = str(question).strip(), str(answer).strip()
+    for name, text in (("question", question), ("answer", answer)):
+        if not text:
+            raise UserError(f"{where}: the {name} is empty")
     subject = str(record.get("subject") or subject)
-    return Example(str(question).strip(), str(answer).strip(), choices, subject, where)
+    return Example(question, answer, choices, subject, where)
 
 
 def _chosen(answer: Any, choices: tuple[str, ...], where: str) -> str:

@@ -73,7 +73,7 @@ class DecodingConfig:
 
     def validate(self) -> list[Problem]:
         found = [
-            Problem(f"--{name}", f"got {getattr(self, name)}", need)
+            Problem(f"--{name}", f"got {_shown(getattr(self, name))}", need)
             for name, good, need in self._ranges()
             if not good
         ]
@@ -139,3 +139,7 @@ class DecodingConfig:
         if not beams and self.length_penalty != 1.0:
             found.append(Problem("--length_penalty", "has no effect without --num_beams"))
         return found
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(repr, value)) if isinstance(value, tuple) else str(value)

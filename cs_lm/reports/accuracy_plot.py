@@ -38,4 +38,4 @@ def draw_accuracy(series: Mapping[str, Points], path: str | Path, chance: float 
     axes.grid(alpha=0.3)
     axes.legend()
     with atomic_open(path) as file:
-        figure.savefig(file, format=Path(path).suffix[1:], dpi=120)
+        figure.savefig(file, format=Path(path).suffix[1:].lower(), dpi=120)

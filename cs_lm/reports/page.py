@@ -27,6 +27,7 @@ def page(title: str, body: str, style: str = "", script: str = "") -> str:
     closing = f"<script>\n{script}</script>\n" if script else ""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="generator" content="cs_lm">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escaped(title)}</title>\n<style>\n{_STYLE}{style}</style>\n</head>\n<body>\n"
         f"<h1>{escaped(title)}</h1>\n{body}\n{closing}</body>\n</html>\n"

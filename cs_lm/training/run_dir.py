@@ -69,13 +69,18 @@ class RunFolder:
                 "or name another folder"
             )
 
-    def require(self) -> None:
+    def require(self, fix: str = "name the folder of a run that has saved one") -> None:
         """Raises: FileNotFoundError when the folder has no checkpoint."""
         if not self.exists():
-            raise FileNotFoundError(
-                f"run: {str(self.path)!r} holds no checkpoint; check --out_dir, or start the run "
-                "without --resume"
-            )
+            raise FileNotFoundError(f"--out_dir: {str(self.path)!r} holds no checkpoint; {fix}")
+
+    def read_log(self) -> list[dict[str, Any]]:
+        """The records of the log. Raises: UserError where there is none, or an empty one."""
+        records = list(MetricsLog(self.metrics).records())
+        if not records:
+            why = "has an empty log" if self.metrics.exists() else "is not the folder of a run"
+            raise UserError(f"--out_dir: {str(self.path)!r} {why}; name the folder of a run")
+        return records
 
     def save_tokenizer(self, tokenizer: BPETokenizer) -> None:
         """Saves a copy of the tokenizer, so that the folder alone is enough to generate text."""
@@ -91,7 +96,7 @@ class RunFolder:
         """The run's tokenizer. Raises: FileNotFoundError or UserError saying what to do."""
         if not self.exists() and not self._tokenizer.is_dir():
             raise FileNotFoundError(
-                f"run: {str(self.path)!r} holds no tokenizer; name the folder of a run (--out_dir)"
+                f"--out_dir: {str(self.path)!r} is not the folder of a run; name one that is"
             )
         try:
             return self._read_tokenizer()

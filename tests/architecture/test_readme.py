@@ -113,7 +113,9 @@ def test_command_has_these_flags(words, monkeypatch, tmp_path, capsys):
             return
         assert command(words[3:]) == 2
     errors = capsys.readouterr().err.splitlines()
-    missing_file = re.compile(r"is not a file|is not there|holds no (checkpoint|tokenizer)")
+    missing_file = re.compile(
+        r"is not a file|is not there|is not the folder of a run|holds no checkpoint"
+    )
     assert errors and all(missing_file.search(line) for line in errors), errors
 
 

@@ -35,7 +35,7 @@ TRAIN_CASES = [
     ("--device cuda", "finds no such device on this machine; use --device cpu or auto"),
     ("--num_layer 2", "--num_layer: unknown flag; did you mean --num_layers?"),
     ("--betas 0.9", "--betas: got 0.9, need two numbers"),
-    ("--resume --out_dir none", "holds no checkpoint; check --out_dir, or start the run without"),
+    ("--resume --out_dir none", "holds no checkpoint; check it, or start the run without --res"),
     ("--prompt=", "--prompt: got an empty text, need at least one character"),
     (
         "--vocab_path v.json --merges_path empty.txt",
@@ -114,7 +114,10 @@ COMMAND_CASES = [
     ("encode --corpus_path a --store s --num_workers 0", "--num_workers: got 0, need 1 or more"),
     ("tokenizer-report --vocab_path no.json", "--vocab_path: got 'no.json', which is not a file"),
     ("tokenizer-report --color blue", "--color: got 'blue', need one of auto, always, never"),
-    ("evaluate --out_dir none --text_path animals.txt", "'none' holds no tokenizer; name the fold"),
+    (
+        "evaluate --out_dir none --text_path animals.txt",
+        "--out_dir: 'none' is not the folder of a run",
+    ),
     ("evaluate --text_path animals.txt", "--out_dir: is missing"),
     ("generate --out_dir none --prompt=", "--prompt: got an empty text"),
     ("generate --out_dir none --prompt a --prompt_file b", "--prompt, --prompt_file: got both"),
@@ -125,7 +128,7 @@ COMMAND_CASES = [
     ),
     ("generate --out_dir none --prompt_file no.txt", "--prompt_file: got 'no.txt', which is not"),
     ("generate --out_dir none --promt a", "--promt: unknown flag; did you mean --prompt?"),
-    ("plot --out_dir none", "which is not a file; check the path"),
+    ("plot --out_dir none", "--out_dir: 'none' is not the folder of a run; name the fold"),
     ("selfcheck --dtype int8", "--dtype: got 'int8', need one of float32, bfloat16"),
     ("selfcheck --seed -1", "--seed: got -1, need 0 or more"),
 ]

@@ -103,7 +103,7 @@ def test_generate_from_standard_input():
     result = generate_in_a_process("The bird")
     assert result.returncode == 0 and result.stdout.startswith("The bird")
     empty = generate_in_a_process("")
-    assert empty.returncode == 2 and "prompt: got an empty text" in empty.stderr
+    assert empty.returncode == 2 and "standard input: is empty, need" in empty.stderr
 
 
 def test_generate_is_interactive_on_a_terminal(monkeypatch, capsys):
@@ -192,7 +192,7 @@ def test_score_in_lines_colours_json_and_a_page(capsys, tmp_path):
     assert len(rows) == len(lines)
     for wrong, message in [
         (["--text", "", "--text_path"], "--text, --text_path: got both"),
-        (["--text", ""], "--text: got an empty text"),
+        (["--text", ""], "--text: is empty"),
         (["--text_path", "none.txt"], "--text_path: got 'none.txt', which is not a file"),
     ]:
         wrong = [*wrong, "x"] if wrong[-1] == "--text_path" else wrong

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cs_lm.config.model import ModelConfig
-from cs_lm.evaluation.in_context import InContextOptions, accuracy, answer_all
+from cs_lm.evaluation.in_context import InContextOptions, accuracy, answer_all, pose
 from cs_lm.evaluation.prompts import PromptFormat
 from cs_lm.evaluation.scoring import score_tokens
 from cs_lm.evaluation.tasks import read_examples
@@ -64,7 +64,8 @@ def test_ours_and_the_harness_agree(model, tmp_path, monkeypatch):
     )
     examples = read_examples([str(path)])
     options = InContextOptions("multiple_choice", PromptFormat())
-    answered = answer_all(model, BYTES, examples, [], 0, options)
+    questions = pose(BYTES, model.config.context_length, examples, [], 0, options)
+    answered = answer_all(model, BYTES, questions, options)
     assert found["results"]["even"]["acc,none"] == pytest.approx(accuracy(answered).share)
     for sample, one in zip(found["samples"]["even"], answered, strict=True):
         scores = [float(response[0]) for response in sample["filtered_resps"]]

@@ -14,8 +14,11 @@ from cs_lm.evaluation.in_context import (
     InContextOptions,
     accuracy,
     accuracy_by_subject,
-    answer_all,
     mean_logprob,
+    pose,
+)
+from cs_lm.evaluation.in_context import (
+    answer_all as answer_posed,
 )
 from cs_lm.evaluation.intervals import bootstrap_interval, wilson_interval
 from cs_lm.evaluation.likelihood import likelihoods, token_pair
@@ -75,11 +78,15 @@ def test_files_that_people_have(tmp_path):
         ("a.jsonl", '{"question": "q", "answer": "E", "choices": ["x", "y"]}', "got answer 'E', n"),
         ("a.jsonl", '{"question": "q", "answer": 2, "choices": ["x", "y"]}', "got answer 2, need"),
         ("a.jsonl", '{"question": "q", "answer": "x", "choices": "xy"}', "got choices 'xy', need"),
-        ("a.csv", "q,x\n", "a.csv, line 1: got 2 columns, the last one 'X', need a first line"),
+        ("a.csv", "q,x\n", "a.csv, line 1: got 2 columns, the last one 'x', need a first line"),
         ("a.csv", "q,x,y,C\n", "a.csv, line 1: got 4 columns, the last one 'C'"),
         ("a.csv", "question,A,B,answer\n\nq,x\n", "a.csv, line 3: got 2 columns, need 4"),
         ("a.jsonl", '{"question": "q", "answer": "x", "choices": ["x", " "]}', "choice 2 is empty"),
-        ("a.jsonl", "", "--task_path: the files hold no example"),
+        ("a.csv", "question,A,B,answer\nq,x,y,A,more\n", "a.csv, line 2: got 5 columns, need 4"),
+        ("a.csv", "Query,Gold\nq,x\n", "a first line with names of columns .one of question, pro"),
+        ("a.jsonl", '{"question": " ", "answer": "x"}', "a.jsonl, line 1: the question is empty"),
+        ("a.jsonl", '{"question": "q", "answer": ""}', "a.jsonl, line 1: the answer is empty"),
+        ("a.jsonl", "", "--task_path: .*a.jsonl' holds no example; leave it out"),
     ],
 )
 def test_files_that_are_not_understood(tmp_path, name, text, message):
@@ -172,6 +179,12 @@ def test_likelihoods_are_those_of_the_model(model):
         likelihoods(model, [([], [2])])
 
 
+def answer_all(model, tokenizer, task, pool, num_shots, options):
+    length = model.config.context_length
+    questions = pose(tokenizer, length, task, pool, num_shots, options)
+    return answer_posed(model, tokenizer, questions, options)
+
+
 def examples():
     return [
         Example(f"{a} or {b}?", b, (a, b), "xy"[i % 2])
@@ -199,7 +212,7 @@ def test_scores_of_choices(model, scoring):
             }[scoring]
             assert score == pytest.approx(wanted, abs=1e-3)
         assert one.given == one.example.choices[one.scores.index(max(one.scores))]
-        assert one.is_correct == (one.given == one.example.answer) and one.num_shots == 1
+        assert one.is_correct == (one.given == one.example.answer) and one.question.num_shots == 1
     assert accuracy(answered).num_examples == 3
     by_subject = accuracy_by_subject(answered)
     assert {name: found.num_examples for name, found in by_subject.items()} == {"x": 2, "y": 1}
@@ -300,7 +313,7 @@ def test_as_many_demonstrations_as_fit(model):
     options = InContextOptions("completion", PromptFormat("{question}: {answer}", "\n"))
     for wanted, fitted in [(0, 0), (1, 1), (3, 3), (4, 3), (9, 3)]:
         answered = answer_all(model, BYTES, task, pool, wanted, options)
-        assert [one.num_shots for one in answered] == [fitted]
+        assert [one.question.num_shots for one in answered] == [fitted]
 
 
 def test_wilson_by_hand_and_bootstrap():

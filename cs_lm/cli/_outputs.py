@@ -1,0 +1,70 @@
+"""Checks the files that a command shall write, before its work begins."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from cs_lm.errors import Problem
+
+
+class FileKind(NamedTuple):
+    """Files of one kind that commands write. mark: in lower case; stands near their beginning."""
+
+    name: str
+    endings: tuple[str, ...]
+    mark: bytes
+
+
+PAGE = FileKind("a page of this program", (".html", ".htm"), b'content="cs_lm"')
+PLOT = FileKind("a plot", (".png", ".svg"), b"matplotlib")
+RESULTS = FileKind("results of eval", (".jsonl",), b'"num_shots_fitted"')
+_HEAD_BYTES = 1 << 14
+
+
+def output_problems(
+    flag: str, path: str | None, kind: FileKind, inputs: Iterable[str] = ()
+) -> list[Problem]:
+    """Why the command cannot write the file, or would lose something by it. None: no file.
+
+    An existing file may be replaced if it is of the same kind and none of the inputs.
+    """
+    if path is None:
+        return []
+    if Path(path).suffix.lower() not in kind.endings:
+        need = f"a name that ends in {' or '.join(kind.endings)}"
+        return [Problem(flag, f"got {path!r}", need)]
+    if found := unwritable(flag, path) or is_an_input(flag, path, inputs):
+        return found
+    if os.path.exists(path) and not _is_of(kind, path):
+        what = f"got {path!r}, which holds something else than {kind.name}"
+        return [Problem(flag, what, fix="name another file, or move that one away")]
+    return []
+
+
+def unwritable(flag: str, path: str) -> list[Problem]:
+    """A folder, a device, or a file in a place where none can be made."""
+    if os.path.isdir(path):
+        return [Problem(flag, f"got {path!r}, which is a folder", fix="name a file in it")]
+    if os.path.lexists(path) and not os.path.isfile(path):
+        return [Problem(flag, f"got {path!r}, which is no regular file", fix="name a file")]
+    place = next(parent for parent in Path(path).absolute().parents if parent.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        why = "is not writable" if place.is_dir() else "is a file"
+        what = f"got {path!r}, but {os.path.relpath(place)!r} {why}"
+        return [Problem(flag, what, fix="name another folder")]
+    return []
+
+
+def is_an_input(flag: str, path: str, inputs: Iterable[str]) -> list[Problem]:
+    existing = filter(os.path.exists, inputs)
+    if os.path.exists(path) and any(os.path.samefile(one, path) for one in existing):
+        what = f"got {path!r}, which the command reads"
+        return [Problem(flag, what, fix="name another file")]
+    return []
+
+
+def _is_of(kind: FileKind, path: str) -> bool:
+    with open(path, "rb") as file:
+        head = file.read(_HEAD_BYTES)
+    return not head or kind.mark in head.lower()
