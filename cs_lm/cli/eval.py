@@ -287,8 +287,8 @@ def _print_accuracies(reports: Sequence[_Report]) -> None:
     for num_shots, answered in reports:
         if cut := [one.example.where for one in answered if one.question.is_cut]:
             print(
-                f"{num_shots} demonstrations: {len(cut):,} questions are longer than the context, "
-                f"and lost their beginning (the first: {cut[0]})"
+                f"{num_shots} demonstrations: {len(cut):,} questions do not fit the context with "
+                f"their answer, and lose their beginning (the first: {cut[0]})"
             )
 
 

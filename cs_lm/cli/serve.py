@@ -5,6 +5,7 @@ The page is at http://127.0.0.1:8000/. Clients find /v1/models, /v1/completions 
 running requests end first.
 """
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -32,6 +33,7 @@ from cs_lm.training.run_dir import RunFolder, load_trained
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 API_KEY = "CS_LM_API_KEY"
+_LAST_WORDS_S = 5  # for the errors of the requests that the end of the server stops
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError:
         raise UserError(missing_package("serve", "starlette and uvicorn", "serve")) from None
     listener = _listener(config.host, config.port)
+    engines = _engines(config)
     app = build_app(
-        _engines(config),
+        engines,
         Limits(config.max_body_bytes, request_s=config.request_timeout_s),
         config.api_key or os.environ.get(API_KEY) or None,
         (*LOOPBACK, config.host.lower()) if config.host in LOOPBACK else None,
@@ -101,6 +104,19 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for number, handler in before.items():
                     signal.signal(number, handler)
 
+        async def shutdown(self, sockets=None):
+            """Requests that do not end in time get an error, which ends them."""
+            late = asyncio.create_task(self._stop_engines())
+            try:
+                await super().shutdown(sockets)
+            finally:
+                late.cancel()
+
+        async def _stop_engines(self):
+            await asyncio.sleep(config.drain_timeout_s)
+            for engine in engines.values():
+                await asyncio.to_thread(engine.stop)
+
     server = Server(
         uvicorn.Config(
             app,
@@ -109,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             server_header=False,
             limit_concurrency=config.max_connections,
             timeout_keep_alive=5,
-            timeout_graceful_shutdown=config.drain_timeout_s,
+            timeout_graceful_shutdown=config.drain_timeout_s + _LAST_WORDS_S,
             h11_max_incomplete_event_size=1 << 16,
         )
     )

@@ -45,7 +45,8 @@ class Question(NamedTuple):
     """An example as the model gets it.
 
     num_shots  the demonstrations that fitted
-    is_cut     it is longer than the context even without them: the model does not see its beginning
+    is_cut     with an answer it does not fit the context, even without them: the model does not see
+               its beginning
     """
 
     example: Example

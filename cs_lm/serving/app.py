@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from cs_lm.serving.engine import Engine, Event, Job, QueueFullError
+from cs_lm.serving.engine import Engine, EngineStoppedError, Event, Job, QueueFullError
 from cs_lm.serving.playground import playground
 from cs_lm.serving.requests import Asked, RequestError, parse_json, parse_request
 from cs_lm.serving.responses import Answers, error_body, server_sent
@@ -215,12 +215,13 @@ class _Endpoints:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
                 loop.call_soon_threadsafe(events.put_nowait, new)
 
-        deadline = time.monotonic() + self._limits.request_s
-        job = Job(asked.prompts, asked.config, emit, deadline)
+        job = Job(asked.prompts, asked.config, emit, self._limits.request_s)
         try:
             engine.submit(job)
         except QueueFullError:
             raise RequestError(429, "too many requests wait; try again later") from None
+        except EngineStoppedError:
+            raise RequestError(503, "the server stops") from None
         return job, events
 
 
@@ -237,7 +238,7 @@ async def _next_events(request: Request, events: asyncio.Queue) -> list[Event]:
         wanted.cancel()
         gone.cancel()
     if error := _error_among(new):
-        raise RequestError(504 if "longer" in error else 500, error)
+        raise RequestError(error.status, error.text)
     return new
 
 
@@ -246,8 +247,8 @@ async def _until_gone(request: Request) -> None:
         pass
 
 
-def _error_among(events: Sequence[Event]) -> str | None:
-    return next((event.text for event in events if event.finish_reason == "error"), None)
+def _error_among(events: Sequence[Event]) -> Event | None:
+    return next((event for event in events if event.finish_reason == "error"), None)
 
 
 async def _stream(
@@ -261,7 +262,7 @@ async def _stream(
             while not events.empty():  # a slow reader gets several tokens at once
                 new = new + events.get_nowait()
             if error := _error_among(new):
-                yield server_sent(error_body(500, error))
+                yield server_sent(error_body(error.status, error.text))
                 return
             yield answers.chunks(new)
         yield answers.last_chunks()

@@ -5,6 +5,7 @@ read, and leaves it with its last token; its neighbours never wait for it.
 """
 
 import collections
+import itertools
 import logging
 import threading
 import time
@@ -39,6 +40,10 @@ class QueueFullError(Exception):
     """More requests wait than the server allows."""
 
 
+class EngineStoppedError(Exception):
+    """The server ends."""
+
+
 class Event(NamedTuple):
     """What is new in one answer of a request.
 
@@ -47,6 +52,7 @@ class Event(NamedTuple):
     logprob        of the token [nats]; None unless asked for
     alternatives   the most likely ids with their log-probabilities; empty unless asked for
     finish_reason  "stop", "length", or "error" with the message as text; None: it goes on
+    status         HTTP status of an error
     """
 
     answer: int
@@ -55,6 +61,7 @@ class Event(NamedTuple):
     logprob: float | None = None
     alternatives: Sequence[tuple[int, float]] = ()
     finish_reason: str | None = None
+    status: int | None = None
 
 
 @dataclass(eq=False)
@@ -62,15 +69,18 @@ class Job:
     """A request: prompts, with `config.num_samples` answers each, consecutive.
 
     emit       called in the engine's thread with lists of events
-    deadline   by the clock of `time.monotonic`; then the answers end with an error
+    timeout_s  time from now [s]; then the answers end with an error
     cancelled  set it, and the answers stop within a token
     """
 
     prompts: list[list[int]]
     config: DecodingConfig
     emit: Callable[[list[Event]], None]
-    deadline: float = float("inf")
+    timeout_s: float = float("inf")
     cancelled: bool = False
+
+    def __post_init__(self):
+        self.deadline = time.monotonic() + self.timeout_s
 
     @property
     def num_rows(self) -> int:
@@ -118,6 +128,7 @@ class Engine:
         self._cache = RowCache(model, max_rows)
         self._rows: list[_Row] = []
         self._waiting: collections.deque[Job] = collections.deque()
+        self._num_joining = 0  # rows of jobs that left the queue, and are not among the rows yet
         self._changed = threading.Condition()
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -138,12 +149,21 @@ class Engine:
         self._thread.join()
 
     def submit(self, job: Job) -> None:
-        """Raises: QueueFullError."""
+        """Raises: QueueFullError, EngineStoppedError."""
         with self._changed:
-            if len(self._waiting) >= self._max_queue or self._stopped:
+            if self._stopped:
+                raise EngineStoppedError
+            waiting = [*self._waiting, job]
+            if len(waiting) - self._num_that_fit(waiting) > self._max_queue:
                 raise QueueFullError
             self._waiting.append(job)
             self._changed.notify()
+
+    def _num_that_fit(self, jobs: Sequence[Job]) -> int:
+        """How many of the first jobs find free rows at once."""
+        free = self.max_rows - len(self._rows) - self._num_joining
+        sums = itertools.accumulate(job.num_rows for job in jobs)
+        return sum(1 for _ in itertools.takewhile(lambda taken: taken <= free, sums))
 
     @property
     def num_waiting(self) -> int:
@@ -166,11 +186,14 @@ class Engine:
                     self._decode()
             except Exception:  # a bug, or memory that ran out: these jobs fail, the server lives
                 _log.exception("the engine failed; its requests end with an error")
-                self._fail([*{row.job for row in self._rows}, *jobs], "the server failed")
+                self._num_joining = 0
+                self._fail([*{row.job for row in self._rows}, *jobs], "the server failed", 500)
                 self._rows.clear()
                 self._cache = RowCache(self.model, self.max_rows)
         waiting = [*{row.job for row in self._rows}, *self._waiting]
-        self._fail(waiting, "the server stops")
+        if waiting := [job for job in waiting if not job.cancelled]:
+            _log.warning("%d requests end with an error: the server stops", len(waiting))
+        self._fail(waiting, "the server stops", 503)
 
     def _wait_for_work(self) -> None:
         with self._changed:
@@ -185,13 +208,11 @@ class Engine:
 
     def _next_jobs(self) -> list[Job]:
         """The waiting jobs for which there is room, in their order."""
-        jobs, free = [], self.max_rows - len(self._rows)
         with self._changed:
             self._fail_late({*self._waiting})
             self._waiting = collections.deque(job for job in self._waiting if not job.cancelled)
-            while self._waiting and self._waiting[0].num_rows <= free:
-                jobs.append(self._waiting.popleft())
-                free -= jobs[-1].num_rows
+            jobs = [self._waiting.popleft() for _ in range(self._num_that_fit(self._waiting))]
+            self._num_joining = sum(job.num_rows for job in jobs)
         return jobs
 
     def _admit(self, jobs: Sequence[Job]) -> None:
@@ -213,7 +234,9 @@ class Engine:
                 row = _Row(job, answer, list(ids[source]), len(ids[source]), uniform, stream)
                 new_rows.append(row)
                 sources.append(source)
-        self._rows += new_rows
+        with self._changed:
+            self._rows += new_rows
+            self._num_joining = 0
         self._sample(new_rows, logits[sources])
 
     def _decode(self) -> None:
@@ -260,7 +283,7 @@ class Engine:
             found = TokenLogprobs(*(x.tolist() for x in found))
         for place, (row, token_id) in enumerate(zip(rows, chosen.tolist(), strict=True)):
             if token_id == NOT_A_NUMBER:
-                self._fail([row.job], "the model's logits are not numbers")
+                self._fail([row.job], "the model's logits are not numbers", 500)
             elif token_id < 0 or token_id in self._stop_ids:
                 self._end(row, "stop")
             else:
@@ -285,13 +308,15 @@ class Engine:
 
     def _fail_late(self, jobs: set[Job]) -> None:
         now = time.monotonic()
-        late = [job for job in jobs if not job.cancelled and now > job.deadline]
-        self._fail(late, "the request took longer than the server allows")
+        for job in jobs:
+            if not job.cancelled and now > job.deadline:
+                message = f"the request took longer than {job.timeout_s:g} s, which is the limit"
+                self._fail([job], message, 504)
 
-    def _fail(self, jobs: Sequence[Job], message: str) -> None:
+    def _fail(self, jobs: Sequence[Job], message: str, status: int) -> None:
         """Ends the jobs with an error; their rows leave the batch before the next token."""
         for job in jobs:
-            job.emit([Event(0, message, finish_reason="error")])
+            job.emit([Event(0, message, finish_reason="error", status=status)])
             job.cancelled = True
 
 

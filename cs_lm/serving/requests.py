@@ -26,19 +26,20 @@ _OFF = {
     "response_format": (None, {"type": "text"}),
     "modalities": (None, ["text"]),
 }
+_ABOVE_0, _NO_LIMIT = math.ulp(0.0), 1 << 31
 # what it must be, and the bounds; the names are those of DecodingConfig
 _NUMBERS = {
     "temperature": (float, 0.0, 2.0),
-    "top_p": (float, 0.0, 1.0),
+    "top_p": (float, _ABOVE_0, 1.0),
     "frequency_penalty": (float, -2.0, 2.0),
     "presence_penalty": (float, -2.0, 2.0),
     "seed": (int, -(1 << 63), (1 << 63) - 1),
     # ours beyond theirs
-    "top_k": (int, 1, 1 << 31),
+    "top_k": (int, 1, _NO_LIMIT),
     "min_p": (float, 0.0, 1.0),
-    "typical_p": (float, 0.0, 1.0),
+    "typical_p": (float, _ABOVE_0, 1.0),
     "repetition_penalty": (float, 0.01, 100.0),
-    "no_repeat_ngram": (int, 1, 1 << 31),
+    "no_repeat_ngram": (int, 1, _NO_LIMIT),
 }
 
 
@@ -80,6 +81,9 @@ def parse_request(
     Raises: RequestError
     """
     name = content.get("model")
+    if name is None:
+        known = ", ".join(models)
+        raise RequestError(400, f"model: is missing, need one of {known}", "model")
     if not isinstance(name, str) or name not in models:
         known = ", ".join(models)
         raise RequestError(
@@ -102,7 +106,11 @@ def parse_request(
     if best_of not in (None, num_samples):
         raise RequestError(400, "best_of: is not supported, except equal to n", "best_of")
     if (num_rows := len(prompts) * num_samples) > max_rows:
-        raise RequestError(400, f"n: got {num_rows} answers, need at most {max_rows}", "n")
+        message = (
+            f"n: {len(prompts)} prompts with {num_samples} answers each are {num_rows} answers, "
+            f"need at most {max_rows} in one request"
+        )
+        raise RequestError(400, message, "n" if num_samples > 1 else "prompt")
     config = DecodingConfig(
         **{"temperature": 1.0, "seed": secrets.randbits(62), **settings},
         max_new_tokens=_max_tokens(content, prompts, served, is_chat),
@@ -115,8 +123,10 @@ def parse_request(
     options = content.get("stream_options") or {}
     if not isinstance(options, dict):
         raise RequestError(400, "stream_options: need an object", "stream_options")
-    include_usage = bool(options.get("include_usage", False))
-    return Asked(is_chat, name, prompts, config, _flag(content, "stream"), include_usage)
+    include_usage, stream = bool(options.get("include_usage", False)), _flag(content, "stream")
+    if options and not stream:
+        raise RequestError(400, "stream_options: needs stream: true", "stream_options")
+    return Asked(is_chat, name, prompts, config, stream, include_usage)
 
 
 def _prompts(content: Mapping[str, Any], served: Any) -> list[list[int]]:
@@ -192,12 +202,15 @@ def _numbers(content: Mapping[str, Any]):
             what = "a whole number" if kind is int else "a number"
             raise RequestError(400, f"{field}: got {_shown(value)}, need {what}", field)
         if not low <= value <= high:
-            raise RequestError(400, f"{field}: got {_shown(value)}, need {low} to {high}", field)
+            raise RequestError(
+                400, f"{field}: got {_shown(value)}, need {_range(low, high)}", field
+            )
         if field == "seed":
             yield field, int(value) % (1 << 62)
-        elif field in ("top_p", "min_p", "typical_p"):
-            if value:  # 0 would leave nothing; OpenAI's clients send it for "off"
-                yield field, None if value == 1 and field != "min_p" else float(value)
+        elif field == "min_p":
+            yield field, float(value) or None
+        elif field in ("top_p", "typical_p"):
+            yield field, None if value == 1 else float(value)
         elif field == "temperature":
             yield field, 0.0 if value < 1e-6 else float(value)
         else:
@@ -209,8 +222,14 @@ def _whole(content: Mapping[str, Any], field: str, default, low: int, high: int)
     if value is None:
         return default
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise RequestError(400, f"{field}: got {_shown(value)}, need {low} to {high}", field)
+        raise RequestError(400, f"{field}: got {_shown(value)}, need {_range(low, high)}", field)
     return value
+
+
+def _range(low: float, high: float) -> str:
+    if high == _NO_LIMIT:
+        return f"{low} or more"
+    return f"above 0, at most {high}" if low == _ABOVE_0 else f"{low} to {high}"
 
 
 def _is_finite(value: int | float) -> bool:
@@ -260,14 +279,16 @@ def _max_tokens(content, prompts, served: Any, is_chat: bool) -> int:
     if is_chat and content.get("max_completion_tokens") is not None:
         field = "max_completion_tokens"
     # a chat answers as long as it likes, a completion 16 tokens, as OpenAI's
-    asked = _whole(content, field, None, 1, 1 << 31)
+    asked = _whole(content, field, None, 1, _NO_LIMIT)
     wanted = asked if asked is not None else max(1, room) if is_chat else min(16, max(1, room))
     if wanted > room:
+        is_long = room < 1
         raise RequestError(
             400,
             f"this model's context is {context} tokens; the prompt has {context - room}, and "
-            f"{wanted} were asked for: shorten one of them",
-            "messages" if is_chat else "prompt",
+            f"{wanted} were asked for: "
+            + ("shorten the prompt" if is_long else f"need {field} of at most {room}"),
+            ("messages" if is_chat else "prompt") if is_long else field,
             "context_length_exceeded",
         )
     return wanted

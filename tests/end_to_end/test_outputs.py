@@ -41,7 +41,13 @@ WRITES = {
     ],
 }
 BAD = {
-    "--html_path": ("text.txt", "page.html", f"{RUN}/metrics.jsonl", "/dev/null", "text.txt/a.html"),
+    "--html_path": (
+        "text.txt",
+        "page.html",
+        f"{RUN}/metrics.jsonl",
+        "/dev/null",
+        "text.txt/a.html",
+    ),
     "--results_path": ("task.jsonl", "notes.jsonl", f"{RUN}/metrics.jsonl", "/dev/null"),
     "--plot_path": ("picture.png", "text.txt", "/dev/null", "text.txt/a.png"),
 }
@@ -127,4 +133,4 @@ def test_a_question_that_cannot_be_answered_is_named_first(folder, capsys):
     cut = written("cut.jsonl", question="w " * 99, choices=["b", "c"], answer=0)
     assert command(cut) == 0
     shown = capsys.readouterr().out
-    assert "1 questions are longer than the context" in shown and "cut.jsonl, line 1" in shown
+    assert "1 questions do not fit the context" in shown and "cut.jsonl, line 1" in shown

@@ -201,13 +201,16 @@ def test_a_chat_with_special_tokens():
         ({"prompt": [1, 258]}, 400, "prompt: need text, or token ids"),
         ({"prompt": "\ud800"}, 400, "prompt: has half of a surrogate pair"),
         ({"prompt": ["a"] * 17}, 400, "prompt: got 17, need at most 16"),
-        ({"max_tokens": 0}, 400, "max_tokens: got 0, need 1 to"),
+        ({"max_tokens": 0}, 400, "max_tokens: got 0, need 1 or more"),
         ({"max_tokens": 500}, 400, "this model's context is 200 tokens; the prompt has 2"),
         ({"temperature": "hot"}, 400, "temperature: got 'hot', need a number"),
         ({"temperature": True}, 400, "temperature: got True, need a number"),
-        ({"top_p": 1.5}, 400, "top_p: got 1.5, need 0.0 to 1.0"),
+        ({"top_p": 1.5}, 400, "top_p: got 1.5, need above 0, at most 1.0"),
         ({"seed": 1.5}, 400, "seed: got 1.5, need a whole number"),
-        ({"n": 9}, 400, "n: got 9 answers, need at most 8"),
+        ({"top_p": 0}, 400, "top_p: got 0, need above 0, at most 1.0"),
+        ({"n": 9}, 400, "n: 1 prompts with 9 answers each are 9 answers, need at most 8 in one"),
+        ({"model": None}, 400, "model: is missing, need one of tiny"),
+        ({"stream_options": {"include_usage": True}}, 400, "stream_options: needs stream: true"),
         ({"stop": ["a"] * 5}, 400, "stop: got 5 texts, need at most 4"),
         ({"stop": 3}, 400, "stop: need a text"),
         ({"stream": "yes"}, 400, "stream: got 'yes', need true or false"),
@@ -221,6 +224,7 @@ def test_a_bad_request_is_one_clear_error(server, change, status, message):
     body = {"model": "tiny", "prompt": "ab", "max_tokens": 2} | change
     found, answer = ask(server, "/v1/completions", body)
     assert found == status and answer["error"]["message"].startswith(message), answer
+    assert answer["error"]["param"] in change
     assert set(answer["error"]) == {"message", "type", "param", "code"}
 
 
@@ -231,6 +235,7 @@ def test_garbage(server):
         (b"\xff\xfe", 400),
         (b"[" * 100_000, 400),
         (b'{"model": NaN}', 404),
+        (b"{}", 400),
         (b" " * ((1 << 20) + 1), 413),
     ]:
         assert ask(server, "/v1/completions", raw=raw)[0] == status
@@ -269,7 +274,7 @@ def test_limits_have_a_clear_status(model):
         body = {"model": "tiny", "prompt": "ab", "max_tokens": 150, "seed": 1}
         assert ask(address, "/v1/completions", body | {"prompt": "a" * 300})[0] == 413
         status, answer = ask(address, "/v1/completions", body)
-        assert status == 504 and "took longer" in answer["error"]["message"]
+        assert status == 504 and "took longer than 0.05 s" in answer["error"]["message"]
         port = int(address.rsplit(":", 1)[1])
         with socket.create_connection(("127.0.0.1", port)) as slow:
             head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n"
@@ -331,15 +336,64 @@ def test_the_real_client(server, model):
         client.completions.create(model="none", prompt="ab")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")
-def test_a_signal_lets_requests_end(finished_run):
-    argv = [sys.executable, "-m", "cs_lm", "serve", "--out_dir", "runs/animals", "--port", "0"]
+def started(folder, *python, flags=()):
+    """A server in a process of its own, and its address."""
+    argv = [sys.executable, *python, "serve", "--out_dir", "runs/animals", "--port", "0", *flags]
     environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        argv, cwd=finished_run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        argv, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=environment,
     )  # fmt: skip
-    address = process.stdout.readline().split("/  ")[0]
+    return process, process.stdout.readline().split("/  ")[0]
+
+
+SLOW = """
+import sys, time
+from cs_lm.cli.commands import main
+from cs_lm.serving.engine import Engine
+
+decode = Engine._decode
+Engine._decode = lambda self: (time.sleep(0.5), decode(self))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")
+def test_requests_that_do_not_end_in_time_get_an_error(finished_run):
+    process, address = started(finished_run, "-c", SLOW, flags=["--drain_timeout_s", "1"])
+    body = {"model": "animals", "prompt": "T", "max_tokens": 30, "seed": 1}
+    found, streamed = [], []
+
+    def stream():
+        data = json.dumps(body | {"stream": True}).encode()
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{address}/v1/completions", data, headers)
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            streamed.append(answer.read().decode())
+
+    threads = [
+        threading.Thread(target=lambda: found.append(ask(address, "/v1/completions", body))),
+        threading.Thread(target=stream),
+    ]
+    for thread in threads:
+        thread.start()
+    while ask(address, "/health")[1]["active"] < 2:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+    for thread in threads:
+        thread.join(20)
+    assert found[0][0] == 503 and found[0][1]["error"]["message"] == "the server stops"
+    assert "the server stops" in streamed[0].strip().splitlines()[-1]
+    errors = process.stderr.read()
+    assert "Traceback" not in errors and "2 requests end with an error" in errors
+    process.stdout.close()
+    process.stderr.close()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")
+def test_a_signal_lets_requests_end(finished_run):
+    process, address = started(finished_run, "-m", "cs_lm")
     body = {"model": "animals", "prompt": "T", "max_tokens": 30, "seed": 1, "n": 8}
     whole = ask(address, "/v1/completions", body)[1]["choices"]
     found = []

@@ -13,7 +13,7 @@ from cs_lm.inference.decoding_config import DecodingConfig
 from cs_lm.inference.generate import generate_samples
 from cs_lm.inference.text import allowed_ids, complete, stop_ids_of
 from cs_lm.models.registry import build_model
-from cs_lm.serving.engine import Engine, Event, Job, QueueFullError
+from cs_lm.serving.engine import Engine, EngineStoppedError, Event, Job, QueueFullError
 from cs_lm.serving.responses import Answers
 from cs_lm.tokenizer import BPETokenizer
 
@@ -153,7 +153,7 @@ def test_a_deadline_ends_a_request_with_an_error(model):
             done.set()
 
     config = DecodingConfig(max_new_tokens=30)
-    engine.submit(Job([[97]], config, emit, deadline=time.monotonic() - 1))
+    engine.submit(Job([[97]], config, emit, timeout_s=-1.0))
     engine.start()
     assert done.wait(10) and events[-1].finish_reason == "error"
     assert "took longer" in events[-1].text
@@ -164,7 +164,7 @@ def test_waiting_requests_leave_when_late_or_cancelled(model):
     """Behind a request for which there is no room."""
     engine, seen = Engine(model, BYTES, max_rows=1), []
     large = Job([[97], [98]], DecodingConfig(), seen.extend)
-    late = Job([[97]], DecodingConfig(), seen.extend, deadline=time.monotonic() - 1)
+    late = Job([[97]], DecodingConfig(), seen.extend, timeout_s=-1.0)
     cancelled = Job([[97]], DecodingConfig(), seen.extend, cancelled=True)
     for job in (large, late, cancelled):
         engine.submit(job)
@@ -173,17 +173,18 @@ def test_waiting_requests_leave_when_late_or_cancelled(model):
 
 
 def test_a_full_queue_and_a_stopped_engine_refuse(model):
-    engine = Engine(model, BYTES, max_queue=2)
+    """A job for which rows are free does not count as waiting."""
+    engine = Engine(model, BYTES, max_rows=3, max_queue=2)
     seen = []
-    for _ in range(2):
+    for _ in range(5):
         engine.submit(Job([[97]], DecodingConfig(), seen.extend))
     with pytest.raises(QueueFullError):
         engine.submit(Job([[97]], DecodingConfig(), seen.extend))
     engine._stopped = True
     engine.start()
     engine.stop()
-    assert [event.finish_reason for event in seen] == ["error", "error"]
-    with pytest.raises(QueueFullError):
+    assert [event.status for event in seen] == [503] * 5
+    with pytest.raises(EngineStoppedError):
         engine.submit(Job([[97]], DecodingConfig(), seen.extend))
 
 
