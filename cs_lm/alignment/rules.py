@@ -47,7 +47,7 @@ RULES: dict[str, Rule] = {
 }
 
 
-def rule_of(name: str) -> Rule:
+def rule_of(name: str, flag: str = "--rule") -> Rule:
     """The rule of that name. A module is looked for in the current folder, too.
 
     Raises: UserError for a name that is neither a rule nor a function of a module.
@@ -57,18 +57,18 @@ def rule_of(name: str) -> Rule:
     module_name, colon, function = name.partition(":")
     if not colon:
         raise UserError(
-            f"--rule: got {name!r}, need one of {', '.join(RULES)}, or module:function of your own"
+            f"{flag}: got {name!r}, need one of {', '.join(RULES)}, or module:function of your own"
         )
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
         found = getattr(importlib.import_module(module_name), function)
     except ImportError as error:
-        raise UserError(f"--rule: got {name!r}, but {error}") from None
+        raise UserError(f"{flag}: got {name!r}, but {error}") from None
     except AttributeError:
-        raise UserError(f"--rule: got {name!r}, but {module_name} has no {function!r}") from None
+        raise UserError(f"{flag}: got {name!r}, but {module_name} has no {function!r}") from None
     if not callable(found):
-        raise UserError(f"--rule: got {name!r}, which is not a function")
+        raise UserError(f"{flag}: got {name!r}, which is not a function")
     return found
 
 

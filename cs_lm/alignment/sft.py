@@ -25,24 +25,17 @@ from cs_lm.alignment.examples import (
     render_all,
 )
 from cs_lm.alignment.records import Demonstration
-from cs_lm.alignment.stage import (
-    StageConfig,
-    StageTask,
-    hash_of,
-    language_model_of,
-    validate_records,
-)
+from cs_lm.alignment.stage import StageTask, hash_of, language_model_of, validate_records
+from cs_lm.alignment.text_mix import TextBatch, TextMix, TextMixConfig, described, text_loss
 from cs_lm.config.fields import setting
 from cs_lm.config.optim import OptimConfig
 from cs_lm.config.run import RunConfig
-from cs_lm.data.batches import Batch, BatchSource
 from cs_lm.data.pipeline import PreparedData
 from cs_lm.device import World
 from cs_lm.errors import Problem
-from cs_lm.evaluation.perplexity import EvalOptions, evaluate, token_byte_lengths
 from cs_lm.inference.decoding_config import DecodingConfig
 from cs_lm.inference.sampling import NotANumberError
-from cs_lm.models.base import evaluating, next_token_loss
+from cs_lm.models.base import evaluating
 from cs_lm.ops.reference import IGNORE_INDEX
 from cs_lm.tokenizer import BPETokenizer
 from cs_lm.training.step import under_autocast
@@ -53,7 +46,7 @@ _SAMPLE_TOKENS = 64
 
 
 @dataclass(frozen=True)
-class SFTConfig(StageConfig):
+class SFTConfig(TextMixConfig):
     """Supervised fine-tuning."""
 
     data: tuple[str, ...] = setting(
@@ -67,13 +60,6 @@ class SFTConfig(StageConfig):
     packing: bool = setting(
         False, "several conversations in a row of --seq_length tokens; each sees itself alone"
     )
-    pretraining_mix: float = setting(
-        0.0, "windows of text for each conversation of an update; 0: no text", minimum=0
-    )
-    pretraining_path: tuple[str, ...] = setting(
-        (), "text to mix in and to validate on; default: what the model was trained on"
-    )
-    pretraining_weight: float = setting(1.0, "weight of the mean loss of the text", minimum=0)
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
             lr=2e-5, lr_min=2e-6, warmup_ratio=0.03, warmfix_ratio=1.0, weight_decay=0.0
@@ -81,19 +67,7 @@ class SFTConfig(StageConfig):
     )
 
     def validate(self) -> list[Problem]:
-        found = [*super().validate(), *validate_records(self, "conversations")]
-        if self.pretraining_path and not self.pretraining_mix:
-            what, fix = "has no effect without --pretraining_mix", "add it, or leave it out"
-            found.append(Problem("--pretraining_path", what, fix=fix))
-        return found
-
-
-class TextBatch(NamedTuple):
-    """Windows of text; `scale` makes their summed loss comparable with that of the answers."""
-
-    inputs: Tensor
-    targets: Tensor
-    scale: float
+        return [*super().validate(), *validate_records(self, "conversations")]
 
 
 class Sources(NamedTuple):
@@ -121,7 +95,7 @@ class SupervisedFineTuning(StageTask):
         valid: Sequence[Demonstration],
         world: World,
     ):
-        base, self.text = sources.base, sources.text
+        base = sources.base
         model = language_model_of(config, base, world.device)
         super().__init__(config, base, sources.tokenizer, model)
         self._device = world.device
@@ -137,17 +111,13 @@ class SupervisedFineTuning(StageTask):
         self.data_hash = hash_of([one.conversation for one in (*train, *valid)])
         self.valid = valid
         self._valid = [example_of(one) for one in render_all(valid, self.template, most)]
-        self._byte_lengths = token_byte_lengths(self.tokenizer.vocab)
         rows = config.batch_size * config.grad_accum
         num_tokens = sum(len(one.inputs) for one in examples) / self.batches.num_rows
         self.tokens_per_step = round(rows * num_tokens)
-        self._windows = None
-        if self.text is not None:
-            count = max(1, round(config.pretraining_mix * rows))
-            self._windows = BatchSource(
-                self.text.train, count, length, config.seed, "random", world
-            )
-            self.tokens_per_step += count * length
+        self.text = None
+        if sources.text is not None:
+            self.text = TextMix(sources.text, config, self.run_config, self.tokenizer, world)
+            self.tokens_per_step += self.text.tokens_per_step
         self.measure = {
             "data": hash_of([one.conversation for one in valid]),
             "template": self.template.name,
@@ -157,18 +127,14 @@ class SupervisedFineTuning(StageTask):
 
     def batches_of_step(self, step: int) -> list[ExampleBatch | TextBatch]:
         batches: list = [self.batches(number) for number in self.numbers_of_step(step)]
-        if self._windows is None:
+        if self.text is None:
             return batches
         num_targets = sum(int((b.targets != IGNORE_INDEX).sum()) for b in batches)
-        windows: Batch = self._windows(step)
-        scale = self.config.pretraining_weight * num_targets / windows.targets.numel()
-        return [*batches, TextBatch(*windows, scale)]
+        return [*batches, self.text.batch(step, num_targets)]
 
     def _loss_of(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-        if not isinstance(batch, TextBatch):
-            return example_loss(model, batch)
-        total, count = next_token_loss(model, batch)
-        return batch.scale * total, torch.zeros_like(count)
+        of_batch = text_loss if isinstance(batch, TextBatch) else example_loss
+        return of_batch(model, batch)
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         return self._loss(model, batch)
@@ -185,19 +151,11 @@ class SupervisedFineTuning(StageTask):
                 total, count = total + part.item(), count + counted.item()
         found = {"loss_nats": total / max(1, count), "num_scored_tokens": count}
         if self.text is not None:
-            config = self.run_config
-            options = EvalOptions(config.seq_length, config.batch_size, self.config.eval_tokens)
-            on_text = evaluate(
-                self.model, self.text.valid, self._byte_lengths, options, on_batch=check_stop
-            )
-            found["text_bits_per_byte"] = on_text.bits_per_byte
+            found["text_bits_per_byte"] = self.text.bits_per_byte(self.model, check_stop)
         return found
 
     def describe_evaluation(self, found: dict[str, Any]) -> str:
-        text = ""
-        if "text_bits_per_byte" in found:
-            text = f" | text {found['text_bits_per_byte']:.4f} bits/byte"
-        return f"validation loss of answers {found['loss_nats']:.4f}{text}"
+        return f"validation loss of answers {found['loss_nats']:.4f}{described(found)}"
 
     def sample(self, check_stop: CheckStop) -> tuple[dict[str, Any] | None, str]:
         """An answer to the first prompt of the validation part."""

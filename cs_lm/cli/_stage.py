@@ -5,15 +5,21 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from cs_lm.alignment.records import Ranking, read_rankings
+from cs_lm.alignment.policy_task import PolicyConfig, PolicySources, Scorer, weights_hash
+from cs_lm.alignment.records import Ranking, read_prompts, read_rankings
+from cs_lm.alignment.reward_training import load_reward_model
+from cs_lm.alignment.rules import rule_of
 from cs_lm.alignment.stage import StageConfig, StageTask, split_by_prompt
+from cs_lm.alignment.text_mix import TextMixConfig
 from cs_lm.cli._fit import check_writable, fit
 from cs_lm.cli._init_from import read_start
+from cs_lm.cli._progress import ProgressLine
 from cs_lm.config.data import DataConfig
 from cs_lm.config.fields import flag_of, from_json, settings_of, value_of
 from cs_lm.config.flags import FlagParser, add_flags, config_from_flags, read_flags
 from cs_lm.config.run import RunConfig
-from cs_lm.device import resolve_device
+from cs_lm.data.pipeline import PreparedData, prepare
+from cs_lm.device import World, resolve_device
 from cs_lm.errors import Problem, UserError
 from cs_lm.tokenizer import BPETokenizer
 from cs_lm.training.console import log_to, print_line
@@ -77,6 +83,44 @@ def rankings_of(config: Any) -> tuple[list[Ranking], list[Ranking]]:
     if config.valid_data:
         return train, read_rankings(config.valid_data, "--valid_data")
     return split_by_prompt(train, config.valid_fraction, lambda one: one.prompt)
+
+
+def text_of_stage(config: TextMixConfig, begun: Begun) -> PreparedData | None:
+    """The text of the pre-training, in tokens; None if none is mixed in.
+
+    Raises: UserError if nobody knows what it was.
+    """
+    if not config.pretraining_mix:
+        return None
+    data = begun.data
+    if config.pretraining_path:
+        data = dataclasses.replace(data or DataConfig(), corpus_path=config.pretraining_path)
+    if data is None:
+        raise UserError(
+            "--pretraining_path: is missing: nobody knows what text the weights in --from were "
+            "trained on; name one"
+        )
+    run_config = dataclasses.replace(config.as_run(begun.base), data=data)
+    return prepare(run_config, begun.tokenizer, ProgressLine())
+
+
+def policy_sources_of(config: PolicyConfig, begun: Begun, world: World) -> PolicySources:
+    """What a policy is trained from: prompts, scores, text, and the reference."""
+    if config.rule is not None:
+        scorer = Scorer(f"the rule {config.rule}", None, rule_of(config.rule))
+    else:
+        model = load_reward_model(RunFolder(config.reward), "best", world.device)
+        name = f"the reward model {weights_hash(model.model)[:16]}"
+        scorer = Scorer(name, model, None)
+    return PolicySources(
+        begun.base,
+        begun.tokenizer,
+        read_prompts(config.prompts),
+        scorer,
+        None if config.gold_rule is None else rule_of(config.gold_rule, "--gold_rule"),
+        text_of_stage(config, begun),
+        lambda: read_start(config.source, "--from").weights,
+    )
 
 
 def _begin(config: StageConfig, make_task: MakeTask) -> int:

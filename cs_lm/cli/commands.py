@@ -25,6 +25,8 @@ COMMANDS = {
     "rank": "sample answers to prompts, and rank them by a rule, a reward model or yourself",
     "reward": "train a reward model on rankings",
     "dpo": "train a model on rankings directly, without a reward model",
+    "ppo": "train a model on the scores of its own answers, held near where it began",
+    "grpo": "train a model on which of its answers to a prompt are the better ones",
     "plot": "draw the losses, speed or gradient norms of one or several runs",
     "report": "one HTML page of a run: curves, samples, settings, faults",
     "cache": "what lies in data/: sizes and last uses; removes what is named",

@@ -3,14 +3,10 @@
 The new run generates, chats, serves and exports as every other run does.
 """
 
-import dataclasses
 from collections.abc import Sequence
 
 from cs_lm.cli._errors import readable_errors
-from cs_lm.cli._progress import ProgressLine
-from cs_lm.cli._stage import Begun, run_stage
-from cs_lm.config.data import DataConfig
-from cs_lm.errors import UserError
+from cs_lm.cli._stage import Begun, run_stage, text_of_stage
 
 
 @readable_errors
@@ -33,22 +29,5 @@ def _task(config, begun: Begun):
         train, valid = split_by_prompt(
             train, config.valid_fraction, lambda one: one.conversation[:-1]
         )
-    text = _text(config, begun) if config.pretraining_mix else None
-    sources = Sources(begun.base, begun.tokenizer, text)
+    sources = Sources(begun.base, begun.tokenizer, text_of_stage(config, begun))
     return SupervisedFineTuning(config, sources, train, valid, World(resolve_device(config.device)))
-
-
-def _text(config, begun: Begun):
-    """The text of the pre-training, in tokens."""
-    from cs_lm.data.pipeline import prepare
-
-    data = begun.data
-    if config.pretraining_path:
-        data = dataclasses.replace(data or DataConfig(), corpus_path=config.pretraining_path)
-    if data is None:
-        raise UserError(
-            "--pretraining_path: is missing: nobody knows what text the weights in --from were "
-            "trained on; name one"
-        )
-    run_config = dataclasses.replace(config.as_run(begun.base), data=data)
-    return prepare(run_config, begun.tokenizer, ProgressLine())

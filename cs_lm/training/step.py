@@ -57,6 +57,7 @@ def train_step(
     max_norm: float,
     loss: LossFunction = next_token_loss,
     all_finite_so_far: Tensor | None = None,
+    clipped_apart: Sequence[nn.Module] = (),
 ) -> tuple[Tensor, Tensor]:
     """One update from one or more micro-batches, as if they were a single batch.
 
@@ -66,11 +67,16 @@ def train_step(
 
     all_finite_so_far  a bool on the device; it becomes False at a step that is not finite, and
                        then no later step updates anything
+    clipped_apart      parts of the model with clipping of their own; none: the model as a whole
     """
     loss_sum, count = accumulate_gradients(model, batches, loss)
     count = count.clamp(min=1)
     mean_loss = loss_sum / count
-    norm = clip_gradients(model.parameters(), max_norm, divide_by=count)
+    norms = [
+        clip_gradients(part.parameters(), max_norm, divide_by=count)
+        for part in clipped_apart or (model,)
+    ]
+    norm = norms[0] if len(norms) == 1 else torch.stack(norms).square().sum().sqrt()
     should_apply = mean_loss.isfinite() & norm.isfinite()
     if all_finite_so_far is not None:
         should_apply = all_finite_so_far.logical_and_(should_apply)

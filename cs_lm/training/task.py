@@ -33,6 +33,20 @@ class Task:
     flops_per_token: int
     measure: dict[str, Any] | None = None
 
+    @property
+    def saved_model(self) -> nn.Module:
+        """What a checkpoint holds as the model. `model` may hold more, which `save` saves."""
+        return self.model
+
+    @property
+    def clipped_apart(self) -> Sequence[nn.Module]:
+        """Parts of `model` whose gradients are clipped by norms of their own."""
+        return (self.model,)
+
+    def after_step(self, step: int) -> list[tuple[str, dict[str, Any]]]:
+        """Called when `step` updates are done. Returns records for the log: kind and values."""
+        return []
+
     def batches_of_step(self, step: int) -> Sequence[Any]:
         """The micro-batches of the update. The same step always gives the same batches."""
         raise NotImplementedError

@@ -49,7 +49,7 @@ class Trainer:
         weights: dict[str, Tensor] | None = None,
     ):
         self.config, self.task, self.folder = config, task, folder
-        self.state = TrainState(task.model, task.optimizer)
+        self.state = TrainState(task.saved_model, task.optimizer)
         self.signals = StopSignals()
         self.monitor = NonFiniteMonitor()
         device = next(task.model.parameters()).device
@@ -64,7 +64,7 @@ class Trainer:
         if checkpoint is not None:
             self._load(checkpoint)
         elif weights is not None:
-            restore({"model": weights}, task.model)
+            restore({"model": weights}, task.saved_model)
 
     def _load(self, checkpoint: dict[str, Any]) -> None:
         extras = checkpoint["extras"]
@@ -139,16 +139,17 @@ class Trainer:
         config, state = self.config, self.state
         self.lr = learning_rate(state.step, self.num_steps, config.optim)
         for group in state.optimizer.param_groups:
-            group["lr"] = self.lr
+            group["lr"] = self.lr * group.get("lr_scale", 1.0)
         state.begin_update()
         self._seed(state.step)
         self.loss, self.norm = train_step(
-            state.model,
+            self.task.model,
             state.optimizer,
             self.task.batches_of_step(state.step),
             config.optim.max_norm,
             self._loss_unless_stopped,
             self._all_finite,
+            self.task.clipped_apart,
         )
         self.monitor.add(state.step, self.loss.isfinite() & self.norm.isfinite())
         state.end_update(self.task.tokens_per_step)
@@ -167,6 +168,8 @@ class Trainer:
     def _after_step(self, is_last: bool) -> None:
         """Logs and saves, then evaluates and samples: these may fail, so the save comes first."""
         config = self.config
+        for kind, values in self.task.after_step(self.step):
+            self._record(kind, **values)
         self.reporter.update(self.step)
         reports = self._is_due(config.log_interval, is_last) or self.step == 1
         evaluates = self._evaluation_is_due(is_last)

@@ -167,6 +167,8 @@ CONFIGS = {
     "rank": "cs_lm.cli.rank.RankConfig",
     "reward": "cs_lm.alignment.reward_training.RewardConfig",
     "dpo": "cs_lm.alignment.dpo.DPOConfig",
+    "ppo": "cs_lm.alignment.ppo.PPOConfig",
+    "grpo": "cs_lm.alignment.grpo.GRPOConfig",
 }
 MAY_BE_NEGATIVE = ("frequency_penalty", "presence_penalty", "length_penalty")
 FROZEN = Path(__file__).with_name("flags.txt")

@@ -128,7 +128,7 @@ def test_an_imported_run_writes_is_evaluated_and_trained(work, capsys):
         ("export-weights --to y", "error: --out_dir: is missing"),
         ("export-weights --out_dir x --to y --format onnx", "--format: got 'onnx', need one of"),
         ("export-weights --out_dir x --to y --shard_mb 0", "--shard_mb: got 0, need 1 or more"),
-        ("export-weights --out_dir x --to y", "'x' holds no"),
+        ("export-weights --out_dir x --to y", "'x' is not the"),
     ],
 )
 def test_wrong_commands_say_what_to_do(argv, message, work, capsys):

@@ -1,0 +1,128 @@
+"""`cs-lm ppo` and `cs-lm grpo`: from a run to one that scores better, and back after a stop."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from cs_lm.cli.commands import main as command
+from cs_lm.training.metrics_log import MetricsLog
+from cs_lm.training.run_dir import RunFolder, load_trained
+from tests.end_to_end.test_reward import ranked, reward
+from tests.end_to_end.test_sft import WORDS, assert_equal, bases, sft, state, work
+
+__all__ = ["bases", "ranked", "work"]  # fixtures
+
+
+def policy(name, out, *more, **changes):
+    settings = {"from": "runs/transformer", "prompts": "data.jsonl", "out_dir": out,
+                "rollout_size": 16, "batch_size": 8, "max_new_tokens": 8, "num_epochs": 99,
+                "lr": 1e-3, "lr_min": 1e-3, "eval_interval": 4, "save_interval": 3,
+                "device": "cpu", **changes}  # fmt: skip
+    if name == "grpo":
+        settings = {"group_size": 4, **settings}
+    flags = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    return command([name, *flags, *more])
+
+
+def without_times(extras):
+    facts = extras["rollouts"]["facts"]
+    timed = [name for name in facts if name.endswith("_s")]
+    return extras | {"rollouts": extras["rollouts"] | {"facts": {
+        name: value for name, value in facts.items() if name not in timed
+    }}}  # fmt: skip
+
+
+def rollout_records(out):
+    return [r for r in MetricsLog(out / "metrics.jsonl").records() if r["kind"] == "rollout"]
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo"])
+def test_answers_become_what_the_rule_likes(work, name):
+    """Shorter ones; the run is a language model like any other."""
+    out = work / name
+    steps = 80 if name == "ppo" else 60
+    assert policy(name, out, rule="length", max_steps=steps, lr=3e-3, lr_min=3e-3) == 0
+    records = rollout_records(out)
+    assert len(records) == steps // (4 if name == "ppo" else 2)
+    first, last = (sum(r["score"] for r in part) / 3 for part in (records[:3], records[-3:]))
+    assert last > first + 1.0
+    assert all(r["ratio_gap"] < 1e-4 and r["sampling_s"] > 0 for r in records)
+    valid = [r for r in MetricsLog(out / "metrics.jsonl").records() if r["kind"] == "valid"]
+    assert len(valid) == steps // 4 and valid[-1]["kl_exact"] > 0.1
+    assert command(["generate", "--out_dir", str(out), "--prompt", "The"]) == 0
+    assert command(["verify", "--out_dir", str(out)]) == 0
+    reference = load_trained(RunFolder("runs/transformer"), "best", torch.device("cpu"))
+    learnt = load_trained(RunFolder(out), "last", torch.device("cpu"))
+    assert not torch.equal(
+        reference.model.output_embedding, learnt.model.output_embedding
+    )
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo"])
+@pytest.mark.parametrize("source", ["transformer", "gpt2"])
+def test_a_resumed_run_is_the_same_to_the_last_bit(work, ranked, name, source):
+    """From inside an iteration, with a reward model, text, and a changing coefficient."""
+    more = {"from": f"runs/{source}", "reward": work / "rm", "pretraining_mix": 0.25}
+    if name == "ppo":
+        more |= {"kl_target": 0.5, "kl_horizon": 100, "value_lr": 2e-3}
+    assert reward(ranked, work / "rm", max_steps=4) == 0
+    runs = work / "whole", work / "parts"
+    for out in runs:
+        assert policy(name, out, max_steps=9, keep_last=9, **more) == 0
+    assert command([name, "--resume", "--out_dir", str(runs[1]), "--resume_step", "3"]) == 0
+    first, second = (state(out, 9) for out in runs)
+    for one in (first, second):
+        one["extras"] = without_times(one["extras"])
+        one["extras"]["stage"]["config"].pop("out_dir")
+    assert_equal(first, second)
+    logs = [
+        [{k: v for k, v in r.items() if not k.endswith("_s")} for r in rollout_records(out)]
+        for out in runs
+    ]
+    assert logs[0] == logs[1] and len(logs[0]) == (2 if name == "ppo" else 4)
+
+
+def test_what_a_resume_needs_must_be_as_it_was(work, ranked, capsys):
+    base, rm, out = work / "base", work / "rm", work / "ppo"
+    shutil.copytree("runs/transformer", base)
+    assert reward(ranked, rm, max_steps=3) == 0
+    assert policy("ppo", out, reward=rm, max_steps=3, **{"from": base}) == 0
+    resume = ["ppo", "--resume", "--out_dir", str(out), "--max_steps", "6"]
+    shutil.move(rm, work / "away")
+    assert reward(ranked, rm, max_steps=3, seed=1) == 0
+    capsys.readouterr()
+    assert command(resume) == 2
+    assert "the reward model is not the one that the run began with" in capsys.readouterr().err
+    shutil.rmtree(rm)
+    shutil.move(work / "away", rm)
+    shutil.move(base, work / "old")
+    assert command(resume) == 2
+    assert "is not there; need the folder of a run" in capsys.readouterr().err
+    shutil.copytree("runs/transformer", base)
+    assert sft(source=str(base), max_steps=2, out_dir=work / "sft") == 0
+    shutil.rmtree(base)
+    shutil.move(work / "sft", base)
+    assert command(resume) == 2
+    assert "holds other weights than when the run began" in capsys.readouterr().err
+    shutil.rmtree(base)
+    shutil.move(work / "old", base)
+    assert command(resume) == 0
+    assert command([*resume, "--kl_coef", "0.5"]) == 2
+    assert "--kl_coef: cannot change in a resumed run" in capsys.readouterr().err
+
+
+def test_a_rule_of_ones_own_and_a_second_one_to_watch(work, monkeypatch):
+    (work / "mine.py").write_text(
+        "def score(answer, fields):\n    return float(fields['prompt'].split()[-1] in answer)\n",
+        encoding="utf-8",
+    )
+    monkeypatch.syspath_prepend(str(work))
+    out = work / "ppo"
+    prompts = work / "prompts.jsonl"
+    prompts.write_text("\n".join(json.dumps({"prompt": f"say {w}"}) for w in WORDS))
+    rules = {"rule": "mine:score", "gold_rule": "length", "prompts": prompts}
+    assert policy("ppo", out, max_steps=4, **rules) == 0
+    (record,) = rollout_records(out)
+    assert record["gold"] < 0 <= record["score"]
