@@ -9,5 +9,6 @@ packed), `masked` (sums over the tokens of an answer), `kl` (distance from the r
 of every kind of training here), `text_mix` (pre-training text beside it), `answers` (to
 conversations), `sft` (fine-tuning on demonstrations), `reward_model` (scores and rankings),
 `ranking_task`, `reward_training`, `dpo`, `rules` (scores without a model), `rollouts` (answers with
-their log-probabilities), `policy_task` (what learns from them), `ppo`, `grpo`.
+their log-probabilities), `policy_task` (what learns from them), `ppo`, `grpo`, `comparison` (of
+answers).
 """

@@ -20,7 +20,13 @@ from cs_lm.alignment.kl import AdaptiveKL, FixedKL, KLController, kl_k1
 from cs_lm.alignment.masked import masked_mean
 from cs_lm.alignment.records import Prompt
 from cs_lm.alignment.reward_training import RewardModel
-from cs_lm.alignment.rollouts import Rollouts, distance, distinct_ngrams, draw_answers
+from cs_lm.alignment.rollouts import (
+    Rollouts,
+    decoded,
+    distance,
+    distinct_ngrams,
+    draw_answers,
+)
 from cs_lm.alignment.rules import Rule, score_by_rule
 from cs_lm.alignment.stage import StageTask, hash_of, language_model_of, split_by_prompt
 from cs_lm.alignment.text_mix import TextBatch, TextMix, TextMixConfig, described, text_loss
@@ -280,7 +286,7 @@ class PolicyTask(StageTask):
                 self.policy, self.reference, rollouts, config.temperature, config.batch_size
             )
         answers = rollouts.answers(self.template.end_id)
-        texts = [self.tokenizer.decode(self._known(ids)) for ids in answers]
+        texts = [decoded(self.tokenizer, ids) for ids in answers]
         scores = self._scores(prompts, texts, rollouts)
         has_ended, lengths = rollouts.ended.double(), rollouts.lengths.double()
         total = scores - config.no_end_penalty * (1 - has_ended.to(scores.dtype))
@@ -303,7 +309,7 @@ class PolicyTask(StageTask):
             "scoring_s": clock[2] - clock[1],
         }
         if self._sources.gold is not None:
-            gold = [score_by_rule(self._sources.gold, t, p) for t, p in zip(texts, prompts)]
+            gold = _by_rule(self._sources.gold, prompts, texts, rollouts)
             facts["gold"] = sum(gold) / len(gold)
         experience = {
             "token_ids": rollouts.token_ids, "mask": rollouts.mask, "old_log_probs": old,
@@ -311,16 +317,12 @@ class PolicyTask(StageTask):
         }  # fmt: skip
         return experience, facts
 
-    def _known(self, ids: Sequence[int]) -> list[int]:
-        """Without ids that the model has and the tokenizer lacks."""
-        return [token_id for token_id in ids if token_id in self.tokenizer.vocab]
-
     def _scores(
         self, prompts: Sequence[Prompt], texts: Sequence[str], rollouts: Rollouts
     ) -> Tensor:
         """The score of each answer, (N)."""
         if self.scorer.rule is not None:
-            scores = [score_by_rule(self.scorer.rule, t, p) for t, p in zip(texts, prompts)]
+            scores = _by_rule(self.scorer.rule, prompts, texts, rollouts)
             return torch.tensor(scores, dtype=torch.float32, device=self.device)
         model, parts = self.scorer.model.model, []
         with torch.no_grad(), evaluating(model):
@@ -458,6 +460,13 @@ class PolicyTask(StageTask):
         self._experience = {
             name: tensor.to(self.device) for name, tensor in saved["experience"].items()
         }
+
+
+def _by_rule(
+    rule: Rule, prompts: Sequence[Prompt], texts: Sequence[str], rollouts: Rollouts
+) -> list[float]:
+    every = zip(texts, prompts, rollouts.ended.tolist(), strict=True)
+    return [score_by_rule(rule, text, prompt, ended) for text, prompt, ended in every]
 
 
 def weights_hash(model: nn.Module) -> str:

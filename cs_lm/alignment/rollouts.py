@@ -5,7 +5,7 @@ would be those of another policy than the one that learns.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -183,3 +183,8 @@ def distinct_ngrams(answers: Sequence[Sequence[int]], size: int = 4) -> float | 
     """The share of different n-grams of tokens among all; None if no answer is that long."""
     grams = [tuple(a[i : i + size]) for a in answers for i in range(len(a) - size + 1)]
     return len(set(grams)) / len(grams) if grams else None
+
+
+def decoded(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of ids, without those that a model has and its tokenizer lacks."""
+    return tokenizer.decode([token_id for token_id in ids if token_id in tokenizer.vocab])

@@ -6,7 +6,8 @@
     length       minus the number of characters: shorter is better
     module:name  a function (answer: str, fields: dict) -> float of a module that Python finds
 
-`fields` are the keys of the prompt's record, and "prompt": the last message of the user.
+`fields` are the keys of the prompt's record, "prompt": the last message of the user, and "ended":
+whether the answer came to its end, and was not cut at its greatest length.
 """
 
 import importlib
@@ -72,9 +73,12 @@ def rule_of(name: str, flag: str = "--rule") -> Rule:
     return found
 
 
-def score_by_rule(rule: Rule, answer: str, prompt: Prompt) -> float:
-    """Raises: UserError, with the place of the record, for a rule that fails or gives no number."""
-    fields = {**prompt.fields, "prompt": prompt.conversation[-1].content}
+def score_by_rule(rule: Rule, answer: str, prompt: Prompt, ended: bool = True) -> float:
+    """The score of an answer; ended  whether its end token came
+
+    Raises: UserError, with the place of the record, for a rule that fails or gives no number.
+    """
+    fields = {**prompt.fields, "prompt": prompt.conversation[-1].content, "ended": ended}
     try:
         score = float(rule(answer, fields))
     except Exception as error:

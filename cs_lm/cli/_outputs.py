@@ -19,6 +19,7 @@ class FileKind(NamedTuple):
 PAGE = FileKind("a page of this program", (".html", ".htm"), b'content="cs_lm"')
 PLOT = FileKind("a plot", (".png", ".svg"), b"matplotlib")
 RESULTS = FileKind("results of eval", (".jsonl",), b'"num_shots_fitted"')
+COMPARISON = FileKind("results of compare", (".jsonl",), b'"compared_runs"')
 _HEAD_BYTES = 1 << 14
 
 

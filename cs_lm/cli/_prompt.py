@@ -3,7 +3,7 @@
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -57,10 +57,11 @@ class PromptSession:
     """Asks for prompts, one after another, and keeps the settings that commands change.
 
     settings  a config; `/name value` changes a field of it
+    actions   further commands: what `/name` does
     """
 
-    def __init__(self, settings: Any):
-        self.settings = settings
+    def __init__(self, settings: Any, actions: Mapping[str, Callable[[], None]] | None = None):
+        self.settings, self._actions = settings, actions or {}
 
     def prompts(self) -> Iterator[str]:
         """The prompts, until an empty line, `/quit` or the end of the input."""
@@ -108,6 +109,8 @@ class PromptSession:
         name, *values = line.split(maxsplit=1) or ["help"]
         if name in ("help", "?"):
             print(HELP, file=sys.stderr)
+        elif name in self._actions:
+            self._actions[name]()
         elif name == "settings":
             for each in settings_of(type(self.settings)):
                 self._show(each)

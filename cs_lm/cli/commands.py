@@ -27,6 +27,8 @@ COMMANDS = {
     "dpo": "train a model on rankings directly, without a reward model",
     "ppo": "train a model on the scores of its own answers, held near where it began",
     "grpo": "train a model on which of its answers to a prompt are the better ones",
+    "chat": "talk with a trained model on the terminal",
+    "compare": "which of several models answers better, by a rule, a reward model or yourself",
     "plot": "draw the losses, speed or gradient norms of one or several runs",
     "report": "one HTML page of a run: curves, samples, settings, faults",
     "cache": "what lies in data/: sizes and last uses; removes what is named",

@@ -8,8 +8,7 @@ already are left out, so the same command goes on after a stop.
 import json
 import os
 import random
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +17,8 @@ import torch
 from cs_lm.alignment.answers import Answer, Answerer, ContextFullError
 from cs_lm.alignment.conversations import template_of
 from cs_lm.alignment.records import Prompt, read_prompts, record_of
-from cs_lm.alignment.reward_model import render_answer, score_rows
-from cs_lm.alignment.reward_training import load_reward_model
-from cs_lm.alignment.rules import rule_of, score_by_rule
 from cs_lm.cli._errors import readable_errors
+from cs_lm.cli._judges import Judge, judge_of
 from cs_lm.cli._outputs import is_an_input, unwritable
 from cs_lm.config.fields import not_positive, setting
 from cs_lm.config.flags import parse_config
@@ -30,8 +27,6 @@ from cs_lm.device import resolve_device
 from cs_lm.errors import Problem, UserError
 from cs_lm.inference.decoding_config import DecodingConfig
 from cs_lm.training.run_dir import RunFolder, load_trained
-
-Score = Callable[[Prompt, Sequence[str]], Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -79,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(RankConfig, "python -m cs_lm rank", __doc__, argv)
     prompts = read_prompts(config.prompts)
     device = resolve_device(config.device)
-    score = _scorer(config, device)
+    judge = judge_of(config.rule, config.reward, device)
     out = Path(config.out)
     done = _prompts_in(out)
     answers_to = _Sampler(config, device)
@@ -89,8 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with out.open("a", encoding="utf-8") as file:
         for number, prompt in todo:
             answers = answers_to(number, prompt)
-            record = _ranked(prompt, [one.text for one in answers], score)
-            record["ended"] = [one.ended for one in answers]
+            record = _ranked(prompt, answers, judge)
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()
     print(f"rankings: {out}")
@@ -121,48 +115,12 @@ class _Sampler:
             raise UserError(f"{prompt.where}: {error}") from None
 
 
-def _scorer(config: RankConfig, device: torch.device) -> Score:
-    if config.rule is not None:
-        rule = rule_of(config.rule)
-        return lambda prompt, answers: [score_by_rule(rule, one, prompt) for one in answers]
-    if config.reward is not None:
-        reward = load_reward_model(RunFolder(config.reward), "best", device)
-
-        def by_model(prompt: Prompt, answers: Sequence[str]) -> list[float]:
-            rows = [render_answer(reward.template, prompt.conversation, one) for one in answers]
-            return score_rows(reward.model, rows, device).tolist()
-
-        return by_model
-    if not sys.stdin.isatty():
-        raise UserError("--rule: is missing: give it or --reward, or rank yourself on a terminal")
-    return _asked
-
-
-def _asked(prompt: Prompt, answers: Sequence[str]) -> list[float]:
-    """Scores from a person: the numbers of the answers, best first; = ties two of them."""
-    print(f"\n{prompt.conversation[-1].content}")
-    for number, answer in enumerate(answers, start=1):
-        print(f"  {number}  {answer}")
-    while True:
-        try:
-            line = input("best first, such as 2 1=3 (q ends): ")
-        except EOFError:
-            line = "q"
-        if line.strip() == "q":
-            raise UserError("rank: ended; the same command goes on from here")
-        groups = [group.split("=") for group in line.split()]
-        numbers = [number for group in groups for number in group]
-        if sorted(numbers) == sorted(map(str, range(1, len(answers) + 1))):
-            scores = {n: -float(rank) for rank, group in enumerate(groups) for n in group}
-            return [scores[str(number)] for number in range(1, len(answers) + 1)]
-        print(f"need each of 1 to {len(answers)} once", file=sys.stderr)
-
-
-def _ranked(prompt: Prompt, answers: Sequence[str], score: Score) -> dict:
-    scores = list(score(prompt, answers))
+def _ranked(prompt: Prompt, answers: Sequence[Answer], judge: Judge) -> dict:
+    texts, ended = [one.text for one in answers], [one.ended for one in answers]
+    scores = judge(prompt, texts, ended)
     rank = {value: n for n, value in enumerate(sorted(set(scores), reverse=True), start=1)}
-    found = {"responses": list(answers), "ranks": [rank[value] for value in scores]}
-    return record_of(prompt) | found | {"scores": scores}
+    found = {"responses": texts, "ranks": [rank[value] for value in scores]}
+    return record_of(prompt) | found | {"scores": scores, "ended": ended}
 
 
 def _key(record: dict) -> str:

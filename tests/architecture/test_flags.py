@@ -169,6 +169,8 @@ CONFIGS = {
     "dpo": "cs_lm.alignment.dpo.DPOConfig",
     "ppo": "cs_lm.alignment.ppo.PPOConfig",
     "grpo": "cs_lm.alignment.grpo.GRPOConfig",
+    "chat": "cs_lm.cli.chat.ChatConfig",
+    "compare": "cs_lm.cli.compare.CompareConfig",
 }
 MAY_BE_NEGATIVE = ("frequency_penalty", "presence_penalty", "length_penalty")
 FROZEN = Path(__file__).with_name("flags.txt")

@@ -55,9 +55,7 @@ def test_answers_become_what_the_rule_likes(work, name):
     assert command(["verify", "--out_dir", str(out)]) == 0
     reference = load_trained(RunFolder("runs/transformer"), "best", torch.device("cpu"))
     learnt = load_trained(RunFolder(out), "last", torch.device("cpu"))
-    assert not torch.equal(
-        reference.model.output_embedding, learnt.model.output_embedding
-    )
+    assert not torch.equal(reference.model.output_embedding, learnt.model.output_embedding)
 
 
 @pytest.mark.parametrize("name", ["ppo", "grpo"])

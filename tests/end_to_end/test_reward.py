@@ -162,12 +162,14 @@ def test_mistakes_are_named(work, ranked, capsys):
 
 
 def test_a_person_ranks_on_a_terminal(work, monkeypatch, capsys):
+    from cs_lm.alignment.answers import Answer
     from cs_lm.alignment.records import Prompt
-    from cs_lm.cli.rank import _asked, _ranked
+    from cs_lm.cli._judges import _asked
+    from cs_lm.cli.rank import _ranked
 
     lines = iter(["3", "1 2 3 3", "2 1=3"])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     prompt = Prompt((Message("user", "q"),), {})
-    record = _ranked(prompt, ["x", "y", "z"], _asked)
+    record = _ranked(prompt, [Answer(one, True) for one in "xyz"], _asked)
     assert record["ranks"] == [2, 1, 2] and record["prompt"] == "q"
     assert capsys.readouterr().err.count("need each of 1 to 3 once") == 2

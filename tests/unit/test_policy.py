@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cs_lm.alignment.conversations import Message
-from cs_lm.alignment.grpo import GRPOConfig, GroupRelativePolicyOptimization
+from cs_lm.alignment.grpo import GroupRelativePolicyOptimization, GRPOConfig
 from cs_lm.alignment.policy_task import PolicySources, Scorer
 from cs_lm.alignment.ppo import PPOConfig, ProximalPolicyOptimization
 from cs_lm.alignment.records import Prompt

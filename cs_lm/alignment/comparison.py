@@ -1,0 +1,140 @@
+"""Compares models by their answers to the same prompts."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from cs_lm.alignment.answers import ContextFullError
+from cs_lm.alignment.conversations import template_of
+from cs_lm.alignment.records import Prompt
+from cs_lm.alignment.rollouts import (
+    Rollouts,
+    decoded,
+    distance,
+    distinct_ngrams,
+    draw_answers,
+)
+from cs_lm.data.batches import step_seed
+from cs_lm.evaluation.intervals import wilson_interval
+from cs_lm.models.base import LanguageModel
+from cs_lm.training.run_dir import TrainedModel
+
+_ROWS = 64  # answers that are drawn together
+
+
+class DrawingOptions(NamedTuple):
+    """How answers are drawn."""
+
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    seed: int = 0
+
+
+class DrawnAnswers(NamedTuple):
+    """The answers of one model, in the order of the prompts.
+
+    token_ids  without the end token
+    ended      whether the end token came
+    kl         mean exact divergence of an answer from another model [nats]; None: not asked for
+    """
+
+    texts: list[str]
+    token_ids: list[list[int]]
+    ended: list[bool]
+    kl: float | None
+
+
+def answer_prompts(
+    trained: TrainedModel,
+    prompts: Sequence[Prompt],
+    options: DrawingOptions,
+    reference: LanguageModel | None = None,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> DrawnAnswers:
+    """One answer to each prompt. The draws follow from the seed and the number of the prompt.
+
+    reference    a model with the same tokenizer; the divergence from it is computed
+    on_progress  called with the number of prompts that are answered
+    Raises: ContextFullError for a prompt that leaves no room for an answer.
+    """
+    template = template_of(trained.tokenizer, trained.template or "auto")
+    longest = trained.config.model.context_length + 1 - options.max_new_tokens
+    rows = [template.render_for_completion(one.conversation) for one in prompts]
+    for row, prompt in zip(rows, prompts):
+        if len(row) > longest:
+            raise ContextFullError(
+                f"{prompt.where}: got a prompt of {len(row)} tokens, need at most {longest} beside "
+                f"--max_new_tokens {options.max_new_tokens}"
+            )
+    texts, token_ids, ended, total = [], [], [], 0.0
+    for number, start in enumerate(range(0, len(rows), _ROWS)):
+        drawn: Rollouts = draw_answers(
+            trained.model,
+            rows[start : start + _ROWS],
+            template.end_id,
+            options.max_new_tokens,
+            step_seed(options.seed, number),
+            options.temperature,
+        )
+        if reference is not None:
+            found = distance(trained.model, reference, drawn, options.temperature)
+            total += found.kl.sum().item()
+        answers = drawn.answers(template.end_id)
+        token_ids += answers
+        texts += [decoded(trained.tokenizer, ids) for ids in answers]
+        ended += drawn.ended.tolist()
+        on_progress(len(texts))
+    kl = None if reference is None else total / len(rows)
+    return DrawnAnswers(texts, token_ids, ended, kl)
+
+
+class WinRate(NamedTuple):
+    """How often one model's answer is better than another's; a tie counts half.
+
+    interval  95 % (Wilson)
+    """
+
+    share: float
+    interval: tuple[float, float]
+    num_ties: int
+
+
+def win_rate(scores: Sequence[float], others: Sequence[float]) -> WinRate:
+    """Of the first model, from the scores of both to the same prompts."""
+    wins = sum(score > other for score, other in zip(scores, others, strict=True))
+    ties = sum(score == other for score, other in zip(scores, others))
+    points = wins + ties / 2
+    return WinRate(points / len(scores), wilson_interval(points, len(scores)), ties)
+
+
+class Standing(NamedTuple):
+    """One model in a comparison. wins: against the first model; None: it is the first."""
+
+    name: str
+    score: float
+    wins: WinRate | None
+    length: float
+    ended: float
+    distinct_4: float | None
+    kl: float | None
+
+
+def standings(
+    names: Sequence[str], answers: Sequence[DrawnAnswers], scores: Sequence[Sequence[float]]
+) -> list[Standing]:
+    """scores  of each model, those of its first answers"""
+    found = []
+    for name, own, its_scores in zip(names, answers, scores, strict=True):
+        count = len(its_scores)
+        lengths = [len(ids) for ids in own.token_ids[:count]]
+        found.append(
+            Standing(
+                name,
+                sum(its_scores) / count,
+                win_rate(its_scores, scores[0]) if found else None,
+                sum(lengths) / count,
+                sum(own.ended[:count]) / count,
+                distinct_ngrams(own.token_ids[:count]),
+                own.kl,
+            )
+        )
+    return found

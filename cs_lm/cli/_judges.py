@@ -1,0 +1,63 @@
+"""Who scores answers: a rule, a reward model, or a person on the terminal."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+
+from cs_lm.alignment.records import Prompt
+from cs_lm.alignment.reward_model import render_answer, score_rows
+from cs_lm.alignment.reward_training import load_reward_model
+from cs_lm.alignment.rules import rule_of, score_by_rule
+from cs_lm.errors import UserError
+from cs_lm.training.run_dir import RunFolder
+
+# (prompt, answers, whether each came to its end token) -> a score for each
+Judge = Callable[[Prompt, Sequence[str], Sequence[bool]], list[float]]
+
+
+class JudgeStopped(UserError):
+    """A person has had enough."""
+
+
+def judge_of(rule: str | None, reward: str | None, device: torch.device) -> Judge:
+    """A rule by its name, a reward model by its folder, or a person.
+
+    Raises: UserError if neither is named and nobody can be asked.
+    """
+    if rule is not None:
+        call = rule_of(rule)
+        return lambda prompt, answers, ended: [
+            score_by_rule(call, answer, prompt, end) for answer, end in zip(answers, ended)
+        ]
+    if reward is not None:
+        model = load_reward_model(RunFolder(reward), "best", device)
+
+        def by_model(prompt: Prompt, answers: Sequence[str], ended: Sequence[bool]) -> list[float]:
+            rows = [render_answer(model.template, prompt.conversation, one) for one in answers]
+            return score_rows(model.model, rows, device).tolist()
+
+        return by_model
+    if not sys.stdin.isatty():
+        raise UserError("--rule: is missing: give it or --reward, or judge yourself on a terminal")
+    return _asked
+
+
+def _asked(prompt: Prompt, answers: Sequence[str], ended: Sequence[bool]) -> list[float]:
+    """Scores from a person: the numbers of the answers, best first; = ties two of them."""
+    print(f"\n{prompt.conversation[-1].content}")
+    for number, answer in enumerate(answers, start=1):
+        print(f"  {number}  {answer}")
+    while True:
+        try:
+            line = input("best first, such as 2 1=3 (q ends): ")
+        except EOFError:
+            line = "q"
+        if line.strip() == "q":
+            raise JudgeStopped("ended by you; what was judged until now is kept")
+        groups = [group.split("=") for group in line.split()]
+        numbers = [number for group in groups for number in group]
+        if sorted(numbers) == sorted(map(str, range(1, len(answers) + 1))):
+            scores = {n: -float(rank) for rank, group in enumerate(groups) for n in group}
+            return [scores[str(number)] for number in range(1, len(answers) + 1)]
+        print(f"need each of 1 to {len(answers)} once", file=sys.stderr)

@@ -1,0 +1,174 @@
+"""`python -m cs_lm chat`: a conversation with a trained model on the terminal.
+
+The template is the one that the model was fine-tuned with. A model that was never fine-tuned is
+asked in plain lines, as "User: ...". With --message, it answers once; without, you write in turns,
+and /new begins another conversation.
+"""
+
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from cs_lm.cli._errors import decoded, print_error, readable_errors
+from cs_lm.cli._prompt import HELP, PromptSession, line_history, paint
+from cs_lm.config.fields import is_unicode, not_unicode, setting
+from cs_lm.config.flags import parse_config
+from cs_lm.config.run import DTYPES
+from cs_lm.config.shared import (
+    checkpoint_setting,
+    device_setting,
+    validate_checkpoint,
+    validate_run,
+)
+from cs_lm.device import resolve_device
+from cs_lm.errors import Problem, UserError
+from cs_lm.inference.decoding_config import DecodingConfig
+from cs_lm.inference.generate import generate_samples
+from cs_lm.inference.text import TextStream, allowed_ids, stop_ids_of
+from cs_lm.serving.chat import chat_prompt, chat_template
+from cs_lm.training.run_dir import RunFolder, TrainedModel, load_trained
+from cs_lm.training.signals import StopRequested, raise_on_signal
+
+_NEW = "/new             begins a new conversation"
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """A conversation."""
+
+    out_dir: str = setting("", "folder of the run; required")
+    checkpoint: str = checkpoint_setting()
+    message: str | None = setting(None, "answer this, and end")
+    system: str | None = setting(None, "first message, which says how to answer")
+    device: str = device_setting()
+    dtype: str = setting(
+        "float32", "of the weights; bfloat16 is quicker and less exact", choices=DTYPES
+    )
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)
+
+    def validate(self) -> list[Problem]:
+        found = validate_run(self.out_dir)
+        for name in ("message", "system"):
+            value = getattr(self, name)
+            if value == "":
+                found.append(Problem(f"--{name}", "is empty", "at least one character"))
+            elif value is not None and not is_unicode(value):
+                found.append(not_unicode(f"--{name}", value))
+        for name in ("num_samples", "num_beams"):
+            if getattr(self.decoding, name) > 1:
+                what = "has no effect in a conversation"
+                found.append(Problem(f"--{name}", what, fix="leave it out"))
+        for name in ("best_of", "num_alternatives"):
+            if getattr(self.decoding, name) is not None:
+                what = "has no effect in a conversation"
+                found.append(Problem(f"--{name}", what, fix="leave it out"))
+        return found + validate_checkpoint(self.checkpoint) + self.decoding.validate()
+
+
+@readable_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    config = parse_config(ChatConfig, "python -m cs_lm chat", __doc__, argv)
+    message = config.message
+    if message is None and not sys.stdin.isatty():
+        message = decoded("standard input", sys.stdin.buffer.read()).strip()
+        if not message:
+            raise UserError("standard input: is empty, need at least one character")
+    device = resolve_device(config.device)
+    dtype = getattr(torch, config.dtype)
+    trained = load_trained(RunFolder(config.out_dir), config.checkpoint, device, dtype)
+    chat = Chat(trained, config.system)
+    if message is not None:
+        chat.answer(message, config.decoding)
+        return 0
+    _converse(chat, config.decoding)
+    return 0
+
+
+def _converse(chat: "Chat", decoding: DecodingConfig) -> None:
+    print(f"{HELP}\n{_NEW}", file=sys.stderr)
+    session = PromptSession(decoding, {"new": chat.begin})
+    with line_history():
+        for message in session.prompts():
+            try:
+                with raise_on_signal():
+                    chat.answer(message, session.settings)
+            except UserError as error:
+                print_error(error)
+            except StopRequested as stopped:
+                if stopped.number != signal.SIGINT:
+                    raise
+                print()  # Ctrl-C ends this answer only
+
+
+class Chat:
+    """The turns so far. An answer that was stopped counts up to where it came."""
+
+    def __init__(self, trained: TrainedModel, system: str | None):
+        self._trained, self._system = trained, system
+        self._template = chat_template(trained.tokenizer, trained.template)
+        self.begin()
+
+    def begin(self) -> None:
+        """A new conversation."""
+        self._messages = [("system", self._system)] if self._system else []
+
+    def answer(self, message: str, decoding: DecodingConfig) -> None:
+        """Prints the answer while it comes.
+
+        Raises: UserError for a message that leaves no room for an answer.
+        """
+        self._messages.append(("user", message))
+        shown = ""
+        try:
+            ids, stop, room = self._fitting()
+            decoding = replace(
+                decoding,
+                max_new_tokens=min(decoding.max_new_tokens, room),
+                stop=(*decoding.stop, *stop),
+            )
+            tokenizer, model = self._trained.tokenizer, self._trained.model
+            ends = stop_ids_of(tokenizer, decoding.stop_token)
+            if self._template is not None:
+                ends |= {self._template.end_id}
+            size = model.config.vocab_size
+            allowed = allowed_ids(tokenizer, size, decoding.allowed_characters, ends)
+            stream = TextStream(tokenizer.vocab, decoding.stop)
+
+            def show(_row: int, token_id: int) -> bool:
+                nonlocal shown
+                shown += _printed(stream.push(token_id))
+                return stream.stopped
+
+            generate_samples(model, [ids], decoding, ends, allowed, show)
+            shown += _printed(stream.close())
+            print(flush=True)
+        finally:
+            if shown:
+                self._messages.append(("assistant", shown.strip()))
+            else:
+                self._messages.pop()
+
+    def _fitting(self) -> tuple[list[int], tuple[str, ...], int]:
+        """The prompt, its stop texts, and the room for an answer. The oldest turns go first."""
+        context = self._trained.config.model.context_length
+        while True:
+            ids, stop = chat_prompt(self._trained.tokenizer, self._messages, self._template)
+            first = bool(self._system)
+            if len(ids) <= context * 3 // 4 or len(self._messages) < first + 3:
+                break
+            del self._messages[first : first + 2]
+            print(paint("(the oldest turn is forgotten)", "2", sys.stderr), file=sys.stderr)
+        if len(ids) > context:
+            raise UserError(
+                f"message: got {len(ids)} tokens with its template, need at most {context}, the "
+                "model's context; shorten it"
+            )
+        return ids, stop, context + 1 - len(ids)
+
+
+def _printed(text: str) -> str:
+    print(text, end="", flush=True)
+    return text
