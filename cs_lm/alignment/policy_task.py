@@ -5,7 +5,6 @@ the next one begins. An iteration that was stopped on the way is in the checkpoi
 does the same updates with the same answers.
 """
 
-import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,14 @@ from cs_lm.alignment.rollouts import (
     draw_answers,
 )
 from cs_lm.alignment.rules import Rule, score_by_rule
-from cs_lm.alignment.stage import StageTask, hash_of, language_model_of, split_by_prompt
+from cs_lm.alignment.stage import (
+    StageTask,
+    changed_weights,
+    hash_of,
+    hash_of_weights,
+    language_model_of,
+    split_by_prompt,
+)
 from cs_lm.alignment.text_mix import TextBatch, TextMix, TextMixConfig, described, text_loss
 from cs_lm.config.fields import setting
 from cs_lm.config.run import RunConfig
@@ -223,7 +229,7 @@ class PolicyTask(StageTask):
 
     def _set_reference(self, weights: Mapping[str, Tensor]) -> None:
         restore({"model": dict(weights)}, self.reference)
-        self._reference_hash = weights_hash(self.reference)
+        self._reference_hash = hash_of_weights(self.reference.state_dict())
 
     @property
     def saved_model(self) -> nn.Module:
@@ -449,10 +455,7 @@ class PolicyTask(StageTask):
             )
         self._set_reference(self._sources.reference())
         if self._reference_hash != extras["reference_sha256"]:
-            raise UserError(
-                f"--resume: {self.config.source!r} holds other weights than when the run began; "
-                "they are its reference: restore them, or start a new run in another --out_dir"
-            )
+            raise changed_weights(self.config.source)
         saved = extras["rollouts"]
         self._iteration, self._first_step = saved["number"], saved["first_step"]
         self._end_step, self._facts = saved["end_step"], saved["facts"]
@@ -467,15 +470,6 @@ def _by_rule(
 ) -> list[float]:
     every = zip(texts, prompts, rollouts.ended.tolist(), strict=True)
     return [score_by_rule(rule, text, prompt, ended) for text, prompt, ended in every]
-
-
-def weights_hash(model: nn.Module) -> str:
-    """SHA-256 of all weights, with their names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def kl_controller(coefficient: float, target: float | None, horizon: float) -> KLController:

@@ -7,7 +7,7 @@ loss of a token of that text is added.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -24,8 +24,16 @@ from cs_lm.alignment.examples import (
     padded_batch,
     render_all,
 )
+from cs_lm.alignment.lora import LowRankAdapter
 from cs_lm.alignment.records import Demonstration
-from cs_lm.alignment.stage import StageTask, hash_of, language_model_of, validate_records
+from cs_lm.alignment.stage import (
+    StageTask,
+    changed_weights,
+    hash_of,
+    hash_of_weights,
+    language_model_of,
+    validate_records,
+)
 from cs_lm.alignment.text_mix import TextBatch, TextMix, TextMixConfig, described, text_loss
 from cs_lm.config.fields import setting
 from cs_lm.config.optim import OptimConfig
@@ -38,6 +46,7 @@ from cs_lm.inference.sampling import NotANumberError
 from cs_lm.models.base import evaluating
 from cs_lm.ops.reference import IGNORE_INDEX
 from cs_lm.tokenizer import BPETokenizer
+from cs_lm.training.checkpoint import restore
 from cs_lm.training.step import under_autocast
 from cs_lm.training.task import CheckStop
 
@@ -60,6 +69,10 @@ class SFTConfig(TextMixConfig):
     packing: bool = setting(
         False, "several conversations in a row of --seq_length tokens; each sees itself alone"
     )
+    lora_rank: int | None = setting(
+        None, "train low-rank changes of the weights only, of this rank; the run has them merged"
+    )
+    lora_alpha: float = setting(16.0, "the changes are multiplied by this over --lora_rank")
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
             lr=2e-5, lr_min=2e-6, warmup_ratio=0.03, warmfix_ratio=1.0, weight_decay=0.0
@@ -67,19 +80,25 @@ class SFTConfig(TextMixConfig):
     )
 
     def validate(self) -> list[Problem]:
-        return [*super().validate(), *validate_records(self, "conversations")]
+        found = [*super().validate(), *validate_records(self, "conversations")]
+        if self.lora_rank is None and self.lora_alpha != SFTConfig.lora_alpha:
+            what, fix = "has no effect without --lora_rank", "add it, or leave it out"
+            found.append(Problem("--lora_alpha", what, fix=fix))
+        return found
 
 
 class Sources(NamedTuple):
     """What a model is fine-tuned from.
 
     base  settings of the run with the model
-    text  pre-training text to mix in, or None
+    text     pre-training text to mix in, or None
+    weights  reads the weights that the run began with
     """
 
     base: RunConfig
     tokenizer: BPETokenizer
     text: PreparedData | None = None
+    weights: Callable[[], Mapping[str, Tensor]] | None = None
 
 
 class SupervisedFineTuning(StageTask):
@@ -96,8 +115,12 @@ class SupervisedFineTuning(StageTask):
         world: World,
     ):
         base = sources.base
-        model = language_model_of(config, base, world.device)
-        super().__init__(config, base, sources.tokenizer, model)
+        self.policy = model = language_model_of(config, base, world.device)
+        self._adapter = None
+        if config.lora_rank is not None:
+            self._adapter = LowRankAdapter(model, config.lora_rank, config.lora_alpha, config.seed)
+        super().__init__(config, base, sources.tokenizer, self._adapter or model)
+        self._first_weights, self._first_hash = sources.weights, None
         self._device = world.device
         most, length = config.max_tokens(base), self.run_config.seq_length
         rendered = render_all(train, self.template, most, config.learn_prompts)
@@ -134,6 +157,8 @@ class SupervisedFineTuning(StageTask):
 
     def _loss_of(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         of_batch = text_loss if isinstance(batch, TextBatch) else example_loss
+        if self._adapter is not None:
+            model = self._adapter.merge()
         return of_batch(model, batch)
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
@@ -151,7 +176,7 @@ class SupervisedFineTuning(StageTask):
                 total, count = total + part.item(), count + counted.item()
         found = {"loss_nats": total / max(1, count), "num_scored_tokens": count}
         if self.text is not None:
-            found["text_bits_per_byte"] = self.text.bits_per_byte(self.model, check_stop)
+            found["text_bits_per_byte"] = self.text.bits_per_byte(self.policy, check_stop)
         return found
 
     def describe_evaluation(self, found: dict[str, Any]) -> str:
@@ -164,7 +189,7 @@ class SupervisedFineTuning(StageTask):
             max_new_tokens=_SAMPLE_TOKENS, temperature=0.0, seed=self.config.seed
         )
         try:
-            ((text, _),) = Answerer(self.model, self.tokenizer, self.template)(prompt, choice)
+            ((text, _),) = Answerer(self.policy, self.tokenizer, self.template)(prompt, choice)
         except ContextFullError:
             return None, ""
         except NotANumberError as error:
@@ -172,6 +197,32 @@ class SupervisedFineTuning(StageTask):
         check_stop()
         asked = prompt[-1].content
         return {"prompt": asked, "text": text}, f"{asked} -> {text.strip()}"
+
+    def begin_with(self, weights: Mapping[str, Tensor]) -> None:
+        super().begin_with(weights)
+        if self._adapter is not None:
+            self._first_hash = hash_of_weights(weights)
+            self._adapter.merge()
+
+    def save(self) -> dict[str, Any]:
+        if self._adapter is None:
+            return super().save()
+        return super().save() | {
+            "lora": self._adapter.matrices(),
+            "first_weights_sha256": self._first_hash,
+        }
+
+    def load(self, extras: dict[str, Any]) -> None:
+        super().load(extras)
+        if self._adapter is None:
+            return
+        weights = self._first_weights()
+        self._first_hash = hash_of_weights(weights)
+        if self._first_hash != extras["first_weights_sha256"]:
+            raise changed_weights(self.config.source)
+        restore({"model": dict(weights)}, self._adapter)
+        self._adapter.load_matrices(extras["lora"])
+        self._adapter.merge()
 
     def facts(self) -> dict[str, Any]:
         sizes = {"train_rows": self.batches.num_rows, "valid_records": len(self._valid)}

@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -190,6 +190,23 @@ def language_model_of(
 def hash_of(value: Any) -> str:
     """SHA-256 of how the value is written."""
     return hashlib.sha256(repr(value).encode("utf-8")).hexdigest()
+
+
+def hash_of_weights(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 of all weights, with their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def changed_weights(source: str) -> UserError:
+    """The weights that a run began with are needed to resume it, and are not the same any more."""
+    return UserError(
+        f"--resume: {source!r} holds other weights than when the run began; restore them, or start "
+        "a new run in another --out_dir"
+    )
 
 
 def split_by_prompt(

@@ -2,14 +2,16 @@
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from cs_lm.alignment.policy_task import PolicyConfig, PolicySources, Scorer, weights_hash
+from torch import Tensor
+
+from cs_lm.alignment.policy_task import PolicyConfig, PolicySources, Scorer
 from cs_lm.alignment.records import Ranking, read_prompts, read_rankings
 from cs_lm.alignment.reward_training import load_reward_model
 from cs_lm.alignment.rules import rule_of
-from cs_lm.alignment.stage import StageConfig, StageTask, split_by_prompt
+from cs_lm.alignment.stage import StageConfig, StageTask, hash_of_weights, split_by_prompt
 from cs_lm.alignment.text_mix import TextMixConfig
 from cs_lm.cli._fit import check_writable, fit
 from cs_lm.cli._init_from import read_start
@@ -110,7 +112,7 @@ def policy_sources_of(config: PolicyConfig, begun: Begun, world: World) -> Polic
         scorer = Scorer(f"the rule {config.rule}", None, rule_of(config.rule))
     else:
         model = load_reward_model(RunFolder(config.reward), "best", world.device)
-        name = f"the reward model {weights_hash(model.model)[:16]}"
+        name = f"the reward model {hash_of_weights(model.model.state_dict())[:16]}"
         scorer = Scorer(name, model, None)
     return PolicySources(
         begun.base,
@@ -119,8 +121,13 @@ def policy_sources_of(config: PolicyConfig, begun: Begun, world: World) -> Polic
         scorer,
         None if config.gold_rule is None else rule_of(config.gold_rule, "--gold_rule"),
         text_of_stage(config, begun),
-        lambda: read_start(config.source, "--from").weights,
+        lambda: first_weights_of(config),
     )
+
+
+def first_weights_of(config: StageConfig) -> Mapping[str, Tensor]:
+    """The weights that a run began with, read again."""
+    return read_start(config.source, "--from").weights
 
 
 def _begin(config: StageConfig, make_task: MakeTask) -> int:

@@ -29,6 +29,7 @@ COMMANDS = {
     "grpo": "train a model on which of its answers to a prompt are the better ones",
     "chat": "talk with a trained model on the terminal",
     "compare": "which of several models answers better, by a rule, a reward model or yourself",
+    "rlhf": "all of these on a task about words, from a text to a report, in minutes",
     "plot": "draw the losses, speed or gradient norms of one or several runs",
     "report": "one HTML page of a run: curves, samples, settings, faults",
     "cache": "what lies in data/: sizes and last uses; removes what is named",

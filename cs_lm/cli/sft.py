@@ -6,7 +6,7 @@ The new run generates, chats, serves and exports as every other run does.
 from collections.abc import Sequence
 
 from cs_lm.cli._errors import readable_errors
-from cs_lm.cli._stage import Begun, run_stage, text_of_stage
+from cs_lm.cli._stage import Begun, first_weights_of, run_stage, text_of_stage
 
 
 @readable_errors
@@ -29,5 +29,6 @@ def _task(config, begun: Begun):
         train, valid = split_by_prompt(
             train, config.valid_fraction, lambda one: one.conversation[:-1]
         )
-    sources = Sources(begun.base, begun.tokenizer, text_of_stage(config, begun))
+    text = text_of_stage(config, begun)
+    sources = Sources(begun.base, begun.tokenizer, text, lambda: first_weights_of(config))
     return SupervisedFineTuning(config, sources, train, valid, World(resolve_device(config.device)))

@@ -171,6 +171,7 @@ CONFIGS = {
     "grpo": "cs_lm.alignment.grpo.GRPOConfig",
     "chat": "cs_lm.cli.chat.ChatConfig",
     "compare": "cs_lm.cli.compare.CompareConfig",
+    "rlhf": "cs_lm.cli.rlhf.RLHFConfig",
 }
 MAY_BE_NEGATIVE = ("frequency_penalty", "presence_penalty", "length_penalty")
 FROZEN = Path(__file__).with_name("flags.txt")

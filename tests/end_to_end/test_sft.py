@@ -212,3 +212,29 @@ def test_run_clm_does_not_resume_it(work, capsys):
     capsys.readouterr()
     assert run_clm(["--resume", "--out_dir", str(out)]) == 2
     assert "python -m cs_lm sft --resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("source", ["runs/transformer", "runs/gpt2"])
+def test_low_rank_changes_are_trained_merged_and_resumed(work, source, capsys):
+    """The run is a plain model; the embedding is that of the source, to the last bit."""
+    runs = work / "whole", work / "parts"
+    more = {"lora_rank": 4, "lora_alpha": 8, "lr": 2e-2, "max_steps": 12, "keep_last": 9}
+    for out in runs:
+        assert sft(source=source, out_dir=out, **more) == 0
+    assert command(["sft", "--resume", "--out_dir", str(runs[1]), "--resume_step", "6"]) == 0
+    first, second = (state(out, 12) for out in runs)
+    for one in (first, second):
+        one["extras"]["stage"]["config"].pop("out_dir")
+    assert_equal(first, second)
+    base = RunFolder(source).read("best")["model"]
+    assert torch.equal(first["model"]["token_embeddings.weight"], base["token_embeddings.weight"])
+    changed = [name for name in base if not torch.equal(base[name], first["model"][name])]
+    assert changed and all(n.startswith("layers.") or n == "dropout_state" for n in changed)
+    valid = [r for r in MetricsLog(runs[0] / "metrics.jsonl").records() if r["kind"] == "valid"]
+    assert valid[-1]["loss_nats"] < valid[0]["loss_nats"]
+    number = sum(one.numel() for one in first["extras"]["lora"].values())
+    assert first["optimizer"]["state"] and number < 0.4 * sum(x.numel() for x in base.values())
+    assert command(["generate", "--out_dir", str(runs[0]), "--prompt", "The"]) == 0
+    assert command(["verify", "--out_dir", str(runs[0])]) == 0
+    assert sft("--lora_alpha", "3", out_dir=work / "x") == 2
+    assert "--lora_alpha: has no effect without --lora_rank" in capsys.readouterr().err

@@ -228,7 +228,7 @@ def test_the_split_into_batches_does_not_matter(kind, base):
 
 @pytest.mark.parametrize("reward", [False, True])
 def test_rewards_add_up_and_land_on_the_last_token(base, reward):
-    """With gamma, lambda = 1: advantage + value = score - what the divergence costs from here on."""
+    """With gamma, lambda = 1, a return is the score less what the divergence costs from there."""
     task = task_of("ppo", base, reward, gamma=1.0, lam=1.0, kl_coef=0.3)
     with torch.no_grad():
         for parameter in task.policy.parameters():
@@ -271,7 +271,7 @@ def test_the_text_counts_as_much_as_it_is_told(base):
     both, _ = gradients(task, [*batches, text])
     ratio = task._facts["text_gradient_ratio"]
     answers, _ = gradients(task, batches)
-    _, count = accumulate_gradients(task.policy, [text], lambda _, b: _mean_loss(task, b))
+    accumulate_gradients(task.policy, [text], lambda _, b: _mean_loss(task, b))
     of_text = [p.grad * 2.5 for p in task.policy.parameters()]
     own = answers[: len(of_text)]
     for whole, one, other in zip(both, own, of_text, strict=False):

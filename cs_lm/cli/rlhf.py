@@ -1,0 +1,299 @@
+"""`python -m cs_lm rlhf`: the whole way from a text to an aligned model, on a task that is known.
+
+A model learns the Python manual, then to answer instructions about words, from demonstrations in
+three styles. Noisy labelers rank its answers, a reward model learns from them, and PPO, PPO-ptx,
+DPO and GRPO go on from the same model. Because it is known what is really better, the report shows
+what nobody knows of real people. Every stage is a run like any other; a chain that was stopped goes
+on.
+"""
+
+import importlib
+import json
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cs_lm.cli._errors import readable_errors
+from cs_lm.cli._fit import check_writable
+from cs_lm.config.fields import not_positive, setting
+from cs_lm.config.flags import parse_config
+from cs_lm.config.shared import device_setting
+from cs_lm.device import resolve_device
+from cs_lm.errors import Problem
+from cs_lm.storage.atomic import atomic_write
+from cs_lm.training.metrics_log import MetricsLog
+from cs_lm.training.run_dir import RunFolder
+
+SPECIAL = "<|endoftext|> <|user|> <|assistant|> <|end|>"
+NUM_DEMONSTRATIONS, NUM_RANKED, NUM_PROMPTS, NUM_SHOWN = 36_000, 1200, 4000, 6
+MAX_NEW_TOKENS = 24
+_RULES = "cs_lm.alignment.words"
+BASE = (
+    f"--vocab_size 260 --special_tokens {SPECIAL} --d_model 96 --num_heads 4 --d_ff 256 "
+    "--num_layers 3 --max_seq_length 96 --seq_length 96 --batch_size 16 --max_steps 350 "
+    "--lr 4e-3 --lr_min 3e-4 --eval_interval 350 --save_interval 100 --sample_interval 350"
+)
+SFT = (
+    "--batch_size 64 --num_epochs 99 --max_steps 800 --lr 6e-3 --lr_min 2e-4 "
+    "--pretraining_mix 0.0625 --ptx_coef 0.5 --eval_interval 400 --save_interval 100 "
+    "--sample_interval 400"
+)
+RANK = f"--num_answers 4 9 --rule {_RULES}:label --max_new_tokens {MAX_NEW_TOKENS}"
+REWARD = (
+    "--batch_size 8 --num_epochs 2 --lr 1e-3 --lr_min 1e-4 --eval_interval 0 --save_interval 100 "
+    "--sample_interval 0"
+)
+_POLICY = (
+    f"--max_new_tokens {MAX_NEW_TOKENS} --rollout_size 64 --batch_size 32 --num_epochs 99 "
+    f"--gold_rule {_RULES}:gold --eval_interval 0 --save_interval 40 --sample_interval 0 "
+    "--log_interval 20 --warmup_ratio 0"
+)
+_TEXT = "--pretraining_mix 0.25 --ptx_coef 1"
+PPO = f"{_POLICY} --max_steps 200 --lr 2e-4 --lr_min 2e-4"
+GRPO = (
+    f"{_POLICY} --max_steps 200 --group_size 4 --rollout_epochs 2 --lr 2e-4 --lr_min 2e-4 "
+    "--beta 0.1"
+)
+DPO = (
+    "--batch_size 8 --num_epochs 1 --beta 0.5 --lr 1e-4 --lr_min 1e-5 --eval_interval 0 "
+    "--save_interval 50 --sample_interval 0"
+)
+
+
+@dataclass(frozen=True)
+class RLHFConfig:
+    """The demonstration of alignment."""
+
+    seed: int = setting(0, "of the data, the weights and all draws", minimum=0)
+    device: str = device_setting()
+    out_dir: str = setting("runs/rlhf", "folder of all runs, the data and the report")
+
+    def validate(self) -> list[Problem]:
+        return not_positive(self)
+
+
+class Chain:
+    """The stages, each in a folder of its own. `seconds` is the time of those that ran."""
+
+    def __init__(self, config: RLHFConfig):
+        self.config, self.folder = config, Path(config.out_dir)
+        self._times = self.folder / "seconds.json"
+        self.seconds: dict[str, float] = {}
+        if self._times.is_file():
+            self.seconds = json.loads(self._times.read_text(encoding="utf-8"))
+
+    def path(self, name: str) -> str:
+        return str(self.folder / name)
+
+    def run(self, name: str, command: str, flags: str, **paths: str) -> None:
+        """A training stage: begun, gone on with, or done already. Raises: UserError if it fails."""
+        folder = RunFolder(self.folder / name)
+        given = [word for key, value in paths.items() for word in (f"--{key}", value)]
+        given += ["--seed", str(self.config.seed), "--device", self.config.device]
+        words = [*flags.split(), *given, "--out_dir", str(folder.path)]
+        if folder.exists():
+            if folder.ends():
+                return
+            words = ["--resume", "--out_dir", str(folder.path)]
+            if command == "train":
+                words += ["--corpus_size", "python-manual"]
+        self.call(name, command, words)
+
+    def call(self, name: str, command: str, words: Sequence[str]) -> None:
+        print(f"\n==== {name}: cs-lm {command}", flush=True)
+        begun = time.monotonic()
+        status = importlib.import_module(f"cs_lm.cli.{command}").main(words)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - begun
+        atomic_write(self._times, json.dumps(self.seconds).encode("utf-8"))
+        if status:
+            raise SystemExit(status)
+
+
+@readable_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    config = parse_config(RLHFConfig, "python -m cs_lm rlhf", __doc__, argv)
+    resolve_device(config.device)
+    check_writable(Path(config.out_dir))
+    chain = Chain(config)
+    _write_data(chain)
+    _train_all(chain)
+    _report(chain)
+    return 0
+
+
+def _write_data(chain: Chain) -> None:
+    from cs_lm.alignment.words import demonstrations_for, prompts_for, words_of, write_records
+    from cs_lm.data.corpus import embedded_text
+
+    seed = chain.config.seed
+    words, rng = words_of(embedded_text(), seed), random.Random(seed)
+    files = {
+        "demonstrations": lambda: demonstrations_for(words.train, NUM_DEMONSTRATIONS, seed),
+        "to_rank": lambda: prompts_for(rng.choices(words.train, k=NUM_RANKED), seed + 1),
+        "prompts": lambda: prompts_for(rng.choices(words.train, k=NUM_PROMPTS), seed + 2),
+        "test": lambda: prompts_for(words.test, seed + 3),
+    }
+    chain.folder.mkdir(parents=True, exist_ok=True)
+    for name, records in files.items():
+        write_records(chain.folder / f"{name}.jsonl", records())
+
+
+def _train_all(chain: Chain) -> None:
+    path = chain.path
+    chain.run("base", "train", f"{BASE} --corpus_size python-manual")
+    sft = {"from": path("sft")}
+    chain.run("sft", "sft", SFT, data=path("demonstrations.jsonl"), **{"from": path("base")})
+    _rank(chain, "rankings", "sft")
+    chain.run("reward", "reward", REWARD, data=path("rankings.jsonl"), **sft)
+    scored = {"prompts": path("prompts.jsonl"), "reward": path("reward"), **sft}
+    chain.run("ppo", "ppo", f"{PPO} --kl_coef 0.05", **scored)
+    chain.run("ppo_ptx", "ppo", f"{PPO} --kl_coef 0.05 {_TEXT}", **scored)
+    chain.run("ppo_free", "ppo", f"{PPO} --kl_coef 0", **scored)
+    chain.run("dpo", "dpo", DPO, data=path("rankings.jsonl"), **sft)
+    chain.run("grpo", "grpo", GRPO, **scored)
+
+
+def _rank(chain: Chain, name: str, source: str) -> None:
+    flags = [*RANK.split(), "--from", chain.path(source), "--prompts", chain.path("to_rank.jsonl"),
+             "--out", chain.path(f"{name}.jsonl"), "--seed", str(chain.config.seed),
+             "--device", chain.config.device]  # fmt: skip
+    chain.call(name, "rank", flags)
+
+
+MODELS = {
+    "SFT": "sft",
+    "PPO": "ppo",
+    "PPO-ptx": "ppo_ptx",
+    "PPO without KL": "ppo_free",
+    "DPO": "dpo",
+    "GRPO": "grpo",
+}
+
+
+def _report(chain: Chain) -> None:
+    from cs_lm.reports.alignment_report import COLUMNS, Run, alignment_report, cells_of
+
+    rows, texts = _measured(chain)
+    records = {name: list(MetricsLog(RunFolder(chain.path(folder)).metrics).records())
+               for name, folder in {**MODELS, "reward": "reward"}.items()}  # fmt: skip
+    runs = [
+        Run(name, [r for r in records[name] if r["kind"] == "rollout"])
+        for name in ("PPO", "PPO-ptx", "PPO without KL", "GRPO")
+    ]
+    valid = [r for r in records["reward"] if r["kind"] == "valid"][-1]
+    facts = [
+        f"Seed {chain.config.seed}. {len(texts['SFT'])} prompts about words that no stage has "
+        "seen; answers are drawn at temperature 1. Gold reward: 2 if right, 0.5 for each step of "
+        "style, -0.01 a character, -1 without an end.",
+        f"The reward model is right on {valid['accuracy']:.3f} of {valid['num_pairs']:,} pairs "
+        "of answers that it has not seen, as noisy labelers ranked them.",
+    ]
+    prompts = [json.loads(line)["prompt"] for line in _lines(chain, "test")][:NUM_SHOWN]
+    answers = [
+        (prompt, {name: own[number] for name, own in texts.items()})
+        for number, prompt in enumerate(prompts)
+    ]
+    text = alignment_report(
+        "From a text to an aligned model", facts, rows, runs, valid["calibration"], answers,
+        chain.seconds,
+    )  # fmt: skip
+    atomic_write(chain.folder / "report.html", text.encode("utf-8"))
+    summary = {
+        "seed": chain.config.seed, "models": {row.name: row._asdict() for row in rows},
+        "reward_model": valid, "base_bits_per_byte": _last_bits(chain, "base"),
+        "seconds": chain.seconds,
+        "proxy_of_training": {run.name: run.rollouts[-1]["score"] for run in runs},
+    }  # fmt: skip
+    atomic_write(chain.folder / "summary.json", json.dumps(summary, indent=1).encode("utf-8"))
+    table = [COLUMNS, *map(cells_of, rows)]
+    widths = [max(len(line[i]) for line in table) for i in range(len(COLUMNS))]
+    print()
+    for line in table:
+        print("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths)).rstrip())
+    print(f"\n{sum(chain.seconds.values()) / 60:.1f} minutes; report: {chain.path('report.html')}")
+
+
+def _lines(chain: Chain, name: str) -> list[str]:
+    return (chain.folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+
+
+def _last_bits(chain: Chain, name: str) -> float:
+    records = MetricsLog(RunFolder(chain.path(name)).metrics).records()
+    return [r for r in records if r.get("bits_per_byte") is not None][-1]["bits_per_byte"]
+
+
+def _measured(chain: Chain) -> tuple[list[Any], dict[str, list[str]]]:
+    """The rows of the report, and the answers of each model."""
+    from cs_lm.alignment import words
+    from cs_lm.alignment.comparison import DrawingOptions, answer_prompts, win_rate
+    from cs_lm.alignment.records import read_prompts
+    from cs_lm.alignment.reward_model import render_answer, score_rows
+    from cs_lm.alignment.reward_training import load_reward_model
+    from cs_lm.reports.alignment_report import ModelRow
+    from cs_lm.training.run_dir import load_trained
+
+    device = resolve_device(chain.config.device)
+    prompts = read_prompts([chain.path("test.jsonl")])
+    options = DrawingOptions(MAX_NEW_TOKENS, seed=chain.config.seed)
+    judge = load_reward_model(RunFolder(chain.path("reward")), "last", device)
+    begun, first, rows, texts = time.monotonic(), None, [], {}
+    golds: dict[str, list[float]] = {}
+    for name, folder in MODELS.items():
+        trained = load_trained(RunFolder(chain.path(folder)), "last", device)
+        found = answer_prompts(trained, prompts, options, first and first.model)
+        first = first or trained
+        texts[name] = found.texts
+        fields = [
+            {**one.fields, "prompt": one.conversation[-1].content, "ended": ended}
+            for one, ended in zip(prompts, found.ended)
+        ]
+        means = {}
+        for rule in (words.gold, words.right, words.liked):
+            scores = [rule(text, each) for text, each in zip(found.texts, fields)]
+            means[rule.__name__] = sum(scores) / len(scores)
+            if rule is words.gold:
+                golds[name] = scores
+        rendered = [
+            render_answer(judge.template, prompt.conversation, text)
+            for prompt, text in zip(prompts, found.texts)
+        ]
+        wins = None
+        if rows:
+            rate = win_rate(golds[name], golds["SFT"])
+            wins = (rate.share, *rate.interval)
+        rows.append(
+            ModelRow(
+                name,
+                means["gold"],
+                score_rows(judge.model, rendered, device).mean().item(),
+                means["right"],
+                means["liked"],
+                wins,
+                found.kl,
+                sum(map(len, found.token_ids)) / len(prompts),
+                sum(found.ended) / len(prompts),
+                _bits_per_byte(trained),
+            )
+        )
+    chain.seconds["report"] = time.monotonic() - begun
+    return rows, texts
+
+
+def _bits_per_byte(trained: Any) -> float:
+    """Of the validation part of the manual."""
+    import dataclasses
+
+    from cs_lm.cli._progress import ProgressLine
+    from cs_lm.config.data import DataConfig
+    from cs_lm.data.pipeline import prepare
+    from cs_lm.evaluation.perplexity import EvalOptions, evaluate, token_byte_lengths
+
+    data = DataConfig(corpus_size="python-manual", special_tokens=tuple(SPECIAL.split()))
+    config = dataclasses.replace(trained.config, data=data)
+    text = prepare(config, trained.tokenizer, ProgressLine())
+    options = EvalOptions(trained.config.model.context_length, 16)
+    lengths = token_byte_lengths(trained.tokenizer.vocab)
+    return evaluate(trained.model, text.valid, lengths, options).bits_per_byte
