@@ -5,6 +5,7 @@
 #   bash run_clm.sh characters --corpus_path my_text.txt
 #                              a small model that reads bytes, 2,000 steps: about 2 minutes on 2 cores
 #   bash run_clm.sh lecture    the course's full configuration on data/lecture.txt, for a GPU
+#   bash run_clm.sh rlhf       from a text to an aligned model on a small task, and a report: about 10 minutes
 #   bash run_clm.sh test       the tests
 #
 # Flags are laid over those below: bash run_clm.sh --seed 1, bash run_clm.sh lecture --seed 1
@@ -117,10 +118,14 @@ lecture)
         --save_interval 500 --sample_interval 500 --prompt "The " \
         --out_dir runs/lecture
     ;;
+rlhf)
+    set_up ui
+    run -m cs_lm rlhf "$@"
+    ;;
 test)
     set_up "ui,test,parity,corpora,serve${CS_LM_EXTRAS:+,$CS_LM_EXTRAS}"
     # two processes; tests of one xdist_group run one after the other
     exec "$venv/bin/python" -m pytest -n 2 --dist loadgroup "$@"
     ;;
-*) fail "got $mode; need default, characters, lecture or test" ;;
+*) fail "got $mode; need default, characters, lecture, rlhf or test" ;;
 esac

@@ -7,7 +7,6 @@ from cs_lm.alignment.answers import ContextFullError
 from cs_lm.alignment.conversations import template_of
 from cs_lm.alignment.records import Prompt
 from cs_lm.alignment.rollouts import (
-    Rollouts,
     decoded,
     distance,
     distinct_ngrams,
@@ -15,6 +14,7 @@ from cs_lm.alignment.rollouts import (
 )
 from cs_lm.data.batches import step_seed
 from cs_lm.evaluation.intervals import wilson_interval
+from cs_lm.inference.sampling import uniform_draws
 from cs_lm.models.base import LanguageModel
 from cs_lm.training.run_dir import TrainedModel
 
@@ -67,14 +67,10 @@ def answer_prompts(
             )
     texts, token_ids, ended, total = [], [], [], 0.0
     for number, start in enumerate(range(0, len(rows), _ROWS)):
-        drawn: Rollouts = draw_answers(
-            trained.model,
-            rows[start : start + _ROWS],
-            template.end_id,
-            options.max_new_tokens,
-            step_seed(options.seed, number),
-            options.temperature,
-        )
+        part = rows[start : start + _ROWS]
+        seed = step_seed(options.seed, number)
+        uniform = uniform_draws(seed, range(len(part)), options.max_new_tokens)
+        drawn = draw_answers(trained.model, part, template.end_id, uniform, options.temperature)
         if reference is not None:
             found = distance(trained.model, reference, drawn, options.temperature)
             total += found.kl.sum().item()

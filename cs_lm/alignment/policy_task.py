@@ -18,7 +18,7 @@ from cs_lm.alignment.examples import EpochOrder, report_left_out
 from cs_lm.alignment.kl import AdaptiveKL, FixedKL, KLController, kl_k1
 from cs_lm.alignment.masked import masked_mean
 from cs_lm.alignment.records import Prompt
-from cs_lm.alignment.reward_training import RewardModel
+from cs_lm.alignment.reward_training import RewardModel, check_reward_model
 from cs_lm.alignment.rollouts import (
     Rollouts,
     decoded,
@@ -42,6 +42,7 @@ from cs_lm.data.batches import step_seed
 from cs_lm.data.pipeline import PreparedData
 from cs_lm.device import World
 from cs_lm.errors import Problem, UserError
+from cs_lm.inference.sampling import uniform_draws
 from cs_lm.models.base import evaluating
 from cs_lm.tokenizer import BPETokenizer
 from cs_lm.training.checkpoint import restore
@@ -169,10 +170,8 @@ class PolicyTask(StageTask):
             parameter.requires_grad_(False)
         self._reference_hash = ""
         self._sources, self.scorer = sources, sources.scorer
-        if (model := self.scorer.model) is not None and (
-            model.tokenizer.fingerprint != self.tokenizer.fingerprint
-        ):
-            raise UserError("--reward: its tokenizer is not that of --from; train it from that run")
+        if self.scorer.model is not None:
+            check_reward_model(self.scorer.model, self.tokenizer)
         prompts = self._that_fit(sources.prompts)
         self.train, self.valid = split_by_prompt(
             prompts, config.valid_fraction, lambda one: one.conversation
@@ -203,11 +202,14 @@ class PolicyTask(StageTask):
 
     def _that_fit(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """Those that leave room for an answer; the others are counted in a warning."""
-        most = self.run_config.seq_length + 1 - self.config.max_new_tokens
+        longest = self.run_config.seq_length + 1  # the policy does not read the last token
+        if self.scorer.model is not None:  # a reward model does
+            longest = min(longest, self.scorer.model.model.trunk.config.context_length)
+        most = longest - self.config.max_new_tokens
         if most < 1:
             raise UserError(
                 f"--max_new_tokens: got {self.config.max_new_tokens}, need at most "
-                f"{self.run_config.seq_length}, which the context holds"
+                f"{longest - 1}, which the context holds"
             )
         kept, too_long = [], []
         for one in prompts:
@@ -282,8 +284,7 @@ class PolicyTask(StageTask):
             self.policy,
             [self._ids[id(one)] for one in prompts],
             self.template.end_id,
-            config.max_new_tokens,
-            seed,
+            uniform_draws(seed, range(len(prompts)), config.max_new_tokens),
             config.temperature,
         )
         clock.append(time.monotonic())

@@ -39,7 +39,12 @@ class RankingsConfig(StageConfig):
 
 
 class RankingsTask(StageTask):
-    """Learns from the rankings `train`; those in `valid` are for validation."""
+    """Learns from the rankings `train`; those in `valid` are for validation.
+
+    reads_ends  whether the model reads the last token of a row, and does not only predict it
+    """
+
+    reads_ends = False
 
     def __init__(
         self,
@@ -53,7 +58,7 @@ class RankingsTask(StageTask):
         """rankings  those to train on, and those to validate on"""
         super().__init__(config, base, tokenizer, model)
         self.device = world.device
-        most = config.max_tokens(base)
+        most = config.max_tokens(base) - self.reads_ends
         self.train, self.valid = (_rendered(one, self.template, most) for one in rankings)
         num_tokens = [len(row) for one in self.train for row in one.rows]
         _log.info("data: %d rankings of %d answers; template %s", len(self.train), len(num_tokens),

@@ -18,6 +18,7 @@ from cs_lm.alignment.examples import padded_rows
 from cs_lm.alignment.losses import ranking_losses
 from cs_lm.alignment.records import Ranking
 from cs_lm.config.model import ArchitectureConfig
+from cs_lm.errors import UserError
 from cs_lm.models.base import evaluating
 from cs_lm.models.layers import Linear
 from cs_lm.models.registry import build_model
@@ -161,7 +162,16 @@ def ranking_loss(model: ScalarModel, batch: RankedRows) -> tuple[Tensor, Tensor]
 def score_rows(
     model: ScalarModel, rows: Sequence[Sequence[int]], device: torch.device, batch_size: int = 64
 ) -> Tensor:
-    """The score of each row at its last token: (N) on the CPU, without dropout."""
+    """The score of each row at its last token: (N) on the CPU, without dropout.
+
+    Raises: UserError for a row that is longer than the model's context.
+    """
+    longest, context = max(map(len, rows), default=0), model.trunk.config.context_length
+    if longest > context:
+        raise UserError(
+            f"reward model: got {longest} tokens of prompt and answer, need at most {context}, its "
+            "context; shorten --max_new_tokens or the prompts"
+        )
     found = [torch.zeros(0)]
     with evaluating(model):
         for start in range(0, len(rows), batch_size):

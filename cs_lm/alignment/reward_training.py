@@ -54,6 +54,7 @@ class RewardModeling(RankingsTask):
     """Trains a `ScalarModel` that begins with the weights of the model of `base`."""
 
     stage = "reward"
+    reads_ends = True
 
     def __init__(
         self,
@@ -125,6 +126,12 @@ class RewardModel(NamedTuple):
     model: ScalarModel
     tokenizer: BPETokenizer
     template: Template
+
+
+def check_reward_model(reward: RewardModel, tokenizer: BPETokenizer) -> None:
+    """Raises: UserError if it reads other tokens than a policy with this tokenizer writes."""
+    if reward.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise UserError("--reward: its tokenizer is not that of --from; train it from that run")
 
 
 def load_reward_model(folder: RunFolder, which: str, device: torch.device) -> RewardModel:

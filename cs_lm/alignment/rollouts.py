@@ -13,7 +13,7 @@ from torch import Tensor
 from cs_lm.alignment.examples import padded_rows
 from cs_lm.alignment.kl import exact_kl, linear_exact_kl
 from cs_lm.inference.decoder import CachedDecoder, TokenRows
-from cs_lm.inference.sampling import NOT_NUMBERS, NotANumberError, draw, uniform_draws
+from cs_lm.inference.sampling import NOT_NUMBERS, NotANumberError, draw
 from cs_lm.models.base import LanguageModel, evaluating, token_log_probs
 from cs_lm.ops.reference import at_least_float32, log_softmax
 
@@ -56,16 +56,16 @@ def draw_answers(
     model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     end_id: int,
-    max_new_tokens: int,
-    seed: int,
+    uniform: Tensor,
     temperature: float = 1.0,
 ) -> Rollouts:
-    """One answer to each prompt, all in one batch on the key-value cache.
+    """One answer to each of N prompts, all in one batch on the key-value cache.
 
-    What a row draws follows from (seed, row). Row and answer must fit the context.
+    What a row draws follows from its numbers alone. Prompt and answer must fit the context.
+    uniform  (N, S) float64, those of `uniform_draws`: one for each of at most S tokens
     Raises: NotANumberError for logits that are no numbers.
     """
-    found = _drawn(model, prompts, end_id, max_new_tokens, seed, temperature)
+    found = _drawn(model, prompts, end_id, uniform, temperature)
     return _rollouts(prompts, *(x.clone() for x in found), end_id)  # tensors that gradients allow
 
 
@@ -74,15 +74,14 @@ def _drawn(
     model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     end_id: int,
-    max_new_tokens: int,
-    seed: int,
+    uniform: Tensor,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
     """Token ids and their log-probabilities, (N, S) both, until all rows have ended."""
-    device = model.output_embedding.device
+    device, max_new_tokens = model.output_embedding.device, uniform.shape[1]
     rows = TokenRows(prompts, max_new_tokens, device)
     decoder = CachedDecoder(model, rows, max_new_tokens, 1)
-    uniform = uniform_draws(seed, range(len(prompts)), max_new_tokens).T.to(device)
+    uniform = uniform.T.to(device)
     has_ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     drawn, log_probs = [], []
     for step in range(max_new_tokens):

@@ -26,6 +26,8 @@ from cs_lm.alignment.examples import (
 )
 from cs_lm.alignment.lora import LowRankAdapter
 from cs_lm.alignment.records import Demonstration
+from cs_lm.alignment.reward_training import RewardModel, check_reward_model
+from cs_lm.alignment.rollouts import draw_answers
 from cs_lm.alignment.stage import (
     StageTask,
     changed_weights,
@@ -40,9 +42,9 @@ from cs_lm.config.optim import OptimConfig
 from cs_lm.config.run import RunConfig
 from cs_lm.data.pipeline import PreparedData
 from cs_lm.device import World
-from cs_lm.errors import Problem
+from cs_lm.errors import Problem, UserError
 from cs_lm.inference.decoding_config import DecodingConfig
-from cs_lm.inference.sampling import NotANumberError
+from cs_lm.inference.sampling import NotANumberError, uniform_draws
 from cs_lm.models.base import evaluating
 from cs_lm.ops.reference import IGNORE_INDEX
 from cs_lm.tokenizer import BPETokenizer
@@ -52,6 +54,7 @@ from cs_lm.training.task import CheckStop
 
 _log = logging.getLogger("cs_lm")
 _SAMPLE_TOKENS = 64
+_NUM_SCORED = 64  # validation prompts that a reward model's score is the mean of
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,10 @@ class SFTConfig(TextMixConfig):
     packing: bool = setting(
         False, "several conversations in a row of --seq_length tokens; each sees itself alone"
     )
+    reward: str | None = setting(
+        None, "score answers in each validation by the reward model in this folder, and keep the "
+        "checkpoint that it likes best, not the one with the least loss",
+    )  # fmt: skip
     lora_rank: int | None = setting(
         None, "train low-rank changes of the weights only, of this rank; the run has them merged"
     )
@@ -93,12 +100,14 @@ class Sources(NamedTuple):
     base  settings of the run with the model
     text     pre-training text to mix in, or None
     weights  reads the weights that the run began with
+    reward   a reward model that chooses the best checkpoint
     """
 
     base: RunConfig
     tokenizer: BPETokenizer
     text: PreparedData | None = None
     weights: Callable[[], Mapping[str, Tensor]] | None = None
+    reward: RewardModel | None = None
 
 
 class SupervisedFineTuning(StageTask):
@@ -146,6 +155,10 @@ class SupervisedFineTuning(StageTask):
             "template": self.template.name,
             "tokenizer": self.tokenizer.fingerprint,
         }
+        self._reward = sources.reward
+        if self._reward is not None:
+            check_reward_model(self._reward, self.tokenizer)
+            self.measure["reward"] = hash_of_weights(self._reward.model.state_dict())
         self._loss = under_autocast(self._loss_of, world.device, config.dtype)
 
     def batches_of_step(self, step: int) -> list[ExampleBatch | TextBatch]:
@@ -175,12 +188,38 @@ class SupervisedFineTuning(StageTask):
                 part, counted = self._loss(self.model, batch)
                 total, count = total + part.item(), count + counted.item()
         found = {"loss_nats": total / max(1, count), "num_scored_tokens": count}
+        if self._reward is not None:
+            check_stop()
+            found["reward_score"] = self._mean_score()
         if self.text is not None:
             found["text_bits_per_byte"] = self.text.bits_per_byte(self.policy, check_stop)
         return found
 
+    def _mean_score(self) -> float:
+        """What the reward model says of answers to validation prompts; always the same draws."""
+        context = self._reward.model.trunk.config.context_length
+        room = min(self.run_config.seq_length + 1, context) - _SAMPLE_TOKENS
+        prompts = [
+            self.template.render_for_completion(one.conversation[:-1])
+            for one in self.valid[:_NUM_SCORED]
+        ]
+        prompts = [ids for ids in prompts if len(ids) <= room]
+        if not prompts:
+            raise UserError(
+                f"--reward: no validation prompt leaves room for {_SAMPLE_TOKENS} tokens of answer"
+            )
+        uniform = uniform_draws(self.config.seed, range(len(prompts)), _SAMPLE_TOKENS)
+        drawn = draw_answers(self.policy, prompts, self.template.end_id, uniform)
+        model = self._reward.model
+        with torch.no_grad(), evaluating(model):
+            return (model.raw_scores(drawn.token_ids, drawn.last) - model.offset).mean().item()
+
+    def selected_by(self, found: dict[str, Any]) -> float | None:
+        return found["loss_nats"] if self._reward is None else -found["reward_score"]
+
     def describe_evaluation(self, found: dict[str, Any]) -> str:
-        return f"validation loss of answers {found['loss_nats']:.4f}{described(found)}"
+        score = f" | reward {found['reward_score']:.4f}" if "reward_score" in found else ""
+        return f"validation loss of answers {found['loss_nats']:.4f}{score}{described(found)}"
 
     def sample(self, check_stop: CheckStop) -> tuple[dict[str, Any] | None, str]:
         """An answer to the first prompt of the validation part."""

@@ -44,13 +44,20 @@ def words_of(text: str, seed: int) -> Words:
     return Words(words[NUM_TEST_WORDS:], words[:NUM_TEST_WORDS])
 
 
+def answer_to(prompt: str) -> str:
+    """The right answer, without a style."""
+    task, word = prompt.split()
+    return TASKS[task](word)
+
+
 def prompts_for(words: Iterable[str], seed: int) -> list[dict[str, str]]:
     """One prompt for each word, with the right answer."""
     rng, names = random.Random(seed), list(TASKS)
     found = []
     for word in words:
         task = rng.choice(names)
-        found.append({"prompt": f"{task} {word}", "answer": TASKS[task](word)})
+        prompt = f"{task} {word}"
+        found.append({"prompt": prompt, "answer": answer_to(prompt)})
     return found
 
 

@@ -5,6 +5,7 @@ are shown on the terminal. The file can be given to `reward --data`. Prompts tha
 already are left out, so the same command goes on after a stop.
 """
 
+import itertools
 import json
 import os
 import random
@@ -14,9 +15,10 @@ from pathlib import Path
 
 import torch
 
-from cs_lm.alignment.answers import Answer, Answerer, ContextFullError
+from cs_lm.alignment.answers import Answer
 from cs_lm.alignment.conversations import template_of
 from cs_lm.alignment.records import Prompt, read_prompts, record_of
+from cs_lm.alignment.rollouts import decoded, draw_answers
 from cs_lm.cli._errors import readable_errors
 from cs_lm.cli._judges import Judge, judge_of
 from cs_lm.cli._outputs import is_an_input, unwritable
@@ -25,8 +27,10 @@ from cs_lm.config.flags import parse_config
 from cs_lm.config.shared import checkpoint_setting, device_setting, validate_checkpoint
 from cs_lm.device import resolve_device
 from cs_lm.errors import Problem, UserError
-from cs_lm.inference.decoding_config import DecodingConfig
+from cs_lm.inference.sampling import uniform_draws
 from cs_lm.training.run_dir import RunFolder, load_trained
+
+_PROMPTS_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -82,37 +86,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{len(prompts):,} prompts, {len(prompts) - len(todo):,} of them ranked already")
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("a", encoding="utf-8") as file:
-        for number, prompt in todo:
-            answers = answers_to(number, prompt)
-            record = _ranked(prompt, answers, judge)
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            file.flush()
+        for start in range(0, len(todo), _PROMPTS_AT_ONCE):
+            part = todo[start : start + _PROMPTS_AT_ONCE]
+            for (_, prompt), answers in zip(part, answers_to(part), strict=True):
+                record = _ranked(prompt, answers, judge)
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                file.flush()
     print(f"rankings: {out}")
     return 0
 
 
 class _Sampler:
-    """Draws the answers. Those to prompt number n follow from (seed, n)."""
+    """Draws the answers. Those to prompt number n follow from (seed, n), not from the others."""
 
     def __init__(self, config: RankConfig, device: torch.device):
         trained = load_trained(RunFolder(config.source), config.checkpoint, device)
-        template = template_of(trained.tokenizer, trained.template or "auto")
-        self._answerer = Answerer(trained.model, trained.tokenizer, template)
-        self._config = config
+        self._template = template_of(trained.tokenizer, trained.template or "auto")
+        self._model, self._tokenizer, self._config = trained.model, trained.tokenizer, config
 
-    def __call__(self, number: int, prompt: Prompt) -> list[Answer]:
-        rng = random.Random(f"{self._config.seed}:{number}")
-        count = rng.randint(self._config.num_answers[0], self._config.num_answers[-1])
-        choice = DecodingConfig(
-            max_new_tokens=self._config.max_new_tokens,
-            temperature=self._config.temperature,
-            seed=rng.getrandbits(40),
-            num_samples=count,
-        )
-        try:
-            return self._answerer(prompt.conversation, choice)
-        except ContextFullError as error:
-            raise UserError(f"{prompt.where}: {error}") from None
+    def __call__(self, numbered: Sequence[tuple[int, Prompt]]) -> list[list[Answer]]:
+        """The answers to each of some prompts, all drawn in one batch."""
+        rows, uniform, counts = [], [], []
+        for number, prompt in numbered:
+            ids = self._template.render_for_completion(prompt.conversation)
+            room = self._model.config.context_length + 1 - self._config.max_new_tokens
+            if len(ids) > room:
+                raise UserError(
+                    f"{prompt.where}: got {len(ids)} tokens, need at most {room} beside "
+                    f"--max_new_tokens {self._config.max_new_tokens}"
+                )
+            rng = random.Random(f"{self._config.seed}:{number}")
+            counts.append(rng.randint(self._config.num_answers[0], self._config.num_answers[-1]))
+            rows += [ids] * counts[-1]
+            seed, length = rng.getrandbits(40), self._config.max_new_tokens
+            uniform.append(uniform_draws(seed, range(counts[-1]), length))
+        temperature, end_id = self._config.temperature, self._template.end_id
+        drawn = draw_answers(self._model, rows, end_id, torch.cat(uniform), temperature)
+        texts = [decoded(self._tokenizer, ids) for ids in drawn.answers(end_id)]
+        answers = iter(map(Answer, texts, drawn.ended.tolist()))
+        return [list(itertools.islice(answers, count)) for count in counts]
 
 
 def _ranked(prompt: Prompt, answers: Sequence[Answer], judge: Judge) -> dict:

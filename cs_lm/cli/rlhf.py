@@ -177,6 +177,7 @@ def _report(chain: Chain) -> None:
     from cs_lm.reports.alignment_report import COLUMNS, Run, alignment_report, cells_of
 
     rows, texts = _measured(chain)
+    agreement = _agreement(chain)
     records = {name: list(MetricsLog(RunFolder(chain.path(folder)).metrics).records())
                for name, folder in {**MODELS, "reward": "reward"}.items()}  # fmt: skip
     runs = [
@@ -189,7 +190,9 @@ def _report(chain: Chain) -> None:
         "seen; answers are drawn at temperature 1. Gold reward: 2 if right, 0.5 for each step of "
         "style, -0.01 a character, -1 without an end.",
         f"The reward model is right on {valid['accuracy']:.3f} of {valid['num_pairs']:,} pairs "
-        "of answers that it has not seen, as noisy labelers ranked them.",
+        "of answers that it has not seen, as noisy labelers ranked them; they themselves order "
+        f"{agreement['labeler_accuracy']:.3f} of those pairs as they should be, and it orders "
+        f"{agreement['gold_accuracy']:.3f}.",
     ]
     prompts = [json.loads(line)["prompt"] for line in _lines(chain, "test")][:NUM_SHOWN]
     answers = [
@@ -205,7 +208,7 @@ def _report(chain: Chain) -> None:
         "seed": chain.config.seed, "models": {row.name: row._asdict() for row in rows},
         "reward_model": valid, "base_bits_per_byte": _last_bits(chain, "base"),
         "seconds": chain.seconds,
-        "proxy_of_training": {run.name: run.rollouts[-1]["score"] for run in runs},
+        **agreement,
     }  # fmt: skip
     atomic_write(chain.folder / "summary.json", json.dumps(summary, indent=1).encode("utf-8"))
     table = [COLUMNS, *map(cells_of, rows)]
@@ -280,6 +283,37 @@ def _measured(chain: Chain) -> tuple[list[Any], dict[str, list[str]]]:
         )
     chain.seconds["report"] = time.monotonic() - begun
     return rows, texts
+
+
+def _agreement(chain: Chain) -> dict[str, float]:
+    """Shares of the validation pairs that are ordered as they should be by what is really better.
+
+    gold_accuracy     by the reward model
+    labeler_accuracy  by the labelers
+    """
+    import torch
+
+    from cs_lm.alignment.records import read_rankings
+    from cs_lm.alignment.reward_model import render_answer, score_rows
+    from cs_lm.alignment.reward_training import RewardConfig, load_reward_model
+    from cs_lm.alignment.stage import split_by_prompt
+    from cs_lm.alignment.words import answer_to, gold
+
+    device = resolve_device(chain.config.device)
+    judge = load_reward_model(RunFolder(chain.path("reward")), "last", device)
+    rankings = read_rankings([chain.path("rankings.jsonl")])
+    _, valid = split_by_prompt(rankings, RewardConfig.valid_fraction, lambda one: one.prompt)
+    right, num_pairs = {"gold_accuracy": 0, "labeler_accuracy": 0}, 0
+    for one in valid:
+        fields = {"answer": answer_to(one.prompt[-1].content), "ended": True}
+        rows = [render_answer(judge.template, one.prompt, answer) for answer in one.answers]
+        scores = score_rows(judge.model, rows, device)
+        truth = torch.tensor([gold(answer, fields) for answer in one.answers])
+        is_pair = truth.unsqueeze(-1) > truth
+        num_pairs += int(is_pair.sum())
+        for name, found in zip(right, (scores, -torch.tensor(one.ranks))):
+            right[name] += int((is_pair & (found.unsqueeze(-1) > found)).sum())
+    return {name: count / num_pairs for name, count in right.items()}
 
 
 def _bits_per_byte(trained: Any) -> float:

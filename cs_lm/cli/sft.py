@@ -18,9 +18,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _task(config, begun: Begun):
     from cs_lm.alignment.records import read_demonstrations
+    from cs_lm.alignment.reward_training import load_reward_model
     from cs_lm.alignment.sft import Sources, SupervisedFineTuning
     from cs_lm.alignment.stage import split_by_prompt
     from cs_lm.device import World, resolve_device
+    from cs_lm.training.run_dir import RunFolder
 
     train = read_demonstrations(config.data)
     if config.valid_data:
@@ -30,5 +32,8 @@ def _task(config, begun: Begun):
             train, config.valid_fraction, lambda one: one.conversation[:-1]
         )
     text = text_of_stage(config, begun)
-    sources = Sources(begun.base, begun.tokenizer, text, lambda: first_weights_of(config))
-    return SupervisedFineTuning(config, sources, train, valid, World(resolve_device(config.device)))
+    device, reward = resolve_device(config.device), None
+    if config.reward is not None:
+        reward = load_reward_model(RunFolder(config.reward), "best", device)
+    sources = Sources(begun.base, begun.tokenizer, text, lambda: first_weights_of(config), reward)
+    return SupervisedFineTuning(config, sources, train, valid, World(device))

@@ -56,8 +56,12 @@ class Task:
         raise NotImplementedError
 
     def evaluate(self, check_stop: CheckStop) -> dict[str, Any]:
-        """Numbers for the log. They include `loss_nats`, which selects the best checkpoint."""
+        """Numbers for the log. They include `loss_nats`."""
         raise NotImplementedError
+
+    def selected_by(self, found: dict[str, Any]) -> float | None:
+        """The number of an evaluation that selects the best checkpoint: the smallest one."""
+        return found["loss_nats"]
 
     def summary(self, found: dict[str, Any]) -> dict[str, Any]:
         """The numbers of the last evaluation that the last record of the log repeats."""

@@ -235,7 +235,7 @@ class Trainer:
         _log.info("step %d | %s%s", self.step, self.task.describe_evaluation(self.valid), best)
 
     def _keep_if_best(self) -> bool:
-        loss, measure = self.valid["loss_nats"], self.task.measure
+        loss, measure = self.task.selected_by(self.valid), self.task.measure
         is_best = loss is not None and self.folder.checkpoints.is_better(loss, measure)
         return is_best and self.saver.save_best(self.step, loss, measure)
 

@@ -9,9 +9,10 @@ from cs_lm.alignment.conversations import Message
 from cs_lm.alignment.reward_model import render_answer, score_rows
 from cs_lm.alignment.reward_training import load_reward_model
 from cs_lm.cli.commands import main as command
+from cs_lm.cli.train import main as run_clm
 from cs_lm.training.metrics_log import MetricsLog
 from cs_lm.training.run_dir import RunFolder
-from tests.end_to_end.test_sft import WORDS, assert_equal, bases, state, work
+from tests.end_to_end.test_sft import BASE, SPECIAL, WORDS, assert_equal, bases, sft, state, work
 
 __all__ = ["bases", "work"]  # fixtures
 
@@ -173,3 +174,18 @@ def test_a_person_ranks_on_a_terminal(work, monkeypatch, capsys):
     record = _ranked(prompt, [Answer(one, True) for one in "xyz"], _asked)
     assert record["ranks"] == [2, 1, 2] and record["prompt"] == "q"
     assert capsys.readouterr().err.count("need each of 1 to 3 once") == 2
+
+
+def test_a_reward_model_chooses_the_checkpoint(work, ranked):
+    """The best one is that with the highest score, whatever its loss is."""
+    out = work / "chosen"
+    settings = {"max_steps": 24, "eval_interval": 4, "seed": 2, "out_dir": out}
+    base = work / "long"
+    more = ["--special_tokens", *SPECIAL, "--max_seq_length", "128", "--out_dir", str(base)]
+    argv = " ".join(BASE).replace("--max_seq_length 64", "").split()
+    assert run_clm([*argv, "--corpus_path", "text.txt", *more]) == 0
+    assert reward(ranked, work / "rm", max_steps=20, **{"from": base}) == 0
+    assert sft("--reward", str(work / "rm"), source=str(base), **settings) == 0
+    valid = [r for r in MetricsLog(out / "metrics.jsonl").records() if r["kind"] == "valid"]
+    best = max(valid, key=lambda record: record["reward_score"])
+    assert RunFolder(out).checkpoints.steps("best") == [best["step"]]

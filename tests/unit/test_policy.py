@@ -24,6 +24,7 @@ from cs_lm.config.run import RunConfig
 from cs_lm.data.pipeline import PreparedData
 from cs_lm.data.token_store import ArrayTokens
 from cs_lm.device import World
+from cs_lm.inference.sampling import uniform_draws
 from cs_lm.models.registry import build_model
 from cs_lm.training.step import accumulate_gradients
 from tests.unit.test_conversations import TOKENIZER
@@ -51,13 +52,18 @@ def base(config):
     return RunConfig(model=config)
 
 
+def drawn_by(model, prompts, end_id, max_new_tokens, seed, temperature=1.0):
+    uniform = uniform_draws(seed, range(len(prompts)), max_new_tokens)
+    return draw_answers(model, prompts, end_id, uniform, temperature)
+
+
 # ---- rollouts ----
 
 
 def test_kept_log_probs_are_those_of_a_plain_pass(config):
     """Prompts of unequal length, a temperature, the key-value cache: ratio 1 before any update."""
     model = model_of(config)
-    drawn = draw_answers(model, PROMPTS, END, 30, seed=5, temperature=0.7)
+    drawn = drawn_by(model, PROMPTS, END, 30, 5, temperature=0.7)
     hidden = model.hidden_states(drawn.token_ids[:, :-1])
     found, _ = answer_log_probs(model, hidden, drawn.token_ids, drawn.mask, 0.7)
     assert (torch.exp(found - drawn.log_probs)[drawn.mask] - 1).abs().max() < 2e-5
@@ -78,13 +84,13 @@ def test_kept_log_probs_are_those_of_a_plain_pass(config):
 def test_an_answer_follows_from_seed_and_row(config):
     """Whatever its neighbours are; another seed gives another one."""
     model = model_of(config)
-    first = draw_answers(model, PROMPTS, END, 12, seed=1)
+    first = drawn_by(model, PROMPTS, END, 12, 1)
     others = [PROMPTS[0], [77], [7] * 20, PROMPTS[3]]
-    second = draw_answers(model, others, END, 12, seed=1)
+    second = drawn_by(model, others, END, 12, 1)
     for row in (0, 3):
         own, wanted = (x.answers(END)[row] for x in (second, first))
         assert own == wanted
-    assert draw_answers(model, PROMPTS, END, 12, seed=2).answers(END) != first.answers(END)
+    assert drawn_by(model, PROMPTS, END, 12, 2).answers(END) != first.answers(END)
 
 
 def test_answers_end_at_their_end_token():
@@ -94,10 +100,10 @@ def test_answers_end_at_their_end_token():
     with torch.no_grad():
         model.lm_head.weight.zero_()
         model.lm_head.weight[END] = 200 * model.ln_final(model.token_embeddings.weight[7])
-    certain = draw_answers(model, [[7]] * 3, END, 20, seed=0)
+    certain = drawn_by(model, [[7]] * 3, END, 20, 0)
     assert certain.lengths.tolist() == [1, 1, 1] and certain.ended.all()
     assert certain.answers(END) == [[], [], []]
-    never = draw_answers(model, [[7], [7, 7]], 1000, 5, seed=0)
+    never = drawn_by(model, [[7], [7, 7]], 1000, 5, 0)
     assert never.lengths.tolist() == [5, 5] and not never.ended.any()
 
 
@@ -106,12 +112,12 @@ def test_logits_that_are_no_numbers_are_an_error(config):
     with torch.no_grad():
         model.output_embedding[5] = math.nan
     with pytest.raises(ValueError, match="the model's logits are not numbers"):
-        draw_answers(model, PROMPTS, END, 4, seed=0)
+        drawn_by(model, PROMPTS, END, 4, 0)
 
 
 def test_the_distance_is_exact_and_k1_estimates_it(config):
     policy, reference = model_of(config, 3), model_of(config, 4)
-    drawn = draw_answers(policy, PROMPTS * 40, END, 12, seed=5, temperature=0.8)
+    drawn = drawn_by(policy, PROMPTS * 40, END, 12, 5, temperature=0.8)
     found = distance(policy, reference, drawn, 0.8, batch_size=7)
     row = 2
     p, q = (
@@ -253,7 +259,7 @@ def test_rewards_add_up_and_land_on_the_last_token(base, reward):
 
 def test_the_value_model_begins_as_the_reward_model(base):
     task = task_of("ppo", base, reward=True)
-    drawn = draw_answers(task.policy, PROMPTS, END, 9, seed=0)
+    drawn = drawn_by(task.policy, PROMPTS, END, 9, 0)
     own = task.value.raw_scores(drawn.token_ids, drawn.last)
     torch.testing.assert_close(own, task.scorer.model.model.raw_scores(*drawn[:1], drawn.last))
     assert task.value is not task.scorer.model.model

@@ -16,8 +16,11 @@ from cs_lm.alignment.reward_model import (
     render_rankings,
     score_rows,
 )
+from cs_lm.alignment.reward_training import RewardConfig, RewardModeling
 from cs_lm.alignment.rules import RULES, rule_of, score_by_rule
 from cs_lm.config.model import GPT2Config, ModelConfig
+from cs_lm.config.run import RunConfig
+from cs_lm.device import World
 from cs_lm.errors import UserError
 from cs_lm.models.stats import num_scalar_parameters
 from tests.unit.test_conversations import TOKENIZER
@@ -170,3 +173,23 @@ def test_own_rules_and_mistakes(tmp_path, monkeypatch):
     ]:
         with pytest.raises(UserError, match=message):
             rule_of(name)
+
+
+def test_a_row_that_fills_the_context_is_scored_and_a_longer_one_named():
+    model = ScalarModel(ModelConfig(16, 2, 24, 300, 2, 20)).eval()
+    assert score_rows(model, [[5] * 20], CPU).isfinite().all()
+    with pytest.raises(ValueError, match="reward model: got 21 tokens of prompt and answer"):
+        score_rows(model, [[5] * 21], CPU)
+
+
+@pytest.mark.parametrize("room", [0, 1])
+def test_no_ranking_is_longer_than_the_reward_models_context(room):
+    """It reads the end token, too; the longest of these fills the context, or is left out."""
+    rendered = render_rankings(rankings(), TEMPLATE, 99)[0]
+    longest = max(len(row) for one in rendered for row in one.rows)
+    base = RunConfig(model=ModelConfig(16, 2, 24, 300, 2, longest - 1 + room))
+    config = RewardConfig(source="x", data=("x",), out_dir="x", batch_size=2)
+    task = RewardModeling(config, base, TOKENIZER, (rankings(), rankings()), World(CPU))
+    assert len(task.train) == len(rankings()) - (not room)
+    for batch in task.batches_of_step(0):
+        task.loss(task.model, batch)[0].backward()
