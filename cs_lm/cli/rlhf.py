@@ -28,16 +28,16 @@ from cs_lm.training.metrics_log import MetricsLog
 from cs_lm.training.run_dir import RunFolder
 
 SPECIAL = "<|endoftext|> <|user|> <|assistant|> <|end|>"
-NUM_DEMONSTRATIONS, NUM_RANKED, NUM_PROMPTS, NUM_SHOWN = 36_000, 1200, 4000, 6
+NUM_DEMONSTRATIONS, NUM_RANKED, NUM_PROMPTS, NUM_SHOWN = 36_000, 2000, 4000, 6
 MAX_NEW_TOKENS = 24
 _RULES = "cs_lm.alignment.words"
 BASE = (
     f"--vocab_size 260 --special_tokens {SPECIAL} --d_model 96 --num_heads 4 --d_ff 256 "
     "--num_layers 3 --max_seq_length 96 --seq_length 96 --batch_size 16 --max_steps 350 "
-    "--lr 4e-3 --lr_min 3e-4 --eval_interval 350 --save_interval 100 --sample_interval 350"
+    "--lr 3e-3 --lr_min 3e-4 --eval_interval 350 --save_interval 100 --sample_interval 350"
 )
 SFT = (
-    "--batch_size 64 --num_epochs 99 --max_steps 800 --lr 6e-3 --lr_min 2e-4 "
+    "--batch_size 64 --num_epochs 99 --max_steps 1100 --lr 6e-3 --lr_min 2e-4 "
     "--pretraining_mix 0.0625 --ptx_coef 0.5 --eval_interval 400 --save_interval 100 "
     "--sample_interval 400"
 )
@@ -52,9 +52,11 @@ _POLICY = (
     "--log_interval 20 --warmup_ratio 0"
 )
 _TEXT = "--pretraining_mix 0.25 --ptx_coef 1"
-PPO = f"{_POLICY} --max_steps 200 --lr 2e-4 --lr_min 2e-4"
+PPO = f"{_POLICY} --max_steps 200 --lr 1e-4 --lr_min 1e-4 --kl_coef 0.05"
+# twice as fast, so that a few minutes show where it leads
+PPO_FREE = f"{_POLICY} --max_steps 160 --lr 2e-4 --lr_min 2e-4 --kl_coef 0"
 GRPO = (
-    f"{_POLICY} --max_steps 200 --group_size 4 --rollout_epochs 2 --lr 2e-4 --lr_min 2e-4 "
+    f"{_POLICY} --max_steps 160 --group_size 4 --rollout_epochs 2 --lr 1e-4 --lr_min 1e-4 "
     "--beta 0.1"
 )
 DPO = (
@@ -149,9 +151,9 @@ def _train_all(chain: Chain) -> None:
     _rank(chain, "rankings", "sft")
     chain.run("reward", "reward", REWARD, data=path("rankings.jsonl"), **sft)
     scored = {"prompts": path("prompts.jsonl"), "reward": path("reward"), **sft}
-    chain.run("ppo", "ppo", f"{PPO} --kl_coef 0.05", **scored)
-    chain.run("ppo_ptx", "ppo", f"{PPO} --kl_coef 0.05 {_TEXT}", **scored)
-    chain.run("ppo_free", "ppo", f"{PPO} --kl_coef 0", **scored)
+    chain.run("ppo", "ppo", PPO, **scored)
+    chain.run("ppo_ptx", "ppo", f"{PPO} {_TEXT}", **scored)
+    chain.run("ppo_free", "ppo", PPO_FREE, **scored)
     chain.run("dpo", "dpo", DPO, data=path("rankings.jsonl"), **sft)
     chain.run("grpo", "grpo", GRPO, **scored)
 
@@ -188,7 +190,8 @@ def _report(chain: Chain) -> None:
     facts = [
         f"Seed {chain.config.seed}. {len(texts['SFT'])} prompts about words that no stage has "
         "seen; answers are drawn at temperature 1. Gold reward: 2 if right, 0.5 for each step of "
-        "style, -0.01 a character, -1 without an end.",
+        "style, -0.01 a character, -1 without an end. PPO without KL runs at twice the learning "
+        "rate, so that a few minutes show where it leads.",
         f"The reward model is right on {valid['accuracy']:.3f} of {valid['num_pairs']:,} pairs "
         "of answers that it has not seen, as noisy labelers ranked them; they themselves order "
         f"{agreement['labeler_accuracy']:.3f} of those pairs as they should be, and it orders "
@@ -328,6 +331,6 @@ def _bits_per_byte(trained: Any) -> float:
     data = DataConfig(corpus_size="python-manual", special_tokens=tuple(SPECIAL.split()))
     config = dataclasses.replace(trained.config, data=data)
     text = prepare(config, trained.tokenizer, ProgressLine())
-    options = EvalOptions(trained.config.model.context_length, 16)
+    options = EvalOptions(trained.config.model.context_length, 16, 30_000)
     lengths = token_byte_lengths(trained.tokenizer.vocab)
     return evaluate(trained.model, text.valid, lengths, options).bits_per_byte

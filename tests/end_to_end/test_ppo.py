@@ -124,3 +124,21 @@ def test_a_rule_of_ones_own_and_a_second_one_to_watch(work, monkeypatch):
     assert policy("ppo", out, max_steps=4, **rules) == 0
     (record,) = rollout_records(out)
     assert record["gold"] < 0 <= record["score"]
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo"])
+def test_numbers_that_are_not_finite_end_the_run_in_a_line(work, name, capsys):
+    out = work / name
+    wild = {"lr": 500.0, "lr_min": 500.0, "max_norm": "inf", "save_interval": 1}
+    status = policy(name, out, rule="length", max_steps=60, **wild)
+    errors = capsys.readouterr().err
+    assert status in (0, 2, 3) and "Traceback" not in errors
+    if status:
+        assert "not finite" in errors or "not numbers" in errors
+    assert command(["verify", "--out_dir", str(out)]) == 0
+
+
+def test_settings_that_would_falsify_the_divergence_are_refused_by_name(work, capsys):
+    for flag in ("--top_k", "--top_p", "--min_p", "--repetition_penalty", "--no_repeat_ngram"):
+        assert policy("ppo", work / "x", flag, "2", rule="length") == 2
+        assert flag in capsys.readouterr().err
