@@ -196,7 +196,9 @@ class PolicyTask(StageTask):
         self._iteration, self._first_step, self._end_step = -1, 0, 0
         self._experience: Tensors = {}
         self._facts: dict[str, float] = {}  # of the iteration's answers
-        self._stats: list[dict[str, Tensor | float]] = []  # of its batches so far
+        # of its updates so far, by their number in the iteration: of each batch
+        self._stats: dict[int, list[dict[str, Tensor | float]]] = {}
+        self._place = 0  # the number of the present update
         self._updating_since, self._updating_s = 0.0, 0.0
         self._loss = under_autocast(self._loss_of, world.device, config.dtype)
 
@@ -242,10 +244,11 @@ class PolicyTask(StageTask):
     def batches_of_step(self, step: int) -> list[PolicyBatch | TextBatch]:
         if step >= self._end_step:
             self._begin_iteration(step)
-        self._updating_since = time.monotonic()
+        self._updating_since, self._place = time.monotonic(), step - self._first_step
+        self._stats[self._place] = []
         size, accum = self.config.batch_size, self.config.grad_accum
         updates = self.config.rollout_size // (size * accum)
-        epoch, place = divmod(step - self._first_step, updates)
+        epoch, place = divmod(self._place, updates)
         seed = (self.config.seed, self._iteration, epoch)
         order = np.random.default_rng(seed).permutation(self.config.rollout_size)
         own = torch.from_numpy(order[place * size * accum : (place + 1) * size * accum])
@@ -266,9 +269,11 @@ class PolicyTask(StageTask):
 
     def _begin_iteration(self, step: int) -> None:
         config = self.config
+        if self._iteration >= 0:
+            self.learn_from_facts(self._facts)
         self._iteration += 1
         self._first_step, self._end_step = step, step + config.updates_per_iteration
-        self._stats, self._updating_s = [], 0.0
+        self._stats, self._updating_s = {}, 0.0
         numbers = self._order(self._iteration)
         prompts = [self.train[n] for n in numbers for _ in range(config.answers_per_prompt)]
         seed = step_seed(config.seed, self._iteration)
@@ -343,14 +348,13 @@ class PolicyTask(StageTask):
     def after_step(self, step: int) -> list[tuple[str, dict[str, Any]]]:
         self._updating_s += time.monotonic() - self._updating_since
         limit = self.config.kl_stop
-        if limit is not None and float(self._stats[-1]["approx_kl"]) > limit:
+        if limit is not None and float(self._stats[self._place][-1]["approx_kl"]) > limit:
             self._end_step = step
         if step < self._end_step:
             return []
-        means: dict[str, float] = {"ratio_gap": float(self._stats[0]["ratio_gap"])}
-        for name in self._stats[0]:
-            if name != "ratio_gap":
-                means[name] = sum(float(one[name]) for one in self._stats) / len(self._stats)
+        stats = [one for of_update in self._stats.values() for one in of_update]
+        means = {name: sum(float(one[name]) for one in stats) / len(stats) for name in stats[0]}
+        means["ratio_gap"] = max(float(one["ratio_gap"]) for one in self._stats[0])
         record = {
             "iteration": self._iteration,
             "updates": step - self._first_step,
@@ -358,8 +362,6 @@ class PolicyTask(StageTask):
             **means,
             "updating_s": self._updating_s,
         }
-        self.end_iteration()
-        self._experience, self._stats = {}, []
         return [("rollout", record)]
 
     # ---- losses ----
@@ -385,7 +387,8 @@ class PolicyTask(StageTask):
 
     def note(self, **stats: Tensor) -> None:
         """Keeps numbers of a forward pass, for the record of the iteration."""
-        self._stats.append({name: value.detach() for name, value in stats.items()})
+        found = {name: value.detach() for name, value in stats.items()}
+        self._stats[self._place].append(found)
 
     # ---- hooks ----
 
@@ -397,8 +400,8 @@ class PolicyTask(StageTask):
         """Sum of the losses and their count; calls `note`."""
         raise NotImplementedError
 
-    def end_iteration(self) -> None:
-        """After the last update of an iteration."""
+    def learn_from_facts(self, facts: Mapping[str, float]) -> None:
+        """Between two iterations; facts  numbers of the one before"""
 
     # ---- evaluation ----
 
@@ -433,7 +436,10 @@ class PolicyTask(StageTask):
     # ---- checkpoints ----
 
     def save(self) -> dict[str, Any]:
-        stats = [{name: float(value) for name, value in one.items()} for one in self._stats]
+        stats = {
+            place: [{name: float(value) for name, value in one.items()} for one in of_update]
+            for place, of_update in self._stats.items()
+        }
         return super().save() | {
             "reference_sha256": self._reference_hash,
             "scorer": self.scorer.name,
@@ -460,7 +466,7 @@ class PolicyTask(StageTask):
         saved = extras["rollouts"]
         self._iteration, self._first_step = saved["number"], saved["first_step"]
         self._end_step, self._facts = saved["end_step"], saved["facts"]
-        self._stats = list(saved["stats"])
+        self._stats = dict(saved["stats"])
         self._experience = {
             name: tensor.to(self.device) for name, tensor in saved["experience"].items()
         }

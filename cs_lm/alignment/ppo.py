@@ -6,7 +6,7 @@ A value model, which begins as the reward model, predicts the rewards that are s
 text of the pre-training mixed in, this is PPO-ptx. Source: Ouyang et al. 2022, section 3.5.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -168,8 +168,8 @@ class ProximalPolicyOptimization(PolicyTask):
         )
         return masked_sum(losses, mask) + masked_sum(of_values, mask), mask.sum()
 
-    def end_iteration(self) -> None:
-        self.kl.update(self._facts["kl_k1"], self.config.rollout_size)
+    def learn_from_facts(self, facts: Mapping[str, float]) -> None:
+        self.kl.update(facts["kl_k1"], self.config.rollout_size)
 
     def save(self) -> dict[str, Any]:
         value = self.value.state_dict()

@@ -168,7 +168,8 @@ class Trainer:
     def _after_step(self, is_last: bool) -> None:
         """Logs and saves, then evaluates and samples: these may fail, so the save comes first."""
         config = self.config
-        for kind, values in self.task.after_step(self.step):
+        records = self.task.after_step(self.step)
+        for kind, values in records:
             self._record(kind, **values)
         self.reporter.update(self.step)
         reports = self._is_due(config.log_interval, is_last) or self.step == 1
@@ -176,7 +177,7 @@ class Trainer:
         samples = self._is_due(config.sample_interval, is_last)
         saves = self._is_due(config.save_interval, is_last) or evaluates or samples
         saves |= self.saver.has_failed and reports
-        self._look_for_bad_steps(wait=reports or saves)
+        self._look_for_bad_steps(wait=reports or saves or bool(records))
         if reports:
             loss, norm = self.loss.item(), self.norm.item()
             self.reporter.report(self.step, self.state.trained_tokens, loss, self.lr, norm)

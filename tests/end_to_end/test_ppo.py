@@ -142,3 +142,28 @@ def test_settings_that_would_falsify_the_divergence_are_refused_by_name(work, ca
     for flag in ("--top_k", "--top_p", "--min_p", "--repetition_penalty", "--no_repeat_ngram"):
         assert policy("ppo", work / "x", flag, "2", rule="length") == 2
         assert flag in capsys.readouterr().err
+
+
+def test_a_bad_step_at_the_end_of_an_iteration_is_repeated(work, monkeypatch):
+    """The coefficient changes there, too; the resumed run is the one without a bad step."""
+    from cs_lm.alignment.ppo import ProximalPolicyOptimization as Task
+
+    runs, learnt = (work / "whole", work / "parts"), Task.policy_loss
+    more = {"rule": "length", "kl_target": 0.5, "kl_horizon": 100, "max_steps": 8}
+    assert policy("ppo", runs[0], **more) == 0
+
+    def bad(task, batch):
+        total, count = learnt(task, batch)
+        is_last = task._iteration == 0 and task._place == 3
+        return total * (float("nan") if is_last else 1.0), count
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Task, "policy_loss", bad)
+        assert policy("ppo", runs[1], **more) == 3
+    assert (runs[1] / "bad_step_00000004.json").exists()
+    assert command(["ppo", "--resume", "--out_dir", str(runs[1])]) == 0
+    first, second = (state(out, 8) for out in runs)
+    for one in (first, second):
+        one["extras"] = without_times(one["extras"])
+        one["extras"]["stage"]["config"].pop("out_dir")
+    assert_equal(first, second)

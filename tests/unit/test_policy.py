@@ -192,8 +192,8 @@ def test_the_ratio_is_1_before_the_first_update(kind, base):
     task = task_of(kind, base, temperature=0.7)
     for batch in task.batches_of_step(0):
         task.loss(task.model, batch)
-    assert all(float(one["ratio_gap"]) < 2e-5 for one in task._stats)
-    assert all(float(one["clip_fraction"]) == 0 for one in task._stats)
+    assert all(float(one["ratio_gap"]) < 2e-5 for one in task._stats[0])
+    assert all(float(one["clip_fraction"]) == 0 for one in task._stats[0])
 
 
 @pytest.mark.parametrize("kind", ["ppo", "grpo"])
@@ -202,6 +202,7 @@ def test_pads_change_nothing(kind, base):
     task = task_of(kind, base)
     (batch,) = task.batches_of_step(0)
     grads, loss = gradients(task, [batch])
+    assert len(task._stats[0]) == 1
     outside = ~batch.mask
     ids = batch.token_ids.clone()
     is_pad = torch.arange(ids.shape[1]) > Rollouts(*batch[:3], None).last.unsqueeze(-1)
@@ -218,7 +219,7 @@ def test_pads_change_nothing(kind, base):
     other_grads, other_loss = gradients(task, [more])
     assert torch.equal(loss, other_loss)
     assert all(torch.equal(a, b) for a, b in zip(grads, other_grads, strict=True))
-    for first, second in zip(*(one.values() for one in task._stats)):
+    for first, second in zip(*(one.values() for one in task._stats[0])):
         assert torch.equal(first, second)
 
 
@@ -322,6 +323,8 @@ def test_the_divergence_sets_the_coefficient(base):
         for batch in task.batches_of_step(step):
             task.loss(task.model, batch)
         task.after_step(step + 1)
+    assert task.kl.coefficient == 0.05
+    task.batches_of_step(task.config.updates_per_iteration)
     assert task.kl.coefficient == pytest.approx(0.05 * 1.2)
 
 
