@@ -12,10 +12,24 @@ from cs_lm.models.base import LanguageModel
 
 
 class Answer(NamedTuple):
-    """ended: by its end token, and not at `max_new_tokens` or the end of the context."""
+    """An answer of a model.
+
+    ended      by its end token, and not at `max_new_tokens` or the end of the context
+    token_ids  without the end token
+    """
 
     text: str
     ended: bool
+    token_ids: tuple[int, ...] = ()
+
+
+def row_of(template: Template, conversation: Conversation, answer: Answer) -> list[int]:
+    """The token ids of a conversation and its answer, as the model wrote them.
+
+    A reward model scores the last one: the end token, if there is one.
+    """
+    end = [template.end_id] if answer.ended else []
+    return [*template.render_for_completion(conversation), *answer.token_ids, *end]
 
 
 class ContextFullError(UserError):
@@ -41,4 +55,7 @@ class Answerer:
             raise ContextFullError(f"got {len(ids)} tokens, which fill the context")
         config = replace(config, max_new_tokens=min(config.max_new_tokens, room))
         drawn = generate_samples(self._model, [ids], config, self._ends, self._allowed)
-        return [Answer(self._tokenizer.decode(one.token_ids), one.stopped) for one in drawn]
+        return [
+            Answer(self._tokenizer.decode(one.token_ids), one.stopped, tuple(one.token_ids))
+            for one in drawn
+        ]

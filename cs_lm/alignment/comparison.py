@@ -1,12 +1,13 @@
 """Compares models by their answers to the same prompts."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from cs_lm.alignment.answers import ContextFullError
+from cs_lm.alignment.answers import Answer, ContextFullError
 from cs_lm.alignment.conversations import template_of
 from cs_lm.alignment.records import Prompt
 from cs_lm.alignment.rollouts import (
+    Rollouts,
     decoded,
     distance,
     distinct_ngrams,
@@ -22,25 +23,29 @@ _ROWS = 64  # answers that are drawn together
 
 
 class DrawingOptions(NamedTuple):
-    """How answers are drawn."""
+    """How answers are drawn.
+
+    longest  most tokens of a prompt and its answer; None: what the model can write
+    """
 
     max_new_tokens: int = 64
     temperature: float = 1.0
     seed: int = 0
+    longest: int | None = None
 
 
 class DrawnAnswers(NamedTuple):
     """The answers of one model, in the order of the prompts.
 
-    token_ids  without the end token
-    ended      whether the end token came
-    kl         mean exact divergence of an answer from another model [nats]; None: not asked for
+    kl  mean exact divergence of an answer from another model [nats]; None: not asked for
     """
 
-    texts: list[str]
-    token_ids: list[list[int]]
-    ended: list[bool]
+    answers: list[Answer]
     kl: float | None
+
+    @property
+    def texts(self) -> list[str]:
+        return [one.text for one in self.answers]
 
 
 def answer_prompts(
@@ -57,7 +62,8 @@ def answer_prompts(
     Raises: ContextFullError for a prompt that leaves no room for an answer.
     """
     template = template_of(trained.tokenizer, trained.template or "auto")
-    longest = trained.config.model.context_length + 1 - options.max_new_tokens
+    longest = trained.config.model.context_length + 1
+    longest = min(longest, options.longest or longest) - options.max_new_tokens
     rows = [template.render_for_completion(one.conversation) for one in prompts]
     for row, prompt in zip(rows, prompts):
         if len(row) > longest:
@@ -65,7 +71,8 @@ def answer_prompts(
                 f"{prompt.where}: got a prompt of {len(row)} tokens, need at most {longest} beside "
                 f"--max_new_tokens {options.max_new_tokens}"
             )
-    texts, token_ids, ended, total = [], [], [], 0.0
+    answers: list[Answer] = []
+    total = 0.0
     for number, start in enumerate(range(0, len(rows), _ROWS)):
         part = rows[start : start + _ROWS]
         seed = step_seed(options.seed, number)
@@ -74,13 +81,17 @@ def answer_prompts(
         if reference is not None:
             found = distance(trained.model, reference, drawn, options.temperature)
             total += found.kl.sum().item()
-        answers = drawn.answers(template.end_id)
-        token_ids += answers
-        texts += [decoded(trained.tokenizer, ids) for ids in answers]
-        ended += drawn.ended.tolist()
-        on_progress(len(texts))
-    kl = None if reference is None else total / len(rows)
-    return DrawnAnswers(texts, token_ids, ended, kl)
+        answers += answers_of(drawn, trained.tokenizer, template.end_id)
+        on_progress(len(answers))
+    return DrawnAnswers(answers, None if reference is None else total / len(rows))
+
+
+def answers_of(drawn: Rollouts, tokenizer: Any, end_id: int) -> list[Answer]:
+    """The answers of rollouts, with their texts."""
+    return [
+        Answer(decoded(tokenizer, ids), ended, tuple(ids))
+        for ids, ended in zip(drawn.answers(end_id), drawn.ended.tolist())
+    ]
 
 
 class WinRate(NamedTuple):
@@ -121,15 +132,15 @@ def standings(
     found = []
     for name, own, its_scores in zip(names, answers, scores, strict=True):
         count = len(its_scores)
-        lengths = [len(ids) for ids in own.token_ids[:count]]
+        judged = own.answers[:count]
         found.append(
             Standing(
                 name,
                 sum(its_scores) / count,
                 win_rate(its_scores, scores[0]) if found else None,
-                sum(lengths) / count,
-                sum(own.ended[:count]) / count,
-                distinct_ngrams(own.token_ids[:count]),
+                sum(len(one.token_ids) for one in judged) / count,
+                sum(one.ended for one in judged) / count,
+                distinct_ngrams([one.token_ids for one in judged]),
                 own.kl,
             )
         )

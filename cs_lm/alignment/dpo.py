@@ -32,7 +32,7 @@ from cs_lm.errors import Problem
 from cs_lm.models.base import LanguageModel, token_log_probs
 from cs_lm.ops.reference import IGNORE_INDEX
 from cs_lm.tokenizer import BPETokenizer
-from cs_lm.training.step import under_autocast
+from cs_lm.training.step import autocast_context, under_autocast
 from cs_lm.training.task import CheckStop
 
 
@@ -174,7 +174,8 @@ class PreferenceOptimization(RankingsTask):
         """Log-probabilities of the answers of one ranking under the present weights: (K), CPU."""
         one = self.rankings[number]
         batch = compared_rows([one], [torch.zeros(len(one.rows))], self.device)
-        return answer_log_probs(self.model, batch.rows.token_ids, batch.is_answer).cpu()
+        with autocast_context(self.device, self.config.dtype):  # as in an update
+            return answer_log_probs(self.model, batch.rows.token_ids, batch.is_answer).cpu()
 
     def batch(self, numbers: Sequence[int]) -> ComparedRows:
         """The rankings of these numbers."""

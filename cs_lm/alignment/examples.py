@@ -77,10 +77,10 @@ def render_all(
     return kept
 
 
-def report_left_out(found: str, some_are_left: bool) -> None:
+def report_left_out(found: str, some_are_left: bool, flag: str = "--data") -> None:
     """Warns of records that are too long. Raises: UserError if no others are left."""
     if not some_are_left:
-        raise UserError(f"--data: {found}; raise --seq_length, or give shorter ones")
+        raise UserError(f"{flag}: {found}; raise --seq_length, or give shorter ones")
     _log.warning("data: %s; they are left out", found)
 
 

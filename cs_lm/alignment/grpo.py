@@ -5,6 +5,7 @@ perhaps divided by the group's deviation. There is no value model, and the diver
 reference is a part of the loss. Source: Shao et al. 2024, DeepSeekMath.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -46,7 +47,7 @@ class GRPOConfig(PolicyConfig):
 
     def validate(self) -> list[Problem]:
         found = super().validate()
-        if self.rollout_size % self.group_size:
+        if self.group_size > 0 and self.rollout_size % self.group_size:
             need = f"a multiple of --group_size ({self.group_size})"
             found.append(Problem("--rollout_size", f"got {self.rollout_size}", need))
         return found
@@ -72,6 +73,9 @@ class GroupRelativePolicyOptimization(PolicyTask):
         facts["equal_groups"] = is_equal.float().mean().item()
         facts["group_std"] = groups.std(-1).mean().item()
         return {"advantages": advantages}
+
+    def count_of(self, lengths: Sequence[int]) -> int:
+        return sum(lengths) if self.config.reduction == "token" else len(lengths)
 
     def policy_loss(self, batch: PolicyBatch) -> tuple[Tensor, Tensor]:
         config, mask = self.config, batch.mask

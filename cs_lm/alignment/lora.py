@@ -56,7 +56,8 @@ class LowRankAdapter(nn.Module):
     def _merged(self) -> Iterator[tuple[str, Tensor]]:
         for name, base in self._bases.items():
             a, b = self._of(name)
-            yield name, torch.addmm(base, b, a, alpha=self._scale)
+            with torch.autocast(base.device.type, enabled=False):  # weights stay float32
+                yield name, torch.addmm(base, b, a, alpha=self._scale)
 
     def merge(self) -> LanguageModel:
         """The model with its present weights; with gradients on, they lead to A and B."""

@@ -93,7 +93,7 @@ class PolicyConfig(TextMixConfig):
             given = f"got {self.valid_fraction}"
             found.append(Problem("--valid_fraction", given, "more than 0 and less than 1"))
         rows = self.batch_size * self.grad_accum
-        if self.rollout_size % rows:
+        if rows > 0 and self.rollout_size % rows:
             need = f"a multiple of --batch_size times --grad_accum ({rows})"
             found.append(Problem("--rollout_size", f"got {self.rollout_size}", need))
         if not 0 < self.clip < 1:
@@ -171,10 +171,10 @@ class PolicyTask(StageTask):
         self._reference_hash = ""
         self._sources, self.scorer = sources, sources.scorer
         if self.scorer.model is not None:
-            check_reward_model(self.scorer.model, self.tokenizer)
+            check_reward_model(self.scorer.model, self.tokenizer, self.template)
         prompts = self._that_fit(sources.prompts)
         self.train, self.valid = split_by_prompt(
-            prompts, config.valid_fraction, lambda one: one.conversation
+            prompts, config.valid_fraction, lambda one: one.conversation, "--prompts"
         )
         self._ids = {id(one): self.template.render_for_completion(one.conversation)
                      for one in prompts}  # fmt: skip
@@ -184,9 +184,11 @@ class PolicyTask(StageTask):
         rows = config.batch_size * config.grad_accum
         mean = sum(map(len, self._ids.values())) / len(prompts)
         self.tokens_per_step = round(rows * (mean + config.max_new_tokens / 2))
-        self.data_hash = hash_of([one.conversation for one in prompts])
+        self.data_hash = hash_of(
+            [(one.conversation, sorted(one.fields.items())) for one in prompts]
+        )
         self.measure = {
-            "prompts": hash_of([one.conversation for one in self.valid[: config.valid_prompts]]),
+            "prompts": hash_of([one[:2] for one in self.valid[: config.valid_prompts]]),
             "score": [self.scorer.name, config.no_end_penalty, config.max_new_tokens],
         }
         self.text = None
@@ -221,7 +223,8 @@ class PolicyTask(StageTask):
             report_left_out(
                 f"{len(too_long):,} of {len(prompts):,} prompts leave no room for an answer of "
                 f"{self.config.max_new_tokens} tokens, the first in {too_long[0].where}",
-                some_are_left=bool(kept),
+                bool(kept),
+                "--prompts",
             )
         return kept
 
@@ -251,15 +254,16 @@ class PolicyTask(StageTask):
         epoch, place = divmod(self._place, updates)
         seed = (self.config.seed, self._iteration, epoch)
         order = np.random.default_rng(seed).permutation(self.config.rollout_size)
-        own = torch.from_numpy(order[place * size * accum : (place + 1) * size * accum])
-        batches = [self._batch(rows) for rows in own.to(self.device).split(size)]
+        own = order[place * size * accum : (place + 1) * size * accum].tolist()
+        batches = [self._batch(own[start : start + size]) for start in range(0, len(own), size)]
         if self.text is None:
             return batches
-        return [*batches, self.text.batch(step, int(sum(one.mask.sum() for one in batches)))]
+        return [*batches, self.text.batch(step, self.count_of([self._lengths[n] for n in own]))]
 
-    def _batch(self, rows: Tensor) -> PolicyBatch:
-        known = {name: tensor[rows] for name, tensor in self._experience.items()}
-        width = int(known["mask"].any(0).nonzero().max()) + 1  # the columns that these rows use
+    def _batch(self, rows: Sequence[int]) -> PolicyBatch:
+        places = torch.tensor(rows).to(self.device)
+        known = {name: tensor[places] for name, tensor in self._experience.items()}
+        width = max(self._ends[number] for number in rows)  # the columns that these rows use
         known = {
             name: x[:, : width + (name == "token_ids")] if x.dim() > 1 else x
             for name, x in known.items()
@@ -268,17 +272,25 @@ class PolicyTask(StageTask):
         return PolicyBatch(*first, known)
 
     def _begin_iteration(self, step: int) -> None:
-        config = self.config
-        if self._iteration >= 0:
+        """All that may fail comes first: a failure leaves the iteration before as it was."""
+        config, iteration = self.config, self._iteration + 1
+        numbers = self._order(iteration)
+        prompts = [self.train[n] for n in numbers for _ in range(config.answers_per_prompt)]
+        experience, facts = self._experienced(prompts, step_seed(config.seed, iteration))
+        if iteration:
             self.learn_from_facts(self._facts)
-        self._iteration += 1
+        learnt = self.learnt_from(experience, facts)
+        self._iteration, self._facts = iteration, facts
         self._first_step, self._end_step = step, step + config.updates_per_iteration
         self._stats, self._updating_s = {}, 0.0
-        numbers = self._order(self._iteration)
-        prompts = [self.train[n] for n in numbers for _ in range(config.answers_per_prompt)]
-        seed = step_seed(config.seed, self._iteration)
-        experience, self._facts = self._experienced(prompts, seed)
-        self._experience = experience | self.learnt_from(experience, self._facts)
+        self._set_experience(experience | learnt)
+
+    def _set_experience(self, experience: Tensors) -> None:
+        """Keeps where the answers end on the host, too: no update waits for the device."""
+        self._experience = experience
+        self._lengths = experience["mask"].sum(-1).tolist()
+        places = torch.arange(1, experience["mask"].shape[1] + 1, device=self.device)
+        self._ends = torch.where(experience["mask"], places, 0).amax(-1).tolist()
 
     def _experienced(
         self, prompts: Sequence[Prompt], seed: int
@@ -347,14 +359,17 @@ class PolicyTask(StageTask):
 
     def after_step(self, step: int) -> list[tuple[str, dict[str, Any]]]:
         self._updating_s += time.monotonic() - self._updating_since
-        limit = self.config.kl_stop
-        if limit is not None and float(self._stats[self._place][-1]["approx_kl"]) > limit:
-            self._end_step = step
+        limit, of_update = self.config.kl_stop, self._stats[self._place]
+        if limit is not None:
+            moved = sum(float(one["approx_kl"]) for one in of_update) / len(of_update)
+            self._end_step = step if moved > limit else self._end_step
         if step < self._end_step:
             return []
         stats = [one for of_update in self._stats.values() for one in of_update]
         means = {name: sum(float(one[name]) for one in stats) / len(stats) for name in stats[0]}
         means["ratio_gap"] = max(float(one["ratio_gap"]) for one in self._stats[0])
+        means["ratio_min"] = min(float(one["ratio_min"]) for one in stats)
+        means["ratio_max"] = max(float(one["ratio_max"]) for one in stats)
         record = {
             "iteration": self._iteration,
             "updates": step - self._first_step,
@@ -401,7 +416,14 @@ class PolicyTask(StageTask):
         raise NotImplementedError
 
     def learn_from_facts(self, facts: Mapping[str, float]) -> None:
-        """Between two iterations; facts  numbers of the one before"""
+        """Between two iterations; a second call with the same facts changes nothing more.
+
+        facts  numbers of the iteration before
+        """
+
+    def count_of(self, lengths: Sequence[int]) -> int:
+        """What the summed loss of answers of these lengths is divided by."""
+        return sum(lengths)
 
     # ---- evaluation ----
 
@@ -449,6 +471,7 @@ class PolicyTask(StageTask):
                 "end_step": self._end_step,
                 "facts": dict(self._facts),
                 "stats": stats,
+                "updating_s": self._updating_s,
                 "experience": dict(self._experience),
             },
         }
@@ -466,10 +489,11 @@ class PolicyTask(StageTask):
         saved = extras["rollouts"]
         self._iteration, self._first_step = saved["number"], saved["first_step"]
         self._end_step, self._facts = saved["end_step"], saved["facts"]
-        self._stats = dict(saved["stats"])
-        self._experience = {
-            name: tensor.to(self.device) for name, tensor in saved["experience"].items()
-        }
+        self._stats, self._updating_s = dict(saved["stats"]), saved["updating_s"]
+        if saved["experience"]:
+            self._set_experience(
+                {name: tensor.to(self.device) for name, tensor in saved["experience"].items()}
+            )
 
 
 def _by_rule(

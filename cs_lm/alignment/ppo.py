@@ -36,6 +36,7 @@ from cs_lm.ops.fused import OPS
 from cs_lm.optim.adamw import AdamW
 from cs_lm.optim.param_groups import parameter_groups
 from cs_lm.training.checkpoint import restore
+from cs_lm.training.step import autocast_context
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,12 @@ class PPOConfig(PolicyConfig):
         if self.kl_horizon != 10_000 and self.kl_target is None:
             what, fix = "has no effect without --kl_target", "add it, or leave it out"
             found.append(Problem("--kl_horizon", what, fix=fix))
+        if self.kl_target is not None and self.kl_coef == 0:
+            need = "above 0 with --kl_target, which multiplies it"
+            found.append(Problem("--kl_coef", "got 0", need))
+        if self.kl_target is not None and self.kl_horizon <= 0.2 * self.rollout_size:
+            need = f"more than a fifth of --rollout_size ({0.2 * self.rollout_size:g})"
+            found.append(Problem("--kl_horizon", f"got {self.kl_horizon:g}", need))
         return found
 
 
@@ -127,7 +134,7 @@ class ProximalPolicyOptimization(PolicyTask):
     def learnt_from(self, experience: Tensors, facts: dict[str, float]) -> Tensors:
         config, mask, scores = self.config, experience["mask"], experience["scores"]
         size = config.batch_size
-        with evaluating(self.value):
+        with evaluating(self.value), autocast_context(self.device, config.dtype):
             parts = zip(experience["token_ids"].split(size), mask.split(size))
             values = torch.cat([self._values(ids, of_part) for ids, of_part in parts])
         k1 = kl_k1(experience["old_log_probs"], experience["ref_log_probs"])
@@ -169,6 +176,7 @@ class ProximalPolicyOptimization(PolicyTask):
         return masked_sum(losses, mask) + masked_sum(of_values, mask), mask.sum()
 
     def learn_from_facts(self, facts: Mapping[str, float]) -> None:
+        self.kl.coefficient = facts["kl_coef"]
         self.kl.update(facts["kl_k1"], self.config.rollout_size)
 
     def save(self) -> dict[str, Any]:

@@ -128,8 +128,15 @@ class RewardModel(NamedTuple):
     template: Template
 
 
-def check_reward_model(reward: RewardModel, tokenizer: BPETokenizer) -> None:
-    """Raises: UserError if it reads other tokens than a policy with this tokenizer writes."""
+def check_reward_model(
+    reward: RewardModel, tokenizer: BPETokenizer, template: Template | None = None
+) -> None:
+    """Raises: UserError if it reads other tokens, or another template, than a policy writes."""
+    if template is not None and template.name != reward.template.name:
+        raise UserError(
+            f"--reward: it was trained with the template {reward.template.name}, and the model "
+            f"answers with {template.name}; give --template, or train one from that run"
+        )
     if reward.tokenizer.fingerprint != tokenizer.fingerprint:
         raise UserError("--reward: its tokenizer is not that of --from; train it from that run")
 

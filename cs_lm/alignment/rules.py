@@ -11,6 +11,7 @@ whether the answer came to its end, and was not cut at its greatest length.
 """
 
 import importlib
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -86,8 +87,10 @@ def score_by_rule(rule: Rule, answer: str, prompt: Prompt, ended: bool = True) -
             f"{prompt.where}: the rule failed on the answer {answer[:40]!r} "
             f"({type(error).__name__}: {error})"
         ) from None
-    if score != score:
-        raise UserError(f"{prompt.where}: the rule gives no number for the answer {answer[:40]!r}")
+    if not math.isfinite(score):
+        raise UserError(
+            f"{prompt.where}: the rule gives no finite number for the answer {answer[:40]!r}"
+        )
     return score
 
 

@@ -39,7 +39,7 @@ from cs_lm.alignment.stage import (
 from cs_lm.alignment.text_mix import TextBatch, TextMix, TextMixConfig, described, text_loss
 from cs_lm.config.fields import setting
 from cs_lm.config.optim import OptimConfig
-from cs_lm.config.run import RunConfig
+from cs_lm.config.run import RunConfig, as_in_a_run
 from cs_lm.data.pipeline import PreparedData
 from cs_lm.device import World
 from cs_lm.errors import Problem, UserError
@@ -76,6 +76,7 @@ class SFTConfig(TextMixConfig):
         None, "score answers in each validation by the reward model in this folder, and keep the "
         "checkpoint that it likes best, not the one with the least loss",
     )  # fmt: skip
+    sample_interval: int = as_in_a_run("sample_interval", default=100)
     lora_rank: int | None = setting(
         None, "train low-rank changes of the weights only, of this rank; the run has them merged"
     )
@@ -157,7 +158,7 @@ class SupervisedFineTuning(StageTask):
         }
         self._reward = sources.reward
         if self._reward is not None:
-            check_reward_model(self._reward, self.tokenizer)
+            check_reward_model(self._reward, self.tokenizer, self.template)
             self.measure["reward"] = hash_of_weights(self._reward.model.state_dict())
         self._loss = under_autocast(self._loss_of, world.device, config.dtype)
 
@@ -180,6 +181,7 @@ class SupervisedFineTuning(StageTask):
     @torch.no_grad()
     def evaluate(self, check_stop: CheckStop) -> dict[str, Any]:
         total, count = 0.0, 0
+        self._merge()
         with evaluating(self.model):
             size = self.config.batch_size
             for start in range(0, len(self._valid), size):
@@ -223,12 +225,13 @@ class SupervisedFineTuning(StageTask):
 
     def sample(self, check_stop: CheckStop) -> tuple[dict[str, Any] | None, str]:
         """An answer to the first prompt of the validation part."""
+        self._merge()
         prompt = self.valid[0].conversation[:-1]
         choice = DecodingConfig(
             max_new_tokens=_SAMPLE_TOKENS, temperature=0.0, seed=self.config.seed
         )
         try:
-            ((text, _),) = Answerer(self.policy, self.tokenizer, self.template)(prompt, choice)
+            ((text, *_),) = Answerer(self.policy, self.tokenizer, self.template)(prompt, choice)
         except ContextFullError:
             return None, ""
         except NotANumberError as error:
@@ -237,11 +240,17 @@ class SupervisedFineTuning(StageTask):
         asked = prompt[-1].content
         return {"prompt": asked, "text": text}, f"{asked} -> {text.strip()}"
 
+    @torch.no_grad()
+    def _merge(self) -> None:
+        """The policy gets the weights of now, where they come from an adapter."""
+        if self._adapter is not None:
+            self._adapter.merge()
+
     def begin_with(self, weights: Mapping[str, Tensor]) -> None:
         super().begin_with(weights)
         if self._adapter is not None:
             self._first_hash = hash_of_weights(weights)
-            self._adapter.merge()
+            self._merge()
 
     def save(self) -> dict[str, Any]:
         if self._adapter is None:
@@ -261,7 +270,7 @@ class SupervisedFineTuning(StageTask):
             raise changed_weights(self.config.source)
         restore({"model": dict(weights)}, self._adapter)
         self._adapter.load_matrices(extras["lora"])
-        self._adapter.merge()
+        self._merge()
 
     def facts(self) -> dict[str, Any]:
         sizes = {"train_rows": self.batches.num_rows, "valid_records": len(self._valid)}

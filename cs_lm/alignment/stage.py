@@ -28,9 +28,12 @@ T = TypeVar("T")
 # Settings of a stage that its trainer reads under the same name.
 _OF_THE_TRAINER = (
     "batch_size", "grad_accum", "num_epochs", "max_steps", "device", "dtype", "seed",
-    "log_interval", "save_interval", "keep_last", "on_nan", "eval_interval", "sample_interval",
-    "eval_tokens", "tensorboard", "wandb", "mlflow", "out_dir", "optim",
+    "log_interval", "save_interval", "keep_last", "on_nan", "eval_interval",
+    "tensorboard", "wandb", "mlflow", "out_dir", "optim",
 )  # fmt: skip
+
+# Those that only some stages have, and what the others get: they show no samples.
+_OF_SOME_STAGES = {"sample_interval": 0, "eval_tokens": 20_000}
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,8 @@ class StageConfig:
     out_dir: str | None = setting(None, "folder of the new run; required")
     template: str = setting(
         "auto",
-        "chat: control tokens of the tokenizer; alpaca: plain headings; auto: chat where the "
-        "tokenizer has <|user|>, <|assistant|> and <|end|>",
+        "chat: control tokens of the tokenizer; alpaca: plain headings; auto: that of --from, or "
+        "chat where the tokenizer has <|user|>, <|assistant|> and <|end|>",
         choices=("auto", "chat", "alpaca"),
     )
     seq_length: int | None = setting(
@@ -66,8 +69,6 @@ class StageConfig:
     keep_last: int = as_in_a_run("keep_last")
     on_nan: str = as_in_a_run("on_nan")
     eval_interval: int = as_in_a_run("eval_interval", default=50)
-    eval_tokens: int = setting(20_000, "text in each evaluation of it", "tokens")
-    sample_interval: int = as_in_a_run("sample_interval", default=100)
     tensorboard: bool = as_in_a_run("tensorboard")
     wandb: bool = as_in_a_run("wandb")
     mlflow: bool = as_in_a_run("mlflow")
@@ -100,6 +101,8 @@ class StageConfig:
         context_length = base.model.context_length
         length = min(self.seq_length or context_length, context_length)
         values = {name: getattr(self, name) for name in _OF_THE_TRAINER}
+        for name, otherwise in _OF_SOME_STAGES.items():
+            values[name] = getattr(self, name, otherwise)
         return dataclasses.replace(base, **values, seq_length=length)
 
     def saved(self) -> dict[str, Any]:
@@ -130,6 +133,10 @@ class StageTask(Task):
 
     stage: str
     data_hash: str
+
+    @property
+    def program(self) -> str:
+        return f"-m cs_lm {self.stage}"
 
     def __init__(
         self, config: StageConfig, base: RunConfig, tokenizer: BPETokenizer, model: nn.Module
@@ -210,7 +217,7 @@ def changed_weights(source: str) -> UserError:
 
 
 def split_by_prompt(
-    records: Sequence[T], fraction: float, prompt_of: Callable[[T], Any]
+    records: Sequence[T], fraction: float, prompt_of: Callable[[T], Any], flag: str = "--data"
 ) -> tuple[list[T], list[T]]:
     """Training and validation: records with the same prompt fall on the same side.
 
@@ -221,7 +228,7 @@ def split_by_prompt(
     hashes = [hash_of(prompt_of(one)) for one in records]
     prompts = sorted(set(hashes))
     if len(prompts) < 2:
-        raise UserError("--data: got a single prompt, which leaves none for validation; give more")
+        raise UserError(f"{flag}: got a single prompt, which leaves none for validation; give more")
     count = min(max(1, round(fraction * len(prompts))), len(prompts) - 1)
     kept = set(prompts[:count])
     sides: tuple[list, list] = [], []

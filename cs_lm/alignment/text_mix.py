@@ -42,11 +42,19 @@ class TextMixConfig(StageConfig):
         minimum=0,
     )
 
+    eval_tokens: int = setting(20_000, "text in each evaluation of it", "tokens")
+
     def validate(self) -> list[Problem]:
         found = super().validate()
-        if self.pretraining_path and not self.pretraining_mix:
-            what, fix = "has no effect without --pretraining_mix", "add it, or leave it out"
-            found.append(Problem("--pretraining_path", what, fix=fix))
+        for flag, name in (
+            ("--pretraining_path", "pretraining_path"),
+            ("--ptx_coef", "pretraining_weight"),
+            ("--eval_tokens", "eval_tokens"),
+        ):
+            is_given = getattr(self, name) != getattr(TextMixConfig, name)
+            if is_given and not self.pretraining_mix:
+                what, fix = "has no effect without --pretraining_mix", "add it, or leave it out"
+                found.append(Problem(flag, what, fix=fix))
         return found
 
 
@@ -78,7 +86,7 @@ class TextMix:
         self.tokens_per_step = count * length
 
     def batch(self, step: int, num_targets: int) -> TextBatch:
-        """num_targets  tokens of answers that count in the update"""
+        """num_targets  what the summed loss of the update is divided by"""
         windows: Batch = self._windows(step)
         return TextBatch(*windows, self._weight * num_targets / windows.targets.numel())
 

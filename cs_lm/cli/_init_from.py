@@ -22,12 +22,14 @@ class Start(NamedTuple):
 
     base  default settings of the new run; only the model and special tokens come from the old one
     data  the text that the old run was trained on; None: unknown
+    template  of conversations, if the old run was fine-tuned on them
     """
 
     base: RunConfig
     tokenizer: BPETokenizer
     weights: dict[str, Tensor]
     data: DataConfig | None = None
+    template: str | None = None
 
 
 def read_start(path: str | Path, flag: str = "--init_from") -> Start:
@@ -49,7 +51,8 @@ def read_start(path: str | Path, flag: str = "--init_from") -> Start:
             raise UserError(f"{flag}: {str(path)!r} is a reward model, need a language model")
         saved = saved_config(content)
         base = _base(saved.model_name, saved.model, tokenizer)
-        return Start(base, tokenizer, content["model"], saved.data)
+        template = content["extras"].get("template")
+        return Start(base, tokenizer, content["model"], saved.data, template)
     if not path.exists():
         raise UserError(
             f"{flag}: got {str(path)!r}, which is not there; need the folder of a run, one of "

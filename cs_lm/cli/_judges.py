@@ -2,18 +2,28 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
+from cs_lm.alignment.answers import Answer, row_of
 from cs_lm.alignment.records import Prompt
-from cs_lm.alignment.reward_model import render_answer, score_rows
+from cs_lm.alignment.reward_model import score_rows
 from cs_lm.alignment.reward_training import load_reward_model
 from cs_lm.alignment.rules import rule_of, score_by_rule
 from cs_lm.errors import UserError
 from cs_lm.training.run_dir import RunFolder
 
-# (prompt, answers, whether each came to its end token) -> a score for each
-Judge = Callable[[Prompt, Sequence[str], Sequence[bool]], list[float]]
+
+class Judge(NamedTuple):
+    """Who scores answers.
+
+    score    (prompt, answers) -> a score for each
+    longest  most tokens of a prompt and its answer that it can read; None: any number
+    """
+
+    score: Callable[[Prompt, Sequence[Answer]], list[float]]
+    longest: int | None = None
 
 
 class JudgeStopped(UserError):
@@ -27,27 +37,29 @@ def judge_of(rule: str | None, reward: str | None, device: torch.device) -> Judg
     """
     if rule is not None:
         call = rule_of(rule)
-        return lambda prompt, answers, ended: [
-            score_by_rule(call, answer, prompt, end) for answer, end in zip(answers, ended)
-        ]
+        return Judge(
+            lambda prompt, answers: [
+                score_by_rule(call, one.text, prompt, one.ended) for one in answers
+            ]
+        )
     if reward is not None:
         model = load_reward_model(RunFolder(reward), "best", device)
 
-        def by_model(prompt: Prompt, answers: Sequence[str], ended: Sequence[bool]) -> list[float]:
-            rows = [render_answer(model.template, prompt.conversation, one) for one in answers]
+        def by_model(prompt: Prompt, answers: Sequence[Answer]) -> list[float]:
+            rows = [row_of(model.template, prompt.conversation, one) for one in answers]
             return score_rows(model.model, rows, device).tolist()
 
-        return by_model
+        return Judge(by_model, model.model.trunk.config.context_length)
     if not sys.stdin.isatty():
         raise UserError("--rule: is missing: give it or --reward, or judge yourself on a terminal")
-    return _asked
+    return Judge(_asked)
 
 
-def _asked(prompt: Prompt, answers: Sequence[str], ended: Sequence[bool]) -> list[float]:
+def _asked(prompt: Prompt, answers: Sequence[Answer]) -> list[float]:
     """Scores from a person: the numbers of the answers, best first; = ties two of them."""
     print(f"\n{prompt.conversation[-1].content}")
     for number, answer in enumerate(answers, start=1):
-        print(f"  {number}  {answer}")
+        print(f"  {number}  {answer.text}")
     while True:
         try:
             line = input("best first, such as 2 1=3 (q ends): ")

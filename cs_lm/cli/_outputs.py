@@ -1,11 +1,14 @@
 """Checks the files that a command shall write, before its work begins."""
 
+import contextlib
 import os
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from cs_lm.errors import Problem
+from cs_lm.storage.atomic import temporary_name
 
 
 class FileKind(NamedTuple):
@@ -41,6 +44,38 @@ def output_problems(
         what = f"got {path!r}, which holds something else than {kind.name}"
         return [Problem(flag, what, fix="name another file, or move that one away")]
     return []
+
+
+@contextlib.contextmanager
+def growing_file(path: str | None) -> Iterator[Callable[[bytes], None]]:
+    """A function that appends to the file. The file has another name until all is written.
+
+    If something stops the command, what was written keeps that other name, and the path is told.
+    None: nothing is written.
+    """
+    if path is None:
+        yield lambda content: None
+        return
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    writing = temporary_name(Path(path))
+    file = open(writing, "wb")  # noqa: SIM115  closed below
+
+    def append(content: bytes) -> None:
+        file.write(content)
+        file.flush()
+
+    try:
+        yield append
+        file.close()
+        os.replace(writing, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            file.close()
+        if writing.stat().st_size:
+            print(f"results  those so far are in {writing}", file=sys.stderr)
+        else:
+            writing.unlink()
+        raise
 
 
 def unwritable(flag: str, path: str) -> list[Problem]:

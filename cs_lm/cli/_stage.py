@@ -135,6 +135,8 @@ def _begin(config: StageConfig, make_task: MakeTask) -> int:
     check_writable(folder.path)
     folder.refuse_a_run()
     start = read_start(config.source, "--from")
+    if config.template == "auto" and start.template is not None:
+        config = dataclasses.replace(config, template=start.template)
     begun = Begun(start.base, start.tokenizer, start.data)
     task = make_task(config, begun)
     task.begin_with(start.weights)

@@ -71,15 +71,15 @@ class ChatConfig:
 @readable_errors
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(ChatConfig, "python -m cs_lm chat", __doc__, argv)
+    device = resolve_device(config.device)
+    dtype = getattr(torch, config.dtype)
+    trained = load_trained(RunFolder(config.out_dir), config.checkpoint, device, dtype)
+    chat = Chat(trained, config.system)
     message = config.message
     if message is None and not sys.stdin.isatty():
         message = decoded("standard input", sys.stdin.buffer.read()).strip()
         if not message:
             raise UserError("standard input: is empty, need at least one character")
-    device = resolve_device(config.device)
-    dtype = getattr(torch, config.dtype)
-    trained = load_trained(RunFolder(config.out_dir), config.checkpoint, device, dtype)
-    chat = Chat(trained, config.system)
     if message is not None:
         chat.answer(message, config.decoding)
         return 0

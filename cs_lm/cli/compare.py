@@ -5,11 +5,12 @@ terminal in an order that hides whose they are. Each model is held against the f
 """
 
 import json
+import os
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TextIO
+
+import torch
 
 from cs_lm.alignment.comparison import (
     DrawingOptions,
@@ -21,7 +22,7 @@ from cs_lm.alignment.comparison import (
 from cs_lm.alignment.records import Prompt, read_prompts
 from cs_lm.cli._errors import print_error, readable_errors
 from cs_lm.cli._judges import Judge, JudgeStopped, judge_of
-from cs_lm.cli._outputs import COMPARISON, output_problems
+from cs_lm.cli._outputs import COMPARISON, growing_file, output_problems
 from cs_lm.cli._progress import ProgressLine
 from cs_lm.config.fields import not_positive, setting
 from cs_lm.config.flags import parse_config
@@ -61,6 +62,10 @@ class CompareConfig:
         if self.rule is not None and self.reward is not None:
             found.append(Problem("--rule, --reward", "got both", fix="give one of the two"))
         found += output_problems("--results_path", self.results_path, COMPARISON, self.prompts)
+        is_person, path = self.rule is None and self.reward is None, self.results_path
+        if is_person and path is not None and os.path.isfile(path) and os.path.getsize(path):
+            what = f"got {path!r}, which holds judgements already"
+            found.append(Problem("--results_path", what, fix="name another file"))
         return found + validate_checkpoint(self.checkpoint)
 
 
@@ -70,17 +75,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     prompts = read_prompts(config.prompts)[: config.max_prompts]
     device = resolve_device(config.device)
     judge = judge_of(config.rule, config.reward, device)
-    answers = _drawn(config, prompts, device)
+    answers = _drawn(config, prompts, judge.longest, device)
     scores: list[list[float]] = [[] for _ in config.runs]
-    with _results(config.results_path) as file:
+    with growing_file(config.results_path) as append:
         try:
             for number, prompt in enumerate(prompts):
                 found = _judged(config, judge, number, prompt, answers)
                 for own, score in zip(scores, found):
                     own.append(score)
-                if file is not None:
-                    file.write(json.dumps(_record(config, number, prompt, answers, found)) + "\n")
-                    file.flush()
+                record = _record(config, number, prompt, answers, found)
+                append(json.dumps(record).encode("utf-8") + b"\n")
         except JudgeStopped as stopped:
             print_error(stopped)
     if not scores[0]:
@@ -92,9 +96,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _drawn(config: CompareConfig, prompts: Sequence[Prompt], device) -> list[DrawnAnswers]:
+def _drawn(
+    config: CompareConfig, prompts: Sequence[Prompt], longest: int | None, device: torch.device
+) -> list[DrawnAnswers]:
     """The answers of each run; the divergence is that from the first one, where it is defined."""
-    options = DrawingOptions(config.max_new_tokens, config.temperature, config.seed)
+    options = DrawingOptions(config.max_new_tokens, config.temperature, config.seed, longest)
     first, answers = None, []
     for path in config.runs:
         trained = load_trained(RunFolder(path), config.checkpoint, device)
@@ -121,22 +127,13 @@ def _judged(
     answers: Sequence[DrawnAnswers],
 ) -> list[float]:
     """The score of each run's answer; they are judged in a random order, and equal ones once."""
-    given = [(own.texts[number], own.ended[number]) for own in answers]
+    given = [own.answers[number] for own in answers]
     different = sorted(set(given))
     random.Random(f"{config.seed}:{number}").shuffle(different)
     if len(different) == 1 and config.rule is None and config.reward is None:
         return [0.0] * len(given)  # nothing to ask
-    scores = dict(zip(different, judge(prompt, *map(list, zip(*different)))))
+    scores = dict(zip(different, judge.score(prompt, different)))
     return [scores[one] for one in given]
-
-
-@contextmanager
-def _results(path: str | None) -> Iterator[TextIO | None]:
-    if path is None:
-        yield None
-        return
-    with open(path, "w", encoding="utf-8") as file:
-        yield file
 
 
 def _record(
@@ -150,8 +147,8 @@ def _record(
         "compared_runs": config.runs,
         "number": number,
         "prompt": prompt.conversation[-1].content,
-        "answers": [own.texts[number] for own in answers],
-        "ended": [own.ended[number] for own in answers],
+        "answers": [own.answers[number].text for own in answers],
+        "ended": [own.answers[number].ended for own in answers],
         "scores": list(scores),
         "judge": config.rule or config.reward or "a person",
         "seed": config.seed,

@@ -4,18 +4,13 @@ Each question stands alone (--num_shots 0), or after solved examples, the demons
 several numbers, each is evaluated; with --dev_path, the best one there is evaluated on the task.
 """
 
-import contextlib
 import json
-import os
-import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from cs_lm.cli._errors import readable_errors
-from cs_lm.cli._outputs import PLOT, RESULTS, output_problems
+from cs_lm.cli._outputs import PLOT, RESULTS, growing_file, output_problems
 from cs_lm.cli._progress import ProgressLine
 from cs_lm.config.fields import setting
 from cs_lm.config.flags import parse_config
@@ -47,7 +42,6 @@ from cs_lm.evaluation.in_context import (
 from cs_lm.evaluation.prompts import PromptFormat
 from cs_lm.evaluation.tasks import KINDS, Example, files_named, kind_of, read_examples
 from cs_lm.reports.accuracy_plot import draw_accuracy
-from cs_lm.storage.atomic import temporary_name
 from cs_lm.training.run_dir import RunFolder, TrainedModel, load_trained
 
 _FORMAT = PromptFormat()
@@ -134,9 +128,11 @@ class EvalConfig:
             found.append(Problem("--dev_path", "has no effect with one value of --num_shots"))
         if self.seed < 0:
             found.append(Problem("--seed", f"got {self.seed}", "0 or more"))
-        if self.ngram is not None and not self.contamination_path:
-            what = "has no effect without --contamination_path"
-            found.append(Problem("--ngram", what, fix="add it, or leave it out"))
+        for name in ("ngram", "encoding_errors", "text_field", "document_separator"):
+            is_given = getattr(self, name) != getattr(EvalConfig, name)
+            if is_given and not self.contamination_path:
+                what = "has no effect without --contamination_path"
+                found.append(Problem(f"--{name}", what, fix="add it, or leave it out"))
         return found + validate_checkpoint(self.checkpoint)
 
 
@@ -183,10 +179,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         best = max(on_dev, key=lambda report: accuracy(report.answered).share)
         questions = {best.num_shots: questions[best.num_shots]}
         print(f"chosen: {best.num_shots}")
-    with _Results(config, trained.iteration, is_dirty) as results:
-        reports = [
-            _report(trained, n, asked, options, results.add) for n, asked in questions.items()
-        ]
+    with growing_file(config.results_path) as append:
+
+        def add(num_shots: int, index: int, one: Answered) -> None:
+            dirty = None if is_dirty is None else is_dirty[index]
+            append(_record(config, trained.iteration, num_shots, index, one, dirty))
+
+        reports = [_report(trained, n, asked, options, add) for n, asked in questions.items()]
     print()
     _print_accuracies(reports)
     _print_subjects(reports)
@@ -250,9 +249,9 @@ def _report(
     num_shots: int,
     questions: Sequence[Question],
     options: InContextOptions,
-    add: Callable[[_Report], None] = lambda report: None,
+    add: Callable[[int, int, Answered], None] = lambda num_shots, index, one: None,
 ) -> _Report:
-    """add: called with each part of the answers as soon as it is there"""
+    """add: called with number of demonstrations, place and answer, as soon as they are there"""
     progress, report = ProgressLine(), _Report(num_shots, [])
     for first in range(0, len(questions), _QUESTIONS_AT_ONCE):
 
@@ -261,7 +260,8 @@ def _report(
 
         part = questions[first : first + _QUESTIONS_AT_ONCE]
         answered = answer_all(trained.model, trained.tokenizer, part, options, show)
-        add(_Report(num_shots, answered))
+        for index, one in enumerate(answered, start=first):
+            add(num_shots, index, one)
         report.answered.extend(answered)
     progress.close()
     return report
@@ -318,68 +318,30 @@ def _print_contamination(reports: Sequence[_Report], is_dirty: list[bool], ngram
         print(f"{num_shots:>14} demonstrations, without them: {left}")
 
 
-class _Results:
-    """The file of --results_path: one line an answer, written as the answers come.
-
-    (id, num_shots, seed) names the same question in every file. The file has another name until
-    it is complete; if something stops the evaluation, it keeps that name.
-    """
-
-    def __init__(self, config: EvalConfig, step: int, is_dirty: list[bool] | None):
-        self._config, self._step, self._is_dirty = config, step, is_dirty
-        self._file: BinaryIO | None = None
-        self._counts: Counter[int] = Counter()  # answers in the file, by number of demonstrations
-
-    def __enter__(self) -> "_Results":
-        if self._config.results_path is not None:
-            path = Path(self._config.results_path)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._writing = temporary_name(path)
-            self._file = open(self._writing, "wb")
-        return self
-
-    def __exit__(self, kind, error, _traceback) -> None:
-        if self._file is None:
-            return
-        with contextlib.suppress(OSError):
-            self._file.close()
-        if error is None:
-            os.replace(self._writing, self._config.results_path)
-        elif self._counts:
-            print(f"results  those so far are in {self._writing}", file=sys.stderr)
-        else:
-            self._writing.unlink()
-
-    def add(self, report: _Report) -> None:
-        if self._file is None:
-            return
-        for one in report.answered:
-            index = self._counts[report.num_shots]
-            self._counts[report.num_shots] += 1
-            self._file.write(self._line(report.num_shots, index, one))
-        self._file.flush()
-
-    def _line(self, num_shots: int, index: int, one: Answered) -> bytes:
-        record = {
-            "model": self._config.out_dir,
-            "step": self._step,
-            "subject": one.example.subject,
-            "id": one.example.id,
-            "index": index,
-            "num_shots": num_shots,
-            "num_shots_fitted": one.question.num_shots,
-            "scoring": self._config.scoring,
-            "seed": self._config.seed,
-            "question": one.example.question,
-            "question_is_cut": one.question.is_cut,
-            "choices": one.example.choices,
-            "answer": one.example.answer,
-            "given": one.given,
-            "correct": one.is_correct,
-            "scores_nats": one.scores,
-            "contaminated": None if self._is_dirty is None else self._is_dirty[index],
-        }
-        return json.dumps(record).encode("utf-8") + b"\n"
+def _record(
+    config: EvalConfig, step: int, num_shots: int, index: int, one: Answered, is_dirty: bool | None
+) -> bytes:
+    """One line of the results. (id, num_shots, seed) names the same question in every file."""
+    record = {
+        "model": config.out_dir,
+        "step": step,
+        "subject": one.example.subject,
+        "id": one.example.id,
+        "index": index,
+        "num_shots": num_shots,
+        "num_shots_fitted": one.question.num_shots,
+        "scoring": config.scoring,
+        "seed": config.seed,
+        "question": one.example.question,
+        "question_is_cut": one.question.is_cut,
+        "choices": one.example.choices,
+        "answer": one.example.answer,
+        "given": one.given,
+        "correct": one.is_correct,
+        "scores_nats": one.scores,
+        "contaminated": is_dirty,
+    }
+    return json.dumps(record).encode("utf-8") + b"\n"
 
 
 def _draw(path: str, reports: Sequence[_Report], examples: Sequence[Example]) -> None:

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,10 @@ from pathlib import Path
 import torch
 
 from cs_lm.alignment.answers import Answer
+from cs_lm.alignment.comparison import answers_of
 from cs_lm.alignment.conversations import template_of
 from cs_lm.alignment.records import Prompt, read_prompts, record_of
-from cs_lm.alignment.rollouts import decoded, draw_answers
+from cs_lm.alignment.rollouts import draw_answers
 from cs_lm.cli._errors import readable_errors
 from cs_lm.cli._judges import Judge, judge_of
 from cs_lm.cli._outputs import is_an_input, unwritable
@@ -31,6 +33,7 @@ from cs_lm.inference.sampling import uniform_draws
 from cs_lm.training.run_dir import RunFolder, load_trained
 
 _PROMPTS_AT_ONCE = 16
+_BEGINNINGS = (b'{"prompt"', b'{"instruction"', b'{"messages"')  # of a ranking
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     judge = judge_of(config.rule, config.reward, device)
     out = Path(config.out)
     done = _prompts_in(out)
-    answers_to = _Sampler(config, device)
-    todo = [(n, one) for n, one in enumerate(prompts) if _key(record_of(one)) not in done]
+    answers_to = _Sampler(config, judge.longest, device)
+    todo = []
+    for number, one in enumerate(prompts):  # a prompt that occurs twice is ranked twice
+        key = _key(record_of(one))
+        done[key] -= 1
+        if done[key] < 0:
+            todo.append((number, one))
     print(f"{len(prompts):,} prompts, {len(prompts) - len(todo):,} of them ranked already")
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("a", encoding="utf-8") as file:
@@ -99,20 +107,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 class _Sampler:
     """Draws the answers. Those to prompt number n follow from (seed, n), not from the others."""
 
-    def __init__(self, config: RankConfig, device: torch.device):
+    def __init__(self, config: RankConfig, longest: int | None, device: torch.device):
+        """longest  most tokens of a prompt and its answer that a judge reads; None: any number"""
         trained = load_trained(RunFolder(config.source), config.checkpoint, device)
         self._template = template_of(trained.tokenizer, trained.template or "auto")
         self._model, self._tokenizer, self._config = trained.model, trained.tokenizer, config
+        most = trained.config.model.context_length + 1
+        self._room = min(most, longest or most) - config.max_new_tokens
 
     def __call__(self, numbered: Sequence[tuple[int, Prompt]]) -> list[list[Answer]]:
         """The answers to each of some prompts, all drawn in one batch."""
         rows, uniform, counts = [], [], []
         for number, prompt in numbered:
             ids = self._template.render_for_completion(prompt.conversation)
-            room = self._model.config.context_length + 1 - self._config.max_new_tokens
-            if len(ids) > room:
+            if len(ids) > self._room:
                 raise UserError(
-                    f"{prompt.where}: got {len(ids)} tokens, need at most {room} beside "
+                    f"{prompt.where}: got {len(ids)} tokens, need at most {self._room} beside "
                     f"--max_new_tokens {self._config.max_new_tokens}"
                 )
             rng = random.Random(f"{self._config.seed}:{number}")
@@ -122,14 +132,13 @@ class _Sampler:
             uniform.append(uniform_draws(seed, range(counts[-1]), length))
         temperature, end_id = self._config.temperature, self._template.end_id
         drawn = draw_answers(self._model, rows, end_id, torch.cat(uniform), temperature)
-        texts = [decoded(self._tokenizer, ids) for ids in drawn.answers(end_id)]
-        answers = iter(map(Answer, texts, drawn.ended.tolist()))
+        answers = iter(answers_of(drawn, self._tokenizer, end_id))
         return [list(itertools.islice(answers, count)) for count in counts]
 
 
 def _ranked(prompt: Prompt, answers: Sequence[Answer], judge: Judge) -> dict:
     texts, ended = [one.text for one in answers], [one.ended for one in answers]
-    scores = judge(prompt, texts, ended)
+    scores = judge.score(prompt, answers)
     rank = {value: n for n, value in enumerate(sorted(set(scores), reverse=True), start=1)}
     found = {"responses": texts, "ranks": [rank[value] for value in scores]}
     return record_of(prompt) | found | {"scores": scores, "ended": ended}
@@ -140,20 +149,38 @@ def _key(record: dict) -> str:
     return json.dumps([record.get(name) for name in names])
 
 
-def _prompts_in(path: Path) -> set[str]:
-    """The prompts of a file that an earlier call wrote. A half line at its end is taken out."""
+def _prompts_in(path: Path) -> Counter[str]:
+    """How often each prompt is in a file that an earlier call wrote.
+
+    A half line at its end is taken out.
+    Raises: UserError for a file that holds anything else; it stays as it is.
+    """
     if not path.exists():
-        return set()
+        return Counter()
     content = path.read_bytes()
     whole, rest = content[: content.rfind(b"\n") + 1], content[content.rfind(b"\n") + 1 :]
     try:
         records = [json.loads(line) for line in whole.splitlines() if line.strip()]
-        keys = {_key(record) for record in records if record["ranks"]}
-        if rest and not rest.startswith(b"{"):
+        keys = Counter(_key(record) for record in records if record["ranks"])
+        is_whole = rest and _is_json(rest)
+        if is_whole:
+            keys[_key(json.loads(rest))] += bool(json.loads(rest)["ranks"])
+        elif rest and not rest.startswith(_BEGINNINGS):
             raise ValueError
     except (ValueError, TypeError, KeyError):
         what, fix = f"{str(path)!r} holds other lines than rankings", "name another file"
         raise UserError(Problem("--out", what, fix=fix)) from None
-    if rest:
+    if is_whole:
+        with path.open("ab") as file:
+            file.write(b"\n")
+    elif rest:
         os.truncate(path, len(whole))
     return keys
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True

@@ -22,7 +22,7 @@ from cs_lm.config.fields import not_positive, setting
 from cs_lm.config.flags import parse_config
 from cs_lm.config.shared import device_setting
 from cs_lm.device import resolve_device
-from cs_lm.errors import Problem
+from cs_lm.errors import Problem, UserError
 from cs_lm.storage.atomic import atomic_write
 from cs_lm.training.metrics_log import MetricsLog
 from cs_lm.training.run_dir import RunFolder
@@ -43,12 +43,11 @@ SFT = (
 )
 RANK = f"--num_answers 4 9 --rule {_RULES}:label --max_new_tokens {MAX_NEW_TOKENS}"
 REWARD = (
-    "--batch_size 8 --num_epochs 2 --lr 1e-3 --lr_min 1e-4 --eval_interval 0 --save_interval 100 "
-    "--sample_interval 0"
+    "--batch_size 8 --num_epochs 2 --lr 1e-3 --lr_min 1e-4 --eval_interval 0 --save_interval 100"
 )
 _POLICY = (
     f"--max_new_tokens {MAX_NEW_TOKENS} --rollout_size 64 --batch_size 32 --num_epochs 99 "
-    f"--gold_rule {_RULES}:gold --eval_interval 0 --save_interval 40 --sample_interval 0 "
+    f"--gold_rule {_RULES}:gold --eval_interval 0 --save_interval 40 "
     "--log_interval 20 --warmup_ratio 0"
 )
 _TEXT = "--pretraining_mix 0.25 --ptx_coef 1"
@@ -61,7 +60,7 @@ GRPO = (
 )
 DPO = (
     "--batch_size 8 --num_epochs 1 --beta 0.5 --lr 1e-4 --lr_min 1e-5 --eval_interval 0 "
-    "--save_interval 50 --sample_interval 0"
+    "--save_interval 50"
 )
 
 
@@ -119,11 +118,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(RLHFConfig, "python -m cs_lm rlhf", __doc__, argv)
     resolve_device(config.device)
     check_writable(Path(config.out_dir))
+    _check_seed(config)
     chain = Chain(config)
     _write_data(chain)
     _train_all(chain)
     _report(chain)
     return 0
+
+
+def _check_seed(config: RLHFConfig) -> None:
+    """Remembers the seed of the folder. Raises: UserError if it was begun with another one."""
+    path = Path(config.out_dir) / "seed.json"
+    if path.is_file():
+        seed = json.loads(path.read_text(encoding="utf-8"))
+        if seed != config.seed:
+            what = f"got {config.seed}, but {config.out_dir!r} was begun with {seed}"
+            raise UserError(Problem("--seed", what, fix="name another --out_dir"))
+    else:
+        atomic_write(path, json.dumps(config.seed).encode("utf-8"))
 
 
 def _write_data(chain: Chain) -> None:
@@ -234,9 +246,10 @@ def _last_bits(chain: Chain, name: str) -> float:
 def _measured(chain: Chain) -> tuple[list[Any], dict[str, list[str]]]:
     """The rows of the report, and the answers of each model."""
     from cs_lm.alignment import words
+    from cs_lm.alignment.answers import row_of
     from cs_lm.alignment.comparison import DrawingOptions, answer_prompts, win_rate
     from cs_lm.alignment.records import read_prompts
-    from cs_lm.alignment.reward_model import render_answer, score_rows
+    from cs_lm.alignment.reward_model import score_rows
     from cs_lm.alignment.reward_training import load_reward_model
     from cs_lm.reports.alignment_report import ModelRow
     from cs_lm.training.run_dir import load_trained
@@ -253,8 +266,8 @@ def _measured(chain: Chain) -> tuple[list[Any], dict[str, list[str]]]:
         first = first or trained
         texts[name] = found.texts
         fields = [
-            {**one.fields, "prompt": one.conversation[-1].content, "ended": ended}
-            for one, ended in zip(prompts, found.ended)
+            {**one.fields, "prompt": one.conversation[-1].content, "ended": answer.ended}
+            for one, answer in zip(prompts, found.answers)
         ]
         means = {}
         for rule in (words.gold, words.right, words.liked):
@@ -263,8 +276,8 @@ def _measured(chain: Chain) -> tuple[list[Any], dict[str, list[str]]]:
             if rule is words.gold:
                 golds[name] = scores
         rendered = [
-            render_answer(judge.template, prompt.conversation, text)
-            for prompt, text in zip(prompts, found.texts)
+            row_of(judge.template, prompt.conversation, answer)
+            for prompt, answer in zip(prompts, found.answers)
         ]
         wins = None
         if rows:
@@ -279,8 +292,8 @@ def _measured(chain: Chain) -> tuple[list[Any], dict[str, list[str]]]:
                 means["liked"],
                 wins,
                 found.kl,
-                sum(map(len, found.token_ids)) / len(prompts),
-                sum(found.ended) / len(prompts),
+                sum(len(one.token_ids) for one in found.answers) / len(prompts),
+                sum(one.ended for one in found.answers) / len(prompts),
                 _bits_per_byte(trained),
             )
         )

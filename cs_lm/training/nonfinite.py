@@ -69,9 +69,9 @@ def are_finite(model: nn.Module) -> bool:
     return bool(torch.stack([p.isfinite().all() for p in model.parameters()]).all())
 
 
-def advice(folder: Path, on_nan: str) -> str:
+def advice(folder: Path, on_nan: str, program: str) -> str:
     """Text for the user: how to continue after the step at which the run stopped."""
-    again = f"python run_clm.py --out_dir {shlex.quote(str(folder))} --resume --on_nan"
+    again = f"python {program} --out_dir {shlex.quote(str(folder))} --resume --on_nan"
     hint = f"to skip it: {again} skip"
     if on_nan == "skip":
         count = f"{MAX_SKIPPED + 1}th"

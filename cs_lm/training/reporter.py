@@ -28,7 +28,8 @@ class LossSpikeDetector:
         self._recent = deque((loss for loss in earlier if loss is not None), maxlen=20)
 
     def __call__(self, loss: float) -> bool:
-        is_spike = bool(self._recent) and loss > 1.1 * max(self._recent)
+        highest = max(self._recent, default=math.inf)
+        is_spike = loss > highest + 0.1 * abs(highest)
         self._recent.append(loss)
         return is_spike
 

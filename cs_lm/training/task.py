@@ -32,6 +32,7 @@ class Task:
     tokens_per_step: int
     flops_per_token: int
     measure: dict[str, Any] | None = None
+    program: str = "run_clm.py"  # what resumes a run of this kind, after "python"
 
     @property
     def saved_model(self) -> nn.Module:

@@ -321,5 +321,5 @@ class Trainer:
         raise NonFiniteError(
             f"training: the loss or gradient of step {step + 1} is not finite; the saved "
             f"weights are those from before it; {self.saver.kept}\n"
-            f"{advice(self.folder.path, self.config.on_nan)}"
+            f"{advice(self.folder.path, self.config.on_nan, self.task.program)}"
         )

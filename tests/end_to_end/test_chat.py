@@ -153,3 +153,19 @@ def test_a_person_judges_blindly_and_may_stop(work, tuned, prompts, capsys, monk
     for record, right in zip(records, seen):
         assert right is None or record["scores"][1] > record["scores"][0]
     assert "6 prompts, judged by you" in capsys.readouterr().out
+    kept = out.read_bytes()
+    assert compare(prompts, "runs/transformer", tuned, results_path=out) == 2
+    assert "which holds judgements already; name another file" in capsys.readouterr().err
+    assert out.read_bytes() == kept
+
+
+def test_a_judge_that_fails_leaves_the_earlier_file(work, tuned, prompts, capsys):
+    out = work / "new" / "results.jsonl"
+    assert compare(prompts, "runs/transformer", tuned, rule="length", results_path=out) == 0
+    kept = out.read_bytes()
+    lines = prompts.read_text(encoding="utf-8").splitlines()
+    prompts.write_text("\n".join([*lines, '{"prompt": "no answer"}']), encoding="utf-8")
+    assert compare(prompts, "runs/transformer", tuned, rule="exact", results_path=out) == 2
+    shown = capsys.readouterr().err
+    assert "line 13: the rule failed" in shown and "those so far are in" in shown
+    assert out.read_bytes() == kept

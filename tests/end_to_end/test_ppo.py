@@ -2,10 +2,12 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
 
+from cs_lm.alignment.policy_task import PolicyTask
 from cs_lm.cli.commands import main as command
 from cs_lm.training.metrics_log import MetricsLog
 from cs_lm.training.run_dir import RunFolder, load_trained
@@ -29,7 +31,7 @@ def policy(name, out, *more, **changes):
 def without_times(extras):
     facts = extras["rollouts"]["facts"]
     timed = [name for name in facts if name.endswith("_s")]
-    return extras | {"rollouts": extras["rollouts"] | {"facts": {
+    return extras | {"rollouts": extras["rollouts"] | {"updating_s": 0, "facts": {
         name: value for name, value in facts.items() if name not in timed
     }}}  # fmt: skip
 
@@ -167,3 +169,46 @@ def test_a_bad_step_at_the_end_of_an_iteration_is_repeated(work, monkeypatch):
         one["extras"] = without_times(one["extras"])
         one["extras"]["stage"]["config"].pop("out_dir")
     assert_equal(first, second)
+
+
+def test_a_rule_that_fails_costs_nothing(work, monkeypatch, capsys):
+    """In the second iteration; mended, the run is the one in which it never failed."""
+    (work / "mine.py").write_text(
+        "fails = False\n\n\ndef score(answer, fields):\n"
+        "    assert not fails, 'no idea'\n    return -float(len(answer))\n",
+        encoding="utf-8",
+    )
+    monkeypatch.syspath_prepend(str(work))
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    import mine
+
+    runs, begun = (work / "whole", work / "parts"), PolicyTask._begin_iteration
+    more = {"rule": "mine:score", "kl_target": 0.5, "kl_horizon": 100, "max_steps": 8}
+    assert policy("ppo", runs[0], **more) == 0
+
+    def with_failure(task, step):
+        mine.fails = step == 4
+        begun(task, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PolicyTask, "_begin_iteration", with_failure)
+        capsys.readouterr()
+        assert policy("ppo", runs[1], **more) == 2
+    assert "the rule failed on the answer" in capsys.readouterr().err
+    mine.fails = False
+    assert command(["ppo", "--resume", "--out_dir", str(runs[1])]) == 0
+    first, second = (state(out, 8) for out in runs)
+    for one in (first, second):
+        one["extras"] = without_times(one["extras"])
+        one["extras"]["stage"]["config"].pop("out_dir")
+    assert_equal(first, second)
+
+
+def test_other_answers_of_the_prompts_are_noticed(work, capsys):
+    prompts, out = work / "prompts.jsonl", work / "ppo"
+    lines = [json.dumps({"prompt": f"say {w}", "answer": w}) for w in WORDS]
+    prompts.write_text("\n".join(lines), encoding="utf-8")
+    assert policy("ppo", out, rule="exact", prompts=prompts, max_steps=4) == 0
+    prompts.write_text("\n".join(lines).replace('"answer": "cat"', '"answer": "dog"'))
+    assert command(["ppo", "--resume", "--out_dir", str(out), "--max_steps", "8"]) == 2
+    assert "hold other records than when the run began" in capsys.readouterr().err

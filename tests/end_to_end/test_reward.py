@@ -165,13 +165,13 @@ def test_mistakes_are_named(work, ranked, capsys):
 def test_a_person_ranks_on_a_terminal(work, monkeypatch, capsys):
     from cs_lm.alignment.answers import Answer
     from cs_lm.alignment.records import Prompt
-    from cs_lm.cli._judges import _asked
+    from cs_lm.cli._judges import Judge, _asked
     from cs_lm.cli.rank import _ranked
 
     lines = iter(["3", "1 2 3 3", "2 1=3"])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     prompt = Prompt((Message("user", "q"),), {})
-    record = _ranked(prompt, [Answer(one, True) for one in "xyz"], _asked)
+    record = _ranked(prompt, [Answer(one, True) for one in "xyz"], Judge(_asked))
     assert record["ranks"] == [2, 1, 2] and record["prompt"] == "q"
     assert capsys.readouterr().err.count("need each of 1 to 3 once") == 2
 
@@ -189,3 +189,44 @@ def test_a_reward_model_chooses_the_checkpoint(work, ranked):
     valid = [r for r in MetricsLog(out / "metrics.jsonl").records() if r["kind"] == "valid"]
     best = max(valid, key=lambda record: record["reward_score"])
     assert RunFolder(out).checkpoints.steps("best") == [best["step"]]
+
+
+def test_rank_never_empties_another_file(work, capsys):
+    other = work / "vocab.json"
+    for text in ('{"a": 1, "b": 2}', "notes", '{"a": 1}\n{"b'):
+        other.write_text(text, encoding="utf-8")
+        assert rank(other, rule="length") == 2
+        assert "holds other lines than rankings; name another" in capsys.readouterr().err
+        assert other.read_text(encoding="utf-8") == text
+    whole = work / "whole.jsonl"
+    assert rank(whole, rule="length") == 0
+    text = whole.read_text(encoding="utf-8")
+    whole.write_text(text.removesuffix("\n"), encoding="utf-8")
+    assert rank(whole, rule="length") == 0
+    assert whole.read_text(encoding="utf-8") == text
+
+
+def test_a_prompt_that_occurs_twice_is_ranked_twice_after_a_stop_too(work):
+    prompts = work / "prompts.jsonl"
+    prompts.write_text("\n".join(json.dumps({"prompt": w}) for w in "abcabdaa"))
+    whole, parts = work / "whole.jsonl", work / "parts.jsonl"
+    assert rank(whole, rule="length", prompts=prompts) == 0
+    lines = whole.read_text(encoding="utf-8").splitlines(keepends=True)
+    assert len(lines) == 8
+    parts.write_text("".join(lines[:5]), encoding="utf-8")
+    assert rank(parts, rule="length", prompts=prompts) == 0
+    assert parts.read_text(encoding="utf-8") == whole.read_text(encoding="utf-8")
+
+
+def test_rank_by_a_reward_model_keeps_within_its_context(work, ranked, capsys):
+    """The longest prompt that is taken can be scored, whatever its answer is."""
+    assert reward(ranked, work / "rm", max_steps=2) == 0
+    prompts = work / "prompts.jsonl"
+    for length, status in ((40, 0), (60, 2)):
+        prompts.write_text(json.dumps({"prompt": "x" * length}) + "\n", encoding="utf-8")
+        capsys.readouterr()
+        out = work / f"{length}.jsonl"
+        assert rank(out, "--num_answers", "8", reward=work / "rm", prompts=prompts) == status
+    assert "line 1: got 63 tokens, need at most 52 beside --max_new_tokens 12" in (
+        capsys.readouterr().err
+    )

@@ -238,3 +238,23 @@ def test_low_rank_changes_are_trained_merged_and_resumed(work, source, capsys):
     assert command(["verify", "--out_dir", str(runs[0])]) == 0
     assert sft("--lora_alpha", "3", out_dir=work / "x") == 2
     assert "--lora_alpha: has no effect without --lora_rank" in capsys.readouterr().err
+
+
+def test_low_rank_changes_in_bfloat16(work):
+    out = work / "run"
+    more = {"lora_rank": 2, "max_steps": 4, "pretraining_mix": 0.25, "eval_interval": 2}
+    assert sft(out_dir=out, dtype="bfloat16", **more) == 0
+    model = state(out, 4)["model"]
+    assert all(x.dtype == torch.float32 for x in model.values() if x.is_floating_point())
+
+
+def test_the_template_of_a_run_goes_on_to_the_next(work):
+    first, second, base = work / "first", work / "second", work / "long"
+    shape = " ".join(BASE).replace("--max_seq_length 64", "--max_seq_length 256").split()
+    data = ["--corpus_path", "text.txt", "--special_tokens", *SPECIAL]
+    assert run_clm([*shape, *data, "--out_dir", str(base)]) == 0
+    assert sft(source=str(base), max_steps=2, out_dir=first, template="alpaca") == 0
+    assert sft(source=str(first), max_steps=2, out_dir=second) == 0
+    extras = state(second, 2)["extras"]
+    assert extras["template"] == "alpaca" == extras["stage"]["config"]["template"]
+    assert command(["sft", "--resume", "--out_dir", str(second), "--max_steps", "3"]) == 0

@@ -47,6 +47,13 @@ def test_it_starts_at_log_2_with_a_gradient(base):
     assert task.model.output_embedding.grad.abs().max() > 1e-4
 
 
+def test_it_starts_at_log_2_in_bfloat16_too(base):
+    task = task_of(base, dtype="bfloat16")
+    (batch,) = task.batches_of_step(0)
+    total, count = task.loss(task.model, batch)
+    assert (total / count).item() == pytest.approx(math.log(2), abs=1e-6)
+
+
 def test_the_stored_reference_is_the_live_one(base):
     task = task_of(base)
     for number, stored in enumerate(task.reference):

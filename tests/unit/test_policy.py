@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from cs_lm.alignment.conversations import Message
+from cs_lm.alignment.conversations import ChatTemplate, Message
 from cs_lm.alignment.grpo import GroupRelativePolicyOptimization, GRPOConfig
 from cs_lm.alignment.policy_task import PolicySources, Scorer
 from cs_lm.alignment.ppo import PPOConfig, ProximalPolicyOptimization
@@ -160,7 +160,7 @@ def sources(base, reward=False, text=False):
     if reward:
         generator = torch.Generator().manual_seed(9)
         model = ScalarModel(ModelConfig(8, 2, 12, 300, 1, 64), generator=generator).eval()
-        scorer = Scorer("a model", RewardModel(model, TOKENIZER, None), None)
+        scorer = Scorer("a model", RewardModel(model, TOKENIZER, ChatTemplate(TOKENIZER)), None)
     tokens = ArrayTokens(torch.arange(600).numpy() % 250)
     mixed = PreparedData(TOKENIZER, tokens, tokens) if text else None
     weights = model_of(base.model).state_dict()
@@ -221,6 +221,17 @@ def test_pads_change_nothing(kind, base):
     assert all(torch.equal(a, b) for a, b in zip(grads, other_grads, strict=True))
     for first, second in zip(*(one.values() for one in task._stats[0])):
         assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("reduction", ["sequence", "token", "constant"])
+def test_the_text_counts_as_much_with_every_reduction(base, reduction):
+    task = task_of("grpo", base, text=True, pretraining_weight=2.0, reduction=reduction)
+    *answers, text = task.batches_of_step(0)
+    both, _ = gradients(task, [*answers, text])
+    alone, _ = gradients(task, answers)
+    accumulate_gradients(task.policy, [text], lambda _, b: _mean_loss(task, b))
+    for whole, one, other in zip(both, alone, task.policy.parameters(), strict=True):
+        torch.testing.assert_close(whole, one + 2.0 * other.grad, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["ppo", "grpo"])
@@ -356,6 +367,11 @@ def test_grpo_starts_at_0_with_a_gradient(base, reduction):
         ({"rule": "length", "clip": 1.5}, "--clip: got 1.5, need more than 0"),
         ({"rule": "length", "gamma": 1.5}, "--gamma: got 1.5, need 0 to 1"),
         ({"rule": "length", "kl_horizon": 9.0}, "--kl_horizon: has no effect without --kl_target"),
+        ({"rule": "length", "kl_target": 1.0, "kl_horizon": 9.0}, "--kl_horizon: got 9, need more"),
+        ({"rule": "length", "kl_target": 1.0, "kl_coef": 0.0}, "--kl_coef: got 0, need above 0"),
+        ({"rule": "length", "pretraining_weight": 2.0}, "--ptx_coef: has no effect without --pr"),
+        ({"rule": "length", "eval_tokens": 2}, "--eval_tokens: has no effect without --pretrai"),
+        ({"rule": "length", "batch_size": 0}, "--batch_size: got 0, need 1 or more"),
     ],
 )
 def test_what_cannot_be(changes, message):

@@ -161,7 +161,7 @@ def test_own_rules_and_mistakes(tmp_path, monkeypatch):
     assert score_by_rule(rule_of("own_rules:asked"), "", PROMPT) == 1
     with pytest.raises(UserError, match="a.jsonl, line 1: the rule failed on the answer 'x' .Zero"):
         score_by_rule(rule_of("own_rules:broken"), "x", PROMPT)
-    with pytest.raises(UserError, match="gives no number"):
+    with pytest.raises(UserError, match="gives no finite number"):
         score_by_rule(rule_of("own_rules:no_number"), "x", PROMPT)
     with pytest.raises(UserError, match="the record has no 'answer'"):
         score_by_rule(RULES["exact"], "x", PROMPT._replace(fields={}))
