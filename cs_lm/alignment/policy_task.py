@@ -261,7 +261,7 @@ class PolicyTask(StageTask):
         return [*batches, self.text.batch(step, self.count_of([self._lengths[n] for n in own]))]
 
     def _batch(self, rows: Sequence[int]) -> PolicyBatch:
-        places = torch.tensor(rows).to(self.device)
+        places = torch.tensor(list(rows)).to(self.device)
         known = {name: tensor[places] for name, tensor in self._experience.items()}
         width = max(self._ends[number] for number in rows)  # the columns that these rows use
         known = {

@@ -13,7 +13,7 @@ from torch import Tensor
 from cs_lm.alignment.examples import padded_rows
 from cs_lm.alignment.kl import exact_kl, linear_exact_kl
 from cs_lm.inference.decoder import CachedDecoder, TokenRows
-from cs_lm.inference.sampling import NOT_NUMBERS, NotANumberError, draw
+from cs_lm.inference.sampling import NOT_NUMBERS, NotANumberError, draw_by_weight
 from cs_lm.models.base import LanguageModel, evaluating, token_log_probs
 from cs_lm.ops.reference import at_least_float32, log_softmax
 
@@ -85,11 +85,14 @@ def _drawn(
     has_ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     drawn, log_probs = [], []
     for step in range(max_new_tokens):
-        scores = log_softmax(decoder.logits() / temperature)  # (N, V)
-        chosen = draw(scores, uniform[step]).clamp(max=scores.shape[-1] - 1)
+        logits = decoder.logits()  # (N, V)
+        logits = logits.sub_(logits.amax(-1, keepdim=True)).div_(temperature)
+        weights = logits.exp()  # the probabilities but for their sum: no pass to divide by it
+        chosen = draw_by_weight(weights, uniform[step]).clamp(max=logits.shape[-1] - 1)
         rows.append(chosen)
         drawn.append(chosen)
-        log_probs.append(scores.gather(-1, chosen.unsqueeze(-1)).squeeze(-1))
+        of_chosen = logits.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+        log_probs.append(of_chosen - weights.sum(-1).log())
         has_ended |= chosen == end_id
         if has_ended.all():
             break

@@ -115,7 +115,12 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     logit is finite.
     Shapes: logits (..., n), uniform (...) float64, returns (...) int64
     """
-    cumulative = softmax(logits).cumsum(-1)
+    return draw_by_weight(softmax(logits), uniform)
+
+
+def draw_by_weight(weights: Tensor, uniform: Tensor) -> Tensor:
+    """`draw` from weights that are not negative, and need not add up to 1."""
+    cumulative = weights.cumsum(-1)
     total = cumulative[..., -1:].double()
     target = uniform.unsqueeze(-1) * total
     target = torch.minimum(target, total * (1 - 2**-23))  # below the total, also when rounded

@@ -9,6 +9,7 @@ from cs_lm.reports.page import escaped, page
 _STYLE = """\
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr));
   gap: 1.5rem; }
+.narrow { max-width: 36rem; }
 th { white-space: nowrap; } td.number { white-space: nowrap; font-variant-numeric: tabular-nums; }
 """
 
@@ -105,10 +106,11 @@ def _calibration(bins: Sequence[Mapping[str, float]]) -> str:
     found = [(one["expected"], one["right"]) for one in bins]
     ideal = [(0.5, 0.5), (1.0, 1.0)]
     series = [Series("share of right pairs", found, True), Series("ideal", ideal)]
+    figure = chart("calibration", "expected share", "right", series)
     return (
         '<p class="dim">Pairs of the validation rankings, in bins of the margin between both '
         "scores: how often the better answer has the higher score, against how often the model "
-        f"expects it.</p>{chart('calibration', 'expected share', 'right', series)}"
+        f'expects it.</p>\n<div class="narrow">{figure}</div>'
     )
 
 

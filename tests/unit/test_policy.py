@@ -239,7 +239,7 @@ def test_the_split_into_batches_does_not_matter(kind, base):
     task = task_of(kind, base, batch_size=16)
     (batch,) = task.batches_of_step(0)
     whole, _ = gradients(task, [batch])
-    parts, _ = gradients(task, [task._batch(torch.arange(i, i + 4)) for i in range(0, 16, 4)])
+    parts, _ = gradients(task, [task._batch(range(i, i + 4)) for i in range(0, 16, 4)])
     for first, second in zip(whole, parts, strict=True):
         torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-6)
 
