@@ -32,7 +32,7 @@ set_up() {
         fail "$base is $("$base" --version); need Python 3.11 or newer; name one with PYTHON=..."
     echo "setting up $venv with the packages of constraints.txt ..."
     "$base" -m venv "$venv" || fail "$base cannot make a virtual environment; install its venv module"
-    "$venv/bin/python" -m pip install --quiet --no-compile --disable-pip-version-check \
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
         --constraint constraints.txt --editable ".[$1]" || fail "pip could not install the packages"
     cat pyproject.toml constraints.txt >"$stamp"
 }
