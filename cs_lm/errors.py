@@ -24,6 +24,11 @@ class Problem(NamedTuple):
         return f"{self.where}: {self.what}{needed}{fixed}"
 
 
+def no_effect_without(where: str, other: str) -> Problem:
+    """A flag that does nothing unless another one is given, too."""
+    return Problem(where, f"has no effect without {other}", fix="add it, or leave it out")
+
+
 class UserError(ValueError):
     """One or more problems that the user can fix. Its text has one line for each of them."""
 

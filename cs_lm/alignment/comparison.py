@@ -12,6 +12,7 @@ from cs_lm.alignment.rollouts import (
     distance,
     distinct_ngrams,
     draw_answers,
+    longest_row,
 )
 from cs_lm.data.batches import step_seed
 from cs_lm.evaluation.intervals import wilson_interval
@@ -25,13 +26,13 @@ _ROWS = 64  # answers that are drawn together
 class DrawingOptions(NamedTuple):
     """How answers are drawn.
 
-    longest  most tokens of a prompt and its answer; None: what the model can write
+    judge_reads  most tokens that a reward model can read; None: none scores the answers
     """
 
     max_new_tokens: int = 64
     temperature: float = 1.0
     seed: int = 0
-    longest: int | None = None
+    judge_reads: int | None = None
 
 
 class DrawnAnswers(NamedTuple):
@@ -62,8 +63,8 @@ def answer_prompts(
     Raises: ContextFullError for a prompt that leaves no room for an answer.
     """
     template = template_of(trained.tokenizer, trained.template or "auto")
-    longest = trained.config.model.context_length + 1
-    longest = min(longest, options.longest or longest) - options.max_new_tokens
+    longest = longest_row(trained.config.model.context_length, options.judge_reads)
+    longest -= options.max_new_tokens
     rows = [template.render_for_completion(one.conversation) for one in prompts]
     for row, prompt in zip(rows, prompts):
         if len(row) > longest:
@@ -102,7 +103,6 @@ class WinRate(NamedTuple):
 
     share: float
     interval: tuple[float, float]
-    num_ties: int
 
 
 def win_rate(scores: Sequence[float], others: Sequence[float]) -> WinRate:
@@ -110,7 +110,7 @@ def win_rate(scores: Sequence[float], others: Sequence[float]) -> WinRate:
     wins = sum(score > other for score, other in zip(scores, others, strict=True))
     ties = sum(score == other for score, other in zip(scores, others))
     points = wins + ties / 2
-    return WinRate(points / len(scores), wilson_interval(points, len(scores)), ties)
+    return WinRate(points / len(scores), wilson_interval(points, len(scores)))
 
 
 class Standing(NamedTuple):

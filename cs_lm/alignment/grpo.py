@@ -6,18 +6,14 @@ reference is a part of the loss. Source: Shao et al. 2024, DeepSeekMath.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from cs_lm.alignment.advantages import group_advantages
 from cs_lm.alignment.losses import REDUCTIONS, grpo_losses, reduced
-from cs_lm.alignment.masked import masked_mean
 from cs_lm.alignment.policy_task import PolicyBatch, PolicyConfig, PolicyTask, Tensors
-from cs_lm.alignment.ppo import ratio_stats
-from cs_lm.alignment.rollouts import answer_log_probs
 from cs_lm.config.fields import setting
-from cs_lm.config.optim import OptimConfig
 from cs_lm.errors import Problem
 
 
@@ -38,12 +34,6 @@ class GRPOConfig(PolicyConfig):
     scale_by_std: bool = setting(False, "divide advantages by the deviation of their group")
     clip_above: float | None = setting(None, "another --clip for rising probabilities")
     rollout_epochs: int = setting(1, "passes over the answers of an iteration")
-    optim: OptimConfig = field(
-        default_factory=lambda: OptimConfig(
-            lr=1e-5, lr_min=1e-5, warmup_ratio=0.03, warmfix_ratio=1.0, weight_decay=0.0,
-            betas=(0.9, 0.95), eps=1e-5,
-        )
-    )  # fmt: skip
 
     def validate(self) -> list[Problem]:
         found = super().validate()
@@ -79,17 +69,10 @@ class GroupRelativePolicyOptimization(PolicyTask):
 
     def policy_loss(self, batch: PolicyBatch) -> tuple[Tensor, Tensor]:
         config, mask = self.config, batch.mask
-        hidden = self.policy.hidden_states(batch.token_ids[:, :-1])
-        log_probs, entropies = answer_log_probs(
-            self.policy, hidden, batch.token_ids, mask, config.temperature
-        )
+        log_probs, entropies = self.log_probs_now(batch)
         losses, is_clipped = grpo_losses(
             log_probs, batch.old_log_probs, batch.values["advantages"].unsqueeze(-1), mask,
             batch.ref_log_probs, config.beta, config.clip, config.clip_above,
         )  # fmt: skip
-        self.note(
-            clip_fraction=masked_mean(is_clipped.float(), mask),
-            update_entropy=masked_mean(entropies, mask),
-            **ratio_stats(log_probs, batch),
-        )
+        self.note(batch, log_probs, entropies, is_clipped)
         return reduced(losses, mask, config.reduction, config.max_new_tokens)

@@ -7,7 +7,7 @@ does the same updates with the same answers.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,16 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from cs_lm.alignment.examples import EpochOrder, report_left_out
-from cs_lm.alignment.kl import AdaptiveKL, FixedKL, KLController, kl_k1
+from cs_lm.alignment.kl import kl_k1, kl_k3
 from cs_lm.alignment.masked import masked_mean
 from cs_lm.alignment.records import Prompt
+from cs_lm.alignment.reward_model import answer_scores
 from cs_lm.alignment.reward_training import RewardModel, check_reward_model
 from cs_lm.alignment.rollouts import (
     Rollouts,
+    answer_log_probs,
     decoded,
     distance,
     distinct_ngrams,
     draw_answers,
+    last_places,
+    longest_row,
 )
 from cs_lm.alignment.rules import Rule, score_by_rule
 from cs_lm.alignment.stage import (
@@ -37,13 +41,13 @@ from cs_lm.alignment.stage import (
 )
 from cs_lm.alignment.text_mix import TextBatch, TextMix, TextMixConfig, described, text_loss
 from cs_lm.config.fields import setting
+from cs_lm.config.optim import OptimConfig
 from cs_lm.config.run import RunConfig
 from cs_lm.data.batches import step_seed
 from cs_lm.data.pipeline import PreparedData
 from cs_lm.device import World
 from cs_lm.errors import Problem, UserError
 from cs_lm.inference.sampling import uniform_draws
-from cs_lm.models.base import evaluating
 from cs_lm.tokenizer import BPETokenizer
 from cs_lm.training.checkpoint import restore
 from cs_lm.training.step import autocast_context, under_autocast
@@ -81,6 +85,12 @@ class PolicyConfig(TextMixConfig):
         "beginning", "nats per token",
     )  # fmt: skip
     valid_prompts: int = setting(64, "prompts that are answered in each validation")
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(
+            lr=1e-5, lr_min=1e-5, warmup_ratio=0.03, warmfix_ratio=1.0, weight_decay=0.0,
+            betas=(0.9, 0.95), eps=1e-5,
+        )
+    )  # fmt: skip
 
     def validate(self) -> list[Problem]:
         found = super().validate()
@@ -144,6 +154,13 @@ class PolicySources(NamedTuple):
     reference: Callable[[], Mapping[str, Tensor]]
 
 
+class AskedPrompt(NamedTuple):
+    """A prompt, and what the policy is given to answer it."""
+
+    prompt: Prompt
+    token_ids: list[int]
+
+
 class PolicyBatch(NamedTuple):
     """Some of an iteration's answers; `values` are further tensors of the method, a row each."""
 
@@ -172,23 +189,21 @@ class PolicyTask(StageTask):
         self._sources, self.scorer = sources, sources.scorer
         if self.scorer.model is not None:
             check_reward_model(self.scorer.model, self.tokenizer, self.template)
-        prompts = self._that_fit(sources.prompts)
+        asked = self._that_fit(sources.prompts)
         self.train, self.valid = split_by_prompt(
-            prompts, config.valid_fraction, lambda one: one.conversation, "--prompts"
+            asked, config.valid_fraction, lambda one: one.prompt.conversation, "--prompts"
         )
-        self._ids = {id(one): self.template.render_for_completion(one.conversation)
-                     for one in prompts}  # fmt: skip
         per_iteration = config.rollout_size // config.answers_per_prompt
         self._order = EpochOrder(len(self.train), per_iteration, config.seed)
         self.num_steps = config.num_steps(len(self.train))
         rows = config.batch_size * config.grad_accum
-        mean = sum(map(len, self._ids.values())) / len(prompts)
+        mean = sum(len(one.token_ids) for one in asked) / len(asked)
         self.tokens_per_step = round(rows * (mean + config.max_new_tokens / 2))
         self.data_hash = hash_of(
-            [(one.conversation, sorted(one.fields.items())) for one in prompts]
+            [(one.prompt.conversation, sorted(one.prompt.fields.items())) for one in asked]
         )
         self.measure = {
-            "prompts": hash_of([one[:2] for one in self.valid[: config.valid_prompts]]),
+            "prompts": hash_of([one.prompt[:2] for one in self.valid[: config.valid_prompts]]),
             "score": [self.scorer.name, config.no_end_penalty, config.max_new_tokens],
         }
         self.text = None
@@ -204,11 +219,11 @@ class PolicyTask(StageTask):
         self._updating_since, self._updating_s = 0.0, 0.0
         self._loss = under_autocast(self._loss_of, world.device, config.dtype)
 
-    def _that_fit(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+    def _that_fit(self, prompts: Sequence[Prompt]) -> list[AskedPrompt]:
         """Those that leave room for an answer; the others are counted in a warning."""
-        longest = self.run_config.seq_length + 1  # the policy does not read the last token
-        if self.scorer.model is not None:  # a reward model does
-            longest = min(longest, self.scorer.model.model.trunk.config.context_length)
+        model = self.scorer.model
+        judged = None if model is None else model.model.trunk.config.context_length
+        longest = longest_row(self.run_config.seq_length, judged)
         most = longest - self.config.max_new_tokens
         if most < 1:
             raise UserError(
@@ -217,12 +232,12 @@ class PolicyTask(StageTask):
             )
         kept, too_long = [], []
         for one in prompts:
-            length = len(self.template.render_for_completion(one.conversation))
-            (kept if length <= most else too_long).append(one)
+            asked = AskedPrompt(one, self.template.render_for_completion(one.conversation))
+            (kept if len(asked.token_ids) <= most else too_long).append(asked)
         if too_long:
             report_left_out(
                 f"{len(too_long):,} of {len(prompts):,} prompts leave no room for an answer of "
-                f"{self.config.max_new_tokens} tokens, the first in {too_long[0].where}",
+                f"{self.config.max_new_tokens} tokens, the first in {too_long[0].prompt.where}",
                 bool(kept),
                 "--prompts",
             )
@@ -275,8 +290,8 @@ class PolicyTask(StageTask):
         """All that may fail comes first: a failure leaves the iteration before as it was."""
         config, iteration = self.config, self._iteration + 1
         numbers = self._order(iteration)
-        prompts = [self.train[n] for n in numbers for _ in range(config.answers_per_prompt)]
-        experience, facts = self._experienced(prompts, step_seed(config.seed, iteration))
+        asked = [self.train[n] for n in numbers for _ in range(config.answers_per_prompt)]
+        experience, facts = self._experienced(asked, step_seed(config.seed, iteration))
         if iteration:
             self.learn_from_facts(self._facts)
         learnt = self.learnt_from(experience, facts)
@@ -289,17 +304,17 @@ class PolicyTask(StageTask):
         """Keeps where the answers end on the host, too: no update waits for the device."""
         self._experience = experience
         self._lengths = experience["mask"].sum(-1).tolist()
-        places = torch.arange(1, experience["mask"].shape[1] + 1, device=self.device)
-        self._ends = torch.where(experience["mask"], places, 0).amax(-1).tolist()
+        self._ends = last_places(experience["mask"]).tolist()
 
     def _experienced(
-        self, prompts: Sequence[Prompt], seed: int
+        self, asked: Sequence[AskedPrompt], seed: int
     ) -> tuple[Tensors, dict[str, float]]:
         """Answers to the prompts with their scores, and numbers about them for the log."""
+        prompts = [one.prompt for one in asked]
         config, clock = self.config, [time.monotonic()]
         rollouts = draw_answers(
             self.policy,
-            [self._ids[id(one)] for one in prompts],
+            [one.token_ids for one in asked],
             self.template.end_id,
             uniform_draws(seed, range(len(prompts)), config.max_new_tokens),
             config.temperature,
@@ -348,14 +363,9 @@ class PolicyTask(StageTask):
         if self.scorer.rule is not None:
             scores = _by_rule(self.scorer.rule, prompts, texts, rollouts)
             return torch.tensor(scores, dtype=torch.float32, device=self.device)
-        model, parts = self.scorer.model.model, []
-        with torch.no_grad(), evaluating(model):
-            for ids, last in zip(
-                rollouts.token_ids.split(self.config.batch_size),
-                rollouts.last.split(self.config.batch_size),
-            ):
-                parts.append(model.raw_scores(ids, last))
-        return torch.cat(parts) - model.offset
+        return answer_scores(
+            self.scorer.model.model, rollouts.token_ids, rollouts.last, self.config.batch_size
+        )
 
     def after_step(self, step: int) -> list[tuple[str, dict[str, Any]]]:
         self._updating_s += time.monotonic() - self._updating_since
@@ -400,8 +410,27 @@ class PolicyTask(StageTask):
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         return self._loss(model, batch)
 
-    def note(self, **stats: Tensor) -> None:
+    def log_probs_now(self, batch: PolicyBatch) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the batch under the present policy, and entropies: (B, T) each."""
+        ids, mask = batch.token_ids, batch.mask
+        hidden = self.policy.hidden_states(ids[:, :-1])
+        return answer_log_probs(self.policy, hidden, ids, mask, self.config.temperature)
+
+    def note(
+        self,
+        batch: PolicyBatch,
+        log_probs: Tensor,
+        entropies: Tensor,
+        is_clipped: Tensor,
+        **more: Tensor,
+    ) -> None:
         """Keeps numbers of a forward pass, for the record of the iteration."""
+        stats = {
+            "clip_fraction": masked_mean(is_clipped.float(), batch.mask),
+            "update_entropy": masked_mean(entropies, batch.mask),
+            **ratio_stats(log_probs, batch),
+            **more,
+        }
         found = {name: value.detach() for name, value in stats.items()}
         self._stats[self._place].append(found)
 
@@ -429,9 +458,9 @@ class PolicyTask(StageTask):
 
     def evaluate(self, check_stop: CheckStop) -> dict[str, Any]:
         """Answers to prompts that are never trained on; always the same draws."""
-        prompts = self.valid[: self.config.valid_prompts]
+        asked = self.valid[: self.config.valid_prompts]
         check_stop()
-        experience, facts = self._experienced(prompts, step_seed(self.config.seed, 1 << 40))
+        experience, facts = self._experienced(asked, step_seed(self.config.seed, 1 << 40))
         facts.pop("sampling_s"), facts.pop("scoring_s")
         found = {"loss_nats": -experience["scores"].mean().item(), **facts}
         if self.text is not None:
@@ -503,6 +532,19 @@ def _by_rule(
     return [score_by_rule(rule, text, prompt, ended) for text, prompt, ended in every]
 
 
-def kl_controller(coefficient: float, target: float | None, horizon: float) -> KLController:
-    """Fixed without a target."""
-    return FixedKL(coefficient) if target is None else AdaptiveKL(coefficient, target, horizon)
+@torch.no_grad()
+def ratio_stats(log_probs: Tensor, batch: PolicyBatch) -> Tensors:
+    """How far the policy has moved since it drew the answers.
+
+    ratio_gap  the largest |p / p_old - 1|: before the first update it is rounding alone
+    approx_kl  of the old policy from the new one, by `kl_k3` [nats per token]
+    """
+    ratio = torch.exp(log_probs - batch.old_log_probs)[batch.mask]
+    moved = kl_k3(batch.old_log_probs, log_probs)
+    return {
+        "ratio_gap": (ratio - 1).abs().max(),
+        "ratio_mean": ratio.mean(),
+        "ratio_min": ratio.min(),
+        "ratio_max": ratio.max(),
+        "approx_kl": masked_mean(moved, batch.mask),
+    }

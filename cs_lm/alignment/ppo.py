@@ -7,14 +7,14 @@ text of the pre-training mixed in, this is PPO-ptx. Source: Ouyang et al. 2022, 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cs_lm.alignment.advantages import explained_variance, gae, token_rewards, whitened
-from cs_lm.alignment.kl import kl_k1, kl_k3
+from cs_lm.alignment.kl import AdaptiveKL, FixedKL, KLController, kl_k1
 from cs_lm.alignment.losses import policy_losses, value_losses
 from cs_lm.alignment.masked import masked_mean, masked_sum, masked_variance
 from cs_lm.alignment.policy_task import (
@@ -23,14 +23,11 @@ from cs_lm.alignment.policy_task import (
     PolicySources,
     PolicyTask,
     Tensors,
-    kl_controller,
 )
 from cs_lm.alignment.reward_model import ScalarModel
-from cs_lm.alignment.rollouts import answer_log_probs
 from cs_lm.config.fields import setting
-from cs_lm.config.optim import OptimConfig
 from cs_lm.device import World
-from cs_lm.errors import Problem
+from cs_lm.errors import Problem, no_effect_without
 from cs_lm.models.base import evaluating
 from cs_lm.ops.fused import OPS
 from cs_lm.optim.adamw import AdamW
@@ -56,12 +53,6 @@ class PPOConfig(PolicyConfig):
     lam: float = setting(0.95, "of generalised advantage estimates", minimum=0)
     value_clip: float = setting(0.2, "how far a value may move from its old one")
     value_lr: float | None = setting(None, "learning rate of the value model; default: --lr")
-    optim: OptimConfig = field(
-        default_factory=lambda: OptimConfig(
-            lr=1e-5, lr_min=1e-5, warmup_ratio=0.03, warmfix_ratio=1.0, weight_decay=0.0,
-            betas=(0.9, 0.95), eps=1e-5,
-        )
-    )  # fmt: skip
 
     def validate(self) -> list[Problem]:
         found = super().validate()
@@ -69,8 +60,7 @@ class PPOConfig(PolicyConfig):
             if not 0 <= getattr(self, name) <= 1:
                 found.append(Problem(f"--{name}", f"got {getattr(self, name)}", "0 to 1"))
         if self.kl_horizon != 10_000 and self.kl_target is None:
-            what, fix = "has no effect without --kl_target", "add it, or leave it out"
-            found.append(Problem("--kl_horizon", what, fix=fix))
+            found.append(no_effect_without("--kl_horizon", "--kl_target"))
         if self.kl_target is not None and self.kl_coef == 0:
             need = "above 0 with --kl_target, which multiplies it"
             found.append(Problem("--kl_coef", "got 0", need))
@@ -112,11 +102,12 @@ class ProximalPolicyOptimization(PolicyTask):
             *(group | {"lr_scale": scale} for group in of_value),
         ]
         self.optimizer = AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
-        self.kl = kl_controller(config.kl_coef, config.kl_target, config.kl_horizon)
+        self.kl: KLController = FixedKL(config.kl_coef)
+        if config.kl_target is not None:
+            self.kl = AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
 
-    def begin_with(self, weights: Any) -> None:
-        restore({"model": dict(weights)}, self.policy)
-        self._set_reference(weights)
+    def begin_with(self, weights: Mapping[str, Tensor]) -> None:
+        super().begin_with(weights)
         if self.scorer.model is None:
             self.value.load_trunk(weights)
 
@@ -154,10 +145,7 @@ class ProximalPolicyOptimization(PolicyTask):
 
     def policy_loss(self, batch: PolicyBatch) -> tuple[Tensor, Tensor]:
         config, mask, known = self.config, batch.mask, batch.values
-        hidden = self.policy.hidden_states(batch.token_ids[:, :-1])
-        log_probs, entropies = answer_log_probs(
-            self.policy, hidden, batch.token_ids, mask, config.temperature
-        )
+        log_probs, entropies = self.log_probs_now(batch)
         losses, is_clipped = policy_losses(
             log_probs, batch.old_log_probs, known["advantages"], mask, clip=config.clip
         )
@@ -166,12 +154,13 @@ class ProximalPolicyOptimization(PolicyTask):
             values, known["old_values"], known["returns"], mask, clip=config.value_clip
         )
         self.note(
+            batch,
+            log_probs,
+            entropies,
+            is_clipped,
             policy_loss=masked_mean(losses, mask),
             value_loss=masked_mean(of_values, mask),
-            clip_fraction=masked_mean(is_clipped.float(), mask),
             value_clip_fraction=masked_mean(is_limited.float(), mask),
-            update_entropy=masked_mean(entropies, mask),
-            **ratio_stats(log_probs, batch),
         )
         return masked_sum(losses, mask) + masked_sum(of_values, mask), mask.sum()
 
@@ -187,21 +176,3 @@ class ProximalPolicyOptimization(PolicyTask):
         super().load(extras)
         restore({"model": extras["value_model"]}, self.value)
         self.kl.coefficient = extras["kl_coef"]
-
-
-@torch.no_grad()
-def ratio_stats(log_probs: Tensor, batch: PolicyBatch) -> Tensors:
-    """How far the policy has moved since it drew the answers.
-
-    ratio_gap  the largest |p / p_old - 1|: before the first update it is rounding alone
-    approx_kl  of the old policy from the new one, by `kl_k3` [nats per token]
-    """
-    ratio = torch.exp(log_probs - batch.old_log_probs)[batch.mask]
-    moved = kl_k3(batch.old_log_probs, log_probs)
-    return {
-        "ratio_gap": (ratio - 1).abs().max(),
-        "ratio_mean": ratio.mean(),
-        "ratio_min": ratio.min(),
-        "ratio_max": ratio.max(),
-        "approx_kl": masked_mean(moved, batch.mask),
-    }

@@ -159,6 +159,16 @@ def ranking_loss(model: ScalarModel, batch: RankedRows) -> tuple[Tensor, Tensor]
 
 
 @torch.no_grad()
+def answer_scores(
+    model: ScalarModel, token_ids: Tensor, last: Tensor, batch_size: int = 64
+) -> Tensor:
+    """The score of each row at its position `last`, without dropout: (N, T) and (N) to (N)."""
+    with evaluating(model):
+        parts = zip(token_ids.split(batch_size), last.split(batch_size))
+        return torch.cat([model.raw_scores(*part) for part in parts]) - model.offset
+
+
+@torch.no_grad()
 def score_rows(
     model: ScalarModel, rows: Sequence[Sequence[int]], device: torch.device, batch_size: int = 64
 ) -> Tensor:

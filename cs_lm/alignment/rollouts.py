@@ -40,8 +40,7 @@ class Rollouts(NamedTuple):
     @property
     def last(self) -> Tensor:
         """The position of each answer's last token in `token_ids`: (N)."""
-        places = torch.arange(1, self.mask.shape[1] + 1, device=self.mask.device)
-        return torch.where(self.mask, places, 0).amax(-1)
+        return last_places(self.mask)
 
     def answers(self, end_id: int) -> list[list[int]]:
         """The token ids of each answer, without its end token."""
@@ -50,6 +49,21 @@ class Rollouts(NamedTuple):
             ids = [token_id for token_id, is_answer in zip(row, mask) if is_answer]
             found.append(ids[:-1] if ids[-1] == end_id else ids)
         return found
+
+
+def last_places(mask: Tensor) -> Tensor:
+    """The position of each answer's last token in the token ids: (N, T) to (N)."""
+    places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    return torch.where(mask, places, 0).amax(-1)
+
+
+def longest_row(num_read: int, judge_reads: int | None) -> int:
+    """Most tokens of a prompt and its answer.
+
+    num_read     tokens that the policy can read; it does not read the last one
+    judge_reads  tokens that a reward model can read, the last one too; None: there is none
+    """
+    return num_read + 1 if judge_reads is None else min(num_read + 1, judge_reads)
 
 
 def draw_answers(

@@ -26,8 +26,9 @@ from cs_lm.alignment.examples import (
 )
 from cs_lm.alignment.lora import LowRankAdapter
 from cs_lm.alignment.records import Demonstration
+from cs_lm.alignment.reward_model import answer_scores
 from cs_lm.alignment.reward_training import RewardModel, check_reward_model
-from cs_lm.alignment.rollouts import draw_answers
+from cs_lm.alignment.rollouts import draw_answers, longest_row
 from cs_lm.alignment.stage import (
     StageTask,
     changed_weights,
@@ -42,7 +43,7 @@ from cs_lm.config.optim import OptimConfig
 from cs_lm.config.run import RunConfig, as_in_a_run
 from cs_lm.data.pipeline import PreparedData
 from cs_lm.device import World
-from cs_lm.errors import Problem, UserError
+from cs_lm.errors import Problem, UserError, no_effect_without
 from cs_lm.inference.decoding_config import DecodingConfig
 from cs_lm.inference.sampling import NotANumberError, uniform_draws
 from cs_lm.models.base import evaluating
@@ -90,8 +91,7 @@ class SFTConfig(TextMixConfig):
     def validate(self) -> list[Problem]:
         found = [*super().validate(), *validate_records(self, "conversations")]
         if self.lora_rank is None and self.lora_alpha != SFTConfig.lora_alpha:
-            what, fix = "has no effect without --lora_rank", "add it, or leave it out"
-            found.append(Problem("--lora_alpha", what, fix=fix))
+            found.append(no_effect_without("--lora_alpha", "--lora_rank"))
         return found
 
 
@@ -199,8 +199,8 @@ class SupervisedFineTuning(StageTask):
 
     def _mean_score(self) -> float:
         """What the reward model says of answers to validation prompts; always the same draws."""
-        context = self._reward.model.trunk.config.context_length
-        room = min(self.run_config.seq_length + 1, context) - _SAMPLE_TOKENS
+        judged = self._reward.model.trunk.config.context_length
+        room = longest_row(self.run_config.seq_length, judged) - _SAMPLE_TOKENS
         prompts = [
             self.template.render_for_completion(one.conversation[:-1])
             for one in self.valid[:_NUM_SCORED]
@@ -212,9 +212,7 @@ class SupervisedFineTuning(StageTask):
             )
         uniform = uniform_draws(self.config.seed, range(len(prompts)), _SAMPLE_TOKENS)
         drawn = draw_answers(self.policy, prompts, self.template.end_id, uniform)
-        model = self._reward.model
-        with torch.no_grad(), evaluating(model):
-            return (model.raw_scores(drawn.token_ids, drawn.last) - model.offset).mean().item()
+        return answer_scores(self._reward.model, drawn.token_ids, drawn.last).mean().item()
 
     def selected_by(self, found: dict[str, Any]) -> float | None:
         return found["loss_nats"] if self._reward is None else -found["reward_score"]

@@ -13,7 +13,7 @@ from cs_lm.alignment.conversations import template_of
 from cs_lm.config.fields import not_positive, setting, to_json
 from cs_lm.config.optim import OptimConfig
 from cs_lm.config.run import RunConfig, as_in_a_run
-from cs_lm.errors import Problem, UserError
+from cs_lm.errors import Problem, UserError, no_effect_without
 from cs_lm.models.base import LanguageModel
 from cs_lm.models.registry import build_model
 from cs_lm.models.stats import flops_per_token
@@ -83,8 +83,7 @@ class StageConfig:
             fix = "name the folder of a run, or weights"
             found.append(Problem("--from", "is missing", fix=fix))
         if self.resume_step is not None and not self.resume:
-            what, fix = "has no effect without --resume", "add it, or leave it out"
-            found.append(Problem("--resume_step", what, fix=fix))
+            found.append(no_effect_without("--resume_step", "--resume"))
         return found
 
     def num_steps(self, num_rows: int) -> int:
@@ -147,9 +146,9 @@ class StageTask(Task):
         self.model, self.optimizer = model, adamw_of(model, config.optim)
         self.flops_per_token = flops_per_token(base.model, self.run_config.seq_length)
 
-    def begin_with(self, weights: dict[str, Tensor]) -> None:
+    def begin_with(self, weights: Mapping[str, Tensor]) -> None:
         """Takes the state dict of the model that a new run starts from."""
-        restore({"model": weights}, self.model)
+        restore({"model": dict(weights)}, self.saved_model)
 
     def numbers_of_step(self, step: int) -> range:
         """The numbers of the micro-batches of an update."""

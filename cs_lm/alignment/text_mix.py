@@ -18,7 +18,7 @@ from cs_lm.config.run import RunConfig
 from cs_lm.data.batches import Batch, BatchSource
 from cs_lm.data.pipeline import PreparedData
 from cs_lm.device import World
-from cs_lm.errors import Problem
+from cs_lm.errors import Problem, no_effect_without
 from cs_lm.evaluation.perplexity import EvalOptions, evaluate, token_byte_lengths
 from cs_lm.models.base import LanguageModel, next_token_loss
 from cs_lm.tokenizer import BPETokenizer
@@ -53,8 +53,7 @@ class TextMixConfig(StageConfig):
         ):
             is_given = getattr(self, name) != getattr(TextMixConfig, name)
             if is_given and not self.pretraining_mix:
-                what, fix = "has no effect without --pretraining_mix", "add it, or leave it out"
-                found.append(Problem(flag, what, fix=fix))
+                found.append(no_effect_without(flag, "--pretraining_mix"))
         return found
 
 

@@ -18,12 +18,12 @@ from cs_lm.training.run_dir import RunFolder
 class Judge(NamedTuple):
     """Who scores answers.
 
-    score    (prompt, answers) -> a score for each
-    longest  most tokens of a prompt and its answer that it can read; None: any number
+    score  (prompt, answers) -> a score for each
+    reads  most tokens of a prompt and its answer that it can read; None: any number
     """
 
     score: Callable[[Prompt, Sequence[Answer]], list[float]]
-    longest: int | None = None
+    reads: int | None = None
 
 
 class JudgeStopped(UserError):

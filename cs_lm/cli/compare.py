@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     prompts = read_prompts(config.prompts)[: config.max_prompts]
     device = resolve_device(config.device)
     judge = judge_of(config.rule, config.reward, device)
-    answers = _drawn(config, prompts, judge.longest, device)
+    answers = _drawn(config, prompts, judge.reads, device)
     scores: list[list[float]] = [[] for _ in config.runs]
     with growing_file(config.results_path) as append:
         try:
@@ -97,10 +97,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _drawn(
-    config: CompareConfig, prompts: Sequence[Prompt], longest: int | None, device: torch.device
+    config: CompareConfig, prompts: Sequence[Prompt], judge_reads: int | None, device: torch.device
 ) -> list[DrawnAnswers]:
     """The answers of each run; the divergence is that from the first one, where it is defined."""
-    options = DrawingOptions(config.max_new_tokens, config.temperature, config.seed, longest)
+    options = DrawingOptions(config.max_new_tokens, config.temperature, config.seed, judge_reads)
     first, answers = None, []
     for path in config.runs:
         trained = load_trained(RunFolder(path), config.checkpoint, device)

@@ -24,7 +24,7 @@ from cs_lm.config.shared import (
 )
 from cs_lm.data.corpus import text_of
 from cs_lm.device import resolve_device
-from cs_lm.errors import Problem, UserError
+from cs_lm.errors import Problem, UserError, no_effect_without
 from cs_lm.evaluation.contamination import NGRAM_WORDS, contaminated
 from cs_lm.evaluation.in_context import (
     MAX_NEW_TOKENS,
@@ -131,8 +131,7 @@ class EvalConfig:
         for name in ("ngram", "encoding_errors", "text_field", "document_separator"):
             is_given = getattr(self, name) != getattr(EvalConfig, name)
             if is_given and not self.contamination_path:
-                what = "has no effect without --contamination_path"
-                found.append(Problem(f"--{name}", what, fix="add it, or leave it out"))
+                found.append(no_effect_without(f"--{name}", "--contamination_path"))
         return found + validate_checkpoint(self.checkpoint)
 
 

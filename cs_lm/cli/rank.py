@@ -20,7 +20,7 @@ from cs_lm.alignment.answers import Answer
 from cs_lm.alignment.comparison import answers_of
 from cs_lm.alignment.conversations import template_of
 from cs_lm.alignment.records import Prompt, read_prompts, record_of
-from cs_lm.alignment.rollouts import draw_answers
+from cs_lm.alignment.rollouts import draw_answers, longest_row
 from cs_lm.cli._errors import readable_errors
 from cs_lm.cli._judges import Judge, judge_of
 from cs_lm.cli._outputs import is_an_input, unwritable
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     judge = judge_of(config.rule, config.reward, device)
     out = Path(config.out)
     done = _prompts_in(out)
-    answers_to = _Sampler(config, judge.longest, device)
+    answers_to = _Sampler(config, judge.reads, device)
     todo = []
     for number, one in enumerate(prompts):  # a prompt that occurs twice is ranked twice
         key = _key(record_of(one))
@@ -107,13 +107,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 class _Sampler:
     """Draws the answers. Those to prompt number n follow from (seed, n), not from the others."""
 
-    def __init__(self, config: RankConfig, longest: int | None, device: torch.device):
-        """longest  most tokens of a prompt and its answer that a judge reads; None: any number"""
+    def __init__(self, config: RankConfig, judge_reads: int | None, device: torch.device):
+        """judge_reads  as `longest_row` takes it"""
         trained = load_trained(RunFolder(config.source), config.checkpoint, device)
         self._template = template_of(trained.tokenizer, trained.template or "auto")
         self._model, self._tokenizer, self._config = trained.model, trained.tokenizer, config
-        most = trained.config.model.context_length + 1
-        self._room = min(most, longest or most) - config.max_new_tokens
+        longest = longest_row(trained.config.model.context_length, judge_reads)
+        self._room = longest - config.max_new_tokens
 
     def __call__(self, numbered: Sequence[tuple[int, Prompt]]) -> list[list[Answer]]:
         """The answers to each of some prompts, all drawn in one batch."""

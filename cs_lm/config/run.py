@@ -14,7 +14,7 @@ from cs_lm.config.presets import DEFAULT_MODEL, GPT_SIZES, model_names, named_mo
 from cs_lm.config.shared import (
     device_setting,
 )
-from cs_lm.errors import Problem
+from cs_lm.errors import Problem, no_effect_without
 
 DTYPES = ("float32", "bfloat16")
 NUM_BYTE_TOKENS = 256
@@ -142,8 +142,7 @@ class RunConfig:
         """Problems of settings that have no effect together with other settings."""
         found = []
         if self.resume_step is not None and not self.resume:
-            what, fix = "has no effect without --resume", "add it, or leave it out"
-            found.append(Problem("--resume_step", what, fix=fix))
+            found.append(no_effect_without("--resume_step", "--resume"))
         if self.init_from is not None and self.data.vocab_path is not None:
             what = "has no effect beside --init_from, whose tokenizer is used"
             found.append(Problem("--vocab_path", what))
