@@ -80,6 +80,12 @@ def record_of(prompt: Prompt) -> dict[str, Any]:
     return {"prompt": first.content}
 
 
+def ranks_of(scores: Sequence[float]) -> list[int]:
+    """The rank of each score; 1 is the highest, and equal ones are a tie."""
+    rank = {value: n for n, value in enumerate(sorted(set(scores), reverse=True), start=1)}
+    return [rank[value] for value in scores]
+
+
 # ---- files ----
 
 

@@ -67,6 +67,13 @@ def decoded(where: str, content: bytes) -> str:
         ) from None
 
 
+def not_empty(where: str, text: str) -> str:
+    """The text. Raises: UserError for an empty one."""
+    if not text:
+        raise UserError(f"{where}: is empty, need at least one character")
+    return text
+
+
 def print_error(error: Exception) -> None:
     for line in str(error).splitlines():
         with contextlib.suppress(OSError):  # a closed terminal must not change the exit status

@@ -1,12 +1,12 @@
 """Trains a run from a command: messages and exit status."""
 
-import os
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from cs_lm.cli._errors import is_out_of_memory, print_error
+from cs_lm.cli._outputs import no_place
 from cs_lm.errors import UserError
 
 UNEXPECTED, NON_FINITE = 1, 3  # exit status
@@ -14,11 +14,8 @@ UNEXPECTED, NON_FINITE = 1, 3  # exit status
 
 def check_writable(folder: Path) -> None:
     """Raises: UserError if no run can be written to the folder."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        why = "is not writable" if existing.is_dir() else "is a file"
-        shown = os.path.relpath(existing)
-        raise UserError(f"--out_dir: got {str(folder)!r}, but {shown!r} {why}; name another folder")
+    if problems := no_place("--out_dir", str(folder), folder):
+        raise UserError(*problems)
 
 
 def fit(make_trainer: Callable[[], Any]) -> int:

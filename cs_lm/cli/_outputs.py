@@ -84,12 +84,20 @@ def unwritable(flag: str, path: str) -> list[Problem]:
         return [Problem(flag, f"got {path!r}, which is a folder", fix="name a file in it")]
     if os.path.lexists(path) and not os.path.isfile(path):
         return [Problem(flag, f"got {path!r}, which is no regular file", fix="name a file")]
-    place = next(parent for parent in Path(path).absolute().parents if parent.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        why = "is not writable" if place.is_dir() else "is a file"
-        what = f"got {path!r}, but {os.path.relpath(place)!r} {why}"
-        return [Problem(flag, what, fix="name another folder")]
-    return []
+    return no_place(flag, path, Path(path).absolute().parent)
+
+
+def no_place(flag: str, path: str, folder: Path) -> list[Problem]:
+    """The folder, or the nearest one above it that is there, cannot be written to.
+
+    path  what the user gave, for the message
+    """
+    place = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    if place.is_dir() and os.access(place, os.W_OK | os.X_OK):
+        return []
+    why = "is not writable" if place.is_dir() else "is a file"
+    what = f"got {path!r}, but {os.path.relpath(place)!r} {why}"
+    return [Problem(flag, what, fix="name another folder")]
 
 
 def is_an_input(flag: str, path: str, inputs: Iterable[str]) -> list[Problem]:

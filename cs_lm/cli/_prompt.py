@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from cs_lm.cli._errors import print_error
 from cs_lm.config.fields import is_unicode, not_unicode, replace, settings_of, validate_all
 from cs_lm.config.flags import FlagParser, add_flags, config_from_flags
 from cs_lm.errors import Problem, UserError
+from cs_lm.training.signals import StopRequested, raise_on_signal
 
 HELP = """\
 type a prompt and press Enter; Ctrl-C stops an answer, an empty line quits
@@ -77,6 +79,31 @@ class PromptSession:
                     yield line
             except UserError as error:
                 print_error(error)
+
+    def converse(
+        self,
+        answer: Callable[[str, Any], None],
+        further_help: str = "",
+        fatal: tuple[type[UserError], ...] = (),
+    ) -> None:
+        """Answers prompts until the user ends it. Ctrl-C ends one answer only.
+
+        answer  called with a prompt and the settings; what it raises is shown, but for `fatal`
+        """
+        print(HELP + further_help, file=sys.stderr)
+        with line_history():
+            for prompt in self.prompts():
+                try:
+                    with raise_on_signal():
+                        answer(prompt, self.settings)
+                except fatal:
+                    raise
+                except UserError as error:  # such as a stop token that the model does not have
+                    print_error(error)
+                except StopRequested as stopped:
+                    if stopped.number != signal.SIGINT:
+                        raise
+                    print()
 
     def _ask(self, prompt: str) -> str | None:
         """A line; None at the end of the input."""

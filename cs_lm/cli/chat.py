@@ -5,15 +5,14 @@ asked in plain lines, as "User: ...". With --message, it answers once; without, 
 and /new begins another conversation.
 """
 
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
-from cs_lm.cli._errors import decoded, print_error, readable_errors
-from cs_lm.cli._prompt import HELP, PromptSession, line_history, paint
+from cs_lm.cli._errors import decoded, not_empty, readable_errors
+from cs_lm.cli._prompt import PromptSession, paint
 from cs_lm.config.fields import is_unicode, not_unicode, setting
 from cs_lm.config.flags import parse_config
 from cs_lm.config.run import DTYPES
@@ -30,7 +29,6 @@ from cs_lm.inference.generate import generate_samples
 from cs_lm.inference.text import TextStream, allowed_ids, stop_ids_of
 from cs_lm.serving.chat import chat_prompt, chat_template
 from cs_lm.training.run_dir import RunFolder, TrainedModel, load_trained
-from cs_lm.training.signals import StopRequested, raise_on_signal
 
 _NEW = "/new             begins a new conversation"
 
@@ -57,12 +55,8 @@ class ChatConfig:
                 found.append(Problem(f"--{name}", "is empty", "at least one character"))
             elif value is not None and not is_unicode(value):
                 found.append(not_unicode(f"--{name}", value))
-        for name in ("num_samples", "num_beams"):
-            if getattr(self.decoding, name) > 1:
-                what = "has no effect in a conversation"
-                found.append(Problem(f"--{name}", what, fix="leave it out"))
-        for name in ("best_of", "num_alternatives"):
-            if getattr(self.decoding, name) is not None:
+        for name in ("num_samples", "num_beams", "best_of", "num_alternatives"):
+            if getattr(self.decoding, name) != getattr(DecodingConfig, name):
                 what = "has no effect in a conversation"
                 found.append(Problem(f"--{name}", what, fix="leave it out"))
         return found + validate_checkpoint(self.checkpoint) + self.decoding.validate()
@@ -77,30 +71,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     chat = Chat(trained, config.system)
     message = config.message
     if message is None and not sys.stdin.isatty():
-        message = decoded("standard input", sys.stdin.buffer.read()).strip()
-        if not message:
-            raise UserError("standard input: is empty, need at least one character")
+        where = "standard input"
+        message = not_empty(where, decoded(where, sys.stdin.buffer.read()).strip())
     if message is not None:
         chat.answer(message, config.decoding)
         return 0
-    _converse(chat, config.decoding)
+    PromptSession(config.decoding, {"new": chat.begin}).converse(chat.answer, f"\n{_NEW}")
     return 0
-
-
-def _converse(chat: "Chat", decoding: DecodingConfig) -> None:
-    print(f"{HELP}\n{_NEW}", file=sys.stderr)
-    session = PromptSession(decoding, {"new": chat.begin})
-    with line_history():
-        for message in session.prompts():
-            try:
-                with raise_on_signal():
-                    chat.answer(message, session.settings)
-            except UserError as error:
-                print_error(error)
-            except StopRequested as stopped:
-                if stopped.number != signal.SIGINT:
-                    raise
-                print()  # Ctrl-C ends this answer only
 
 
 class Chat:

@@ -5,7 +5,6 @@ you are asked for one prompt after another; /temperature 0.5 and its kin change 
 """
 
 import json
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from cs_lm.cli._errors import decoded, print_error, readable_errors
-from cs_lm.cli._prompt import HELP, PromptSession, line_history, paint
+from cs_lm.cli._errors import decoded, not_empty, readable_errors
+from cs_lm.cli._prompt import PromptSession, paint
 from cs_lm.config.fields import is_unicode, not_unicode, setting
 from cs_lm.config.flags import parse_config
 from cs_lm.config.run import DTYPES
@@ -30,7 +29,6 @@ from cs_lm.inference.decoding_config import DecodingConfig
 from cs_lm.inference.sampling import NotANumberError
 from cs_lm.inference.text import Completion, allowed_ids, complete, stop_ids_of
 from cs_lm.training.run_dir import RunFolder, TrainedModel, load_trained
-from cs_lm.training.signals import StopRequested, raise_on_signal
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if prompt is not None:
             _write(trained, prompt, config.decoding)
         else:
-            _converse(trained, config.decoding)
+            PromptSession(config.decoding).converse(
+                lambda prompt, decoding: _write(trained, prompt, decoding),
+                fatal=(NotANumberError,),
+            )
     except NotANumberError as error:
         raise UserError(
             f"--checkpoint: got {config.checkpoint}, step {trained.iteration} in "
@@ -84,30 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _converse(trained: TrainedModel, decoding: DecodingConfig) -> None:
-    print(HELP, file=sys.stderr)
-    session = PromptSession(decoding)
-    with line_history():
-        for prompt in session.prompts():
-            try:
-                with raise_on_signal():
-                    _write(trained, prompt, session.settings)
-            except NotANumberError:
-                raise
-            except UserError as error:  # such as a stop token that the model does not have
-                print_error(error)
-            except StopRequested as stopped:
-                if stopped.number != signal.SIGINT:
-                    raise
-                print()  # Ctrl-C ends this answer only
-
-
 def _prompt_from(where: str, content: bytes) -> str:
     """The text, without the newline that editors and `echo` put at the end."""
-    text = decoded(where, content).removesuffix("\n").removesuffix("\r")
-    if not text:
-        raise UserError(f"{where}: is empty, need at least one character")
-    return text
+    return not_empty(where, decoded(where, content).removesuffix("\n").removesuffix("\r"))
 
 
 def _check(trained: TrainedModel, decoding: DecodingConfig) -> None:

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(set(names)) < len(names):
         raise UserError("--out_dir: names a run twice; name each once")
     for folder in folders:
-        folder.read_log()
+        folder.require_log()
     path = config.plot_path or folders[0].plot_of(config.show, config.against)
     print(plot_runs([folder.metrics for folder in folders], path, config.against, config.show))
     return 0

@@ -13,13 +13,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from cs_lm.alignment.answers import Answer
 from cs_lm.alignment.comparison import answers_of
 from cs_lm.alignment.conversations import template_of
-from cs_lm.alignment.records import Prompt, read_prompts, record_of
+from cs_lm.alignment.records import Prompt, ranks_of, read_prompts, record_of
 from cs_lm.alignment.rollouts import draw_answers, longest_row
 from cs_lm.cli._errors import readable_errors
 from cs_lm.cli._judges import Judge, judge_of
@@ -139,8 +140,7 @@ class _Sampler:
 def _ranked(prompt: Prompt, answers: Sequence[Answer], judge: Judge) -> dict:
     texts, ended = [one.text for one in answers], [one.ended for one in answers]
     scores = judge.score(prompt, answers)
-    rank = {value: n for n, value in enumerate(sorted(set(scores), reverse=True), start=1)}
-    found = {"responses": texts, "ranks": [rank[value] for value in scores]}
+    found = {"responses": texts, "ranks": ranks_of(scores)}
     return record_of(prompt) | found | {"scores": scores, "ended": ended}
 
 
@@ -162,15 +162,15 @@ def _prompts_in(path: Path) -> Counter[str]:
     try:
         records = [json.loads(line) for line in whole.splitlines() if line.strip()]
         keys = Counter(_key(record) for record in records if record["ranks"])
-        is_whole = rest and _is_json(rest)
-        if is_whole:
-            keys[_key(json.loads(rest))] += bool(json.loads(rest)["ranks"])
+        last = _parsed(rest)
+        if last is not None:
+            keys[_key(last)] += bool(last["ranks"])
         elif rest and not rest.startswith(_BEGINNINGS):
             raise ValueError
     except (ValueError, TypeError, KeyError):
         what, fix = f"{str(path)!r} holds other lines than rankings", "name another file"
         raise UserError(Problem("--out", what, fix=fix)) from None
-    if is_whole:
+    if last is not None:
         with path.open("ab") as file:
             file.write(b"\n")
     elif rest:
@@ -178,9 +178,9 @@ def _prompts_in(path: Path) -> Counter[str]:
     return keys
 
 
-def _is_json(text: bytes) -> bool:
+def _parsed(text: bytes) -> Any:
+    """The JSON value, or None for what is none, such as half a line."""
     try:
-        json.loads(text)
+        return json.loads(text)
     except ValueError:
-        return False
-    return True
+        return None

@@ -15,6 +15,7 @@ from cs_lm.config.shared import validate_run
 from cs_lm.errors import Problem
 from cs_lm.reports.run_report import run_report
 from cs_lm.storage.atomic import atomic_write
+from cs_lm.training.metrics_log import read_metrics
 from cs_lm.training.run_dir import RunFolder
 
 
@@ -32,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(ReportConfig, "python -m cs_lm report", __doc__, argv)
     folder = RunFolder(config.out_dir)
     path = config.html_path or str(folder.path / "report.html")
-    text = run_report(folder.path.resolve().name, folder.read_log())
+    folder.require_log()
+    text = run_report(folder.path.resolve().name, read_metrics(folder.metrics))
     atomic_write(path, text.encode("utf-8"))
     print(path)
     return 0

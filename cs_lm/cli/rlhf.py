@@ -7,6 +7,7 @@ what nobody knows of real people. Every stage is a run like any other; a chain t
 on.
 """
 
+import dataclasses
 import importlib
 import json
 import random
@@ -16,16 +17,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from cs_lm.alignment import words
+from cs_lm.alignment.answers import row_of
+from cs_lm.alignment.comparison import DrawingOptions, answer_prompts, standings
+from cs_lm.alignment.records import Prompt, ranks_of, read_prompts, read_rankings
+from cs_lm.alignment.reward_model import preference_report, render_rankings, score_rows
+from cs_lm.alignment.reward_training import RewardConfig, RewardModel, load_reward_model
+from cs_lm.alignment.rules import score_by_rule
+from cs_lm.alignment.stage import split_by_prompt
 from cs_lm.cli._errors import readable_errors
 from cs_lm.cli._fit import check_writable
+from cs_lm.cli._progress import ProgressLine
+from cs_lm.config.data import DataConfig
 from cs_lm.config.fields import not_positive, setting
 from cs_lm.config.flags import parse_config
 from cs_lm.config.shared import device_setting
+from cs_lm.data.corpus import embedded_text
+from cs_lm.data.pipeline import prepare
+from cs_lm.data.token_store import Tokens
 from cs_lm.device import resolve_device
 from cs_lm.errors import Problem, UserError
+from cs_lm.evaluation.perplexity import EvalOptions, evaluate, token_byte_lengths
+from cs_lm.reports.alignment_report import COLUMNS, ModelRow, Run, alignment_report, cells_of
 from cs_lm.storage.atomic import atomic_write
 from cs_lm.training.metrics_log import MetricsLog
-from cs_lm.training.run_dir import RunFolder
+from cs_lm.training.run_dir import RunFolder, TrainedModel, load_trained
 
 SPECIAL = "<|endoftext|> <|user|> <|assistant|> <|end|>"
 NUM_DEMONSTRATIONS, NUM_RANKED, NUM_PROMPTS, NUM_SHOWN = 36_000, 2000, 4000, 6
@@ -139,20 +157,17 @@ def _check_seed(config: RLHFConfig) -> None:
 
 
 def _write_data(chain: Chain) -> None:
-    from cs_lm.alignment.words import demonstrations_for, prompts_for, words_of, write_records
-    from cs_lm.data.corpus import embedded_text
-
     seed = chain.config.seed
-    words, rng = words_of(embedded_text(), seed), random.Random(seed)
+    known, rng = words.words_of(embedded_text(), seed), random.Random(seed)
     files = {
-        "demonstrations": lambda: demonstrations_for(words.train, NUM_DEMONSTRATIONS, seed),
-        "to_rank": lambda: prompts_for(rng.choices(words.train, k=NUM_RANKED), seed + 1),
-        "prompts": lambda: prompts_for(rng.choices(words.train, k=NUM_PROMPTS), seed + 2),
-        "test": lambda: prompts_for(words.test, seed + 3),
+        "demonstrations": lambda: words.demonstrations_for(known.train, NUM_DEMONSTRATIONS, seed),
+        "to_rank": lambda: words.prompts_for(rng.choices(known.train, k=NUM_RANKED), seed + 1),
+        "prompts": lambda: words.prompts_for(rng.choices(known.train, k=NUM_PROMPTS), seed + 2),
+        "test": lambda: words.prompts_for(known.test, seed + 3),
     }
     chain.folder.mkdir(parents=True, exist_ok=True)
     for name, records in files.items():
-        write_records(chain.folder / f"{name}.jsonl", records())
+        words.write_records(chain.folder / f"{name}.jsonl", records())
 
 
 def _train_all(chain: Chain) -> None:
@@ -188,19 +203,26 @@ MODELS = {
 
 
 def _report(chain: Chain) -> None:
-    from cs_lm.reports.alignment_report import COLUMNS, Run, alignment_report, cells_of
-
-    rows, texts = _measured(chain)
-    agreement = _agreement(chain)
-    records = {name: list(MetricsLog(RunFolder(chain.path(folder)).metrics).records())
-               for name, folder in {**MODELS, "reward": "reward"}.items()}  # fmt: skip
+    device = resolve_device(chain.config.device)
+    judge = load_reward_model(RunFolder(chain.path("reward")), "last", device)
+    prompts = read_prompts([chain.path("test.jsonl")])
+    begun = time.monotonic()
+    rows, texts = _measured(chain, prompts, judge, device)
+    chain.seconds["report"] = time.monotonic() - begun
+    agreement = _agreement(chain, judge, device)
+    folders = {**MODELS, "base": "base", "reward": "reward"}
+    records = {
+        name: list(MetricsLog(RunFolder(chain.path(folder)).metrics).records())
+        for name, folder in folders.items()
+    }
     runs = [
         Run(name, [r for r in records[name] if r["kind"] == "rollout"])
         for name in ("PPO", "PPO-ptx", "PPO without KL", "GRPO")
     ]
     valid = [r for r in records["reward"] if r["kind"] == "valid"][-1]
+    base = [r for r in records["base"] if r.get("bits_per_byte") is not None][-1]
     facts = [
-        f"Seed {chain.config.seed}. {len(texts['SFT'])} prompts about words that no stage has "
+        f"Seed {chain.config.seed}. {len(prompts)} prompts about words that no stage has "
         "seen; answers are drawn at temperature 1. Gold reward: 2 if right, 0.5 for each step of "
         "style, -0.01 a character, -1 without an end. PPO without KL runs at twice the learning "
         "rate, so that a few minutes show where it leads.",
@@ -209,10 +231,9 @@ def _report(chain: Chain) -> None:
         f"{agreement['labeler_accuracy']:.3f} of those pairs as they should be, and it orders "
         f"{agreement['gold_accuracy']:.3f}.",
     ]
-    prompts = [json.loads(line)["prompt"] for line in _lines(chain, "test")][:NUM_SHOWN]
     answers = [
-        (prompt, {name: own[number] for name, own in texts.items()})
-        for number, prompt in enumerate(prompts)
+        (prompt.conversation[-1].content, {name: own[number] for name, own in texts.items()})
+        for number, prompt in enumerate(prompts[:NUM_SHOWN])
     ]
     text = alignment_report(
         "From a text to an aligned model", facts, rows, runs, valid["calibration"], answers,
@@ -221,7 +242,7 @@ def _report(chain: Chain) -> None:
     atomic_write(chain.folder / "report.html", text.encode("utf-8"))
     summary = {
         "seed": chain.config.seed, "models": {row.name: row._asdict() for row in rows},
-        "reward_model": valid, "base_bits_per_byte": _last_bits(chain, "base"),
+        "reward_model": valid, "base_bits_per_byte": base["bits_per_byte"],
         "seconds": chain.seconds,
         **agreement,
     }  # fmt: skip
@@ -234,116 +255,85 @@ def _report(chain: Chain) -> None:
     print(f"\n{sum(chain.seconds.values()) / 60:.1f} minutes; report: {chain.path('report.html')}")
 
 
-def _lines(chain: Chain, name: str) -> list[str]:
-    return (chain.folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-
-
-def _last_bits(chain: Chain, name: str) -> float:
-    records = MetricsLog(RunFolder(chain.path(name)).metrics).records()
-    return [r for r in records if r.get("bits_per_byte") is not None][-1]["bits_per_byte"]
-
-
-def _measured(chain: Chain) -> tuple[list[Any], dict[str, list[str]]]:
+def _measured(
+    chain: Chain, prompts: Sequence[Prompt], judge: RewardModel, device: torch.device
+) -> tuple[list[Any], dict[str, list[str]]]:
     """The rows of the report, and the answers of each model."""
-    from cs_lm.alignment import words
-    from cs_lm.alignment.answers import row_of
-    from cs_lm.alignment.comparison import DrawingOptions, answer_prompts, win_rate
-    from cs_lm.alignment.records import read_prompts
-    from cs_lm.alignment.reward_model import score_rows
-    from cs_lm.alignment.reward_training import load_reward_model
-    from cs_lm.reports.alignment_report import ModelRow
-    from cs_lm.training.run_dir import load_trained
-
-    device = resolve_device(chain.config.device)
-    prompts = read_prompts([chain.path("test.jsonl")])
     options = DrawingOptions(MAX_NEW_TOKENS, seed=chain.config.seed)
-    judge = load_reward_model(RunFolder(chain.path("reward")), "last", device)
-    begun, first, rows, texts = time.monotonic(), None, [], {}
-    golds: dict[str, list[float]] = {}
-    for name, folder in MODELS.items():
+    first, drawn, proxies, bits = None, [], [], []
+    for folder in MODELS.values():
         trained = load_trained(RunFolder(chain.path(folder)), "last", device)
-        found = answer_prompts(trained, prompts, options, first and first.model)
-        first = first or trained
-        texts[name] = found.texts
-        fields = [
-            {**one.fields, "prompt": one.conversation[-1].content, "ended": answer.ended}
-            for one, answer in zip(prompts, found.answers)
-        ]
-        means = {}
-        for rule in (words.gold, words.right, words.liked):
-            scores = [rule(text, each) for text, each in zip(found.texts, fields)]
-            means[rule.__name__] = sum(scores) / len(scores)
-            if rule is words.gold:
-                golds[name] = scores
-        rendered = [
+        if first is None:
+            first, manual = trained, _manual_of(trained)
+        reference = None if trained is first else first.model
+        drawn.append(answer_prompts(trained, prompts, options, reference))
+        rows = [
             row_of(judge.template, prompt.conversation, answer)
-            for prompt, answer in zip(prompts, found.answers)
+            for prompt, answer in zip(prompts, drawn[-1].answers)
         ]
-        wins = None
-        if rows:
-            rate = win_rate(golds[name], golds["SFT"])
-            wins = (rate.share, *rate.interval)
-        rows.append(
-            ModelRow(
-                name,
-                means["gold"],
-                score_rows(judge.model, rendered, device).mean().item(),
-                means["right"],
-                means["liked"],
-                wins,
-                found.kl,
-                sum(len(one.token_ids) for one in found.answers) / len(prompts),
-                sum(one.ended for one in found.answers) / len(prompts),
-                _bits_per_byte(trained),
-            )
+        proxies.append(score_rows(judge.model, rows, device).mean().item())
+        bits.append(_bits_per_byte(trained, manual))
+    scores = {
+        rule: [
+            [score_by_rule(rule, a.text, p, a.ended) for p, a in zip(prompts, own.answers)]
+            for own in drawn
+        ]
+        for rule in (words.gold, words.right, words.liked)
+    }
+    found = [
+        ModelRow(
+            one.name,
+            one.score,
+            proxy,
+            sum(right) / len(right),
+            sum(liked) / len(liked),
+            one.wins and (one.wins.share, *one.wins.interval),
+            one.kl,
+            one.length,
+            one.ended,
+            of_text,
         )
-    chain.seconds["report"] = time.monotonic() - begun
-    return rows, texts
+        for one, proxy, right, liked, of_text in zip(
+            standings(list(MODELS), drawn, scores[words.gold]),
+            proxies,
+            scores[words.right],
+            scores[words.liked],
+            bits,
+        )
+    ]
+    return found, {name: own.texts for name, own in zip(MODELS, drawn)}
 
 
-def _agreement(chain: Chain) -> dict[str, float]:
+def _agreement(chain: Chain, judge: RewardModel, device: torch.device) -> dict[str, float]:
     """Shares of the validation pairs that are ordered as they should be by what is really better.
 
     gold_accuracy     by the reward model
     labeler_accuracy  by the labelers
     """
-    import torch
-
-    from cs_lm.alignment.records import read_rankings
-    from cs_lm.alignment.reward_model import render_answer, score_rows
-    from cs_lm.alignment.reward_training import RewardConfig, load_reward_model
-    from cs_lm.alignment.stage import split_by_prompt
-    from cs_lm.alignment.words import answer_to, gold
-
-    device = resolve_device(chain.config.device)
-    judge = load_reward_model(RunFolder(chain.path("reward")), "last", device)
     rankings = read_rankings([chain.path("rankings.jsonl")])
     _, valid = split_by_prompt(rankings, RewardConfig.valid_fraction, lambda one: one.prompt)
-    right, num_pairs = {"gold_accuracy": 0, "labeler_accuracy": 0}, 0
+    truth = []
     for one in valid:
-        fields = {"answer": answer_to(one.prompt[-1].content), "ended": True}
-        rows = [render_answer(judge.template, one.prompt, answer) for answer in one.answers]
-        scores = score_rows(judge.model, rows, device)
-        truth = torch.tensor([gold(answer, fields) for answer in one.answers])
-        is_pair = truth.unsqueeze(-1) > truth
-        num_pairs += int(is_pair.sum())
-        for name, found in zip(right, (scores, -torch.tensor(one.ranks))):
-            right[name] += int((is_pair & (found.unsqueeze(-1) > found)).sum())
-    return {name: count / num_pairs for name, count in right.items()}
+        fields = {"answer": words.answer_to(one.prompt[-1].content), "ended": True}
+        ranks = ranks_of([words.gold(answer, fields) for answer in one.answers])
+        truth.append(one._replace(ranks=tuple(ranks)))
+    rendered, _ = render_rankings(truth, judge.template, judge.model.trunk.config.context_length)
+    by_model = [score_rows(judge.model, one.rows, device) for one in rendered]
+    by_labelers = [-torch.tensor(one.ranks, dtype=torch.float32) for one in valid]
+    return {
+        name: preference_report(scores, rendered)["accuracy"]
+        for name, scores in (("gold_accuracy", by_model), ("labeler_accuracy", by_labelers))
+    }
 
 
-def _bits_per_byte(trained: Any) -> float:
-    """Of the validation part of the manual."""
-    import dataclasses
-
-    from cs_lm.cli._progress import ProgressLine
-    from cs_lm.config.data import DataConfig
-    from cs_lm.data.pipeline import prepare
-    from cs_lm.evaluation.perplexity import EvalOptions, evaluate, token_byte_lengths
-
+def _manual_of(trained: TrainedModel) -> Tokens:
+    """The validation part of the manual, in the tokens of the model."""
     data = DataConfig(corpus_size="python-manual", special_tokens=tuple(SPECIAL.split()))
     config = dataclasses.replace(trained.config, data=data)
-    text = prepare(config, trained.tokenizer, ProgressLine())
+    return prepare(config, trained.tokenizer, ProgressLine()).valid
+
+
+def _bits_per_byte(trained: TrainedModel, text: Tokens) -> float:
     options = EvalOptions(trained.config.model.context_length, 16, 30_000)
     lengths = token_byte_lengths(trained.tokenizer.vocab)
-    return evaluate(trained.model, text.valid, lengths, options).bits_per_byte
+    return evaluate(trained.model, text, lengths, options).bits_per_byte

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cs_lm.cli._errors import decoded, readable_errors
+from cs_lm.cli._errors import decoded, not_empty, readable_errors
 from cs_lm.cli._outputs import PAGE, output_problems
 from cs_lm.cli._prompt import has_colours
 from cs_lm.config.fields import is_unicode, not_unicode, setting
@@ -22,7 +22,7 @@ from cs_lm.config.shared import (
     validate_run,
 )
 from cs_lm.device import resolve_device
-from cs_lm.errors import Problem, UserError
+from cs_lm.errors import Problem
 from cs_lm.evaluation.scoring import TokenScore, score_tokens, summary
 from cs_lm.reports.scored_text import ScoredToken, for_browser, for_terminal, legend
 from cs_lm.storage.atomic import atomic_write
@@ -97,9 +97,7 @@ def _text(config: ScoreConfig) -> str:
         where = "standard input" if path is None else f"--text_path: {path!r}"
         content = sys.stdin.buffer.read() if path is None else Path(path).read_bytes()
         text = decoded(where, content)
-    if not text:
-        raise UserError(f"{where}: is empty, need at least one character")
-    return text
+    return not_empty(where, text)
 
 
 def _name(token_id: int, vocab: dict[int, bytes]) -> str:

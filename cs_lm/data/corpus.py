@@ -151,8 +151,11 @@ def text_of(
     flag      what names the paths, for messages
     Raises: UserError for a path without a file, or for one file that is empty
     """
-    find_files(paths, flag)
     separator = separator_for(settings.document_separator, special_tokens)
     return TextSource(
-        paths, settings.encoding_errors, separator=separator, text_field=settings.text_field
+        paths,
+        settings.encoding_errors,
+        separator=separator,
+        text_field=settings.text_field,
+        flag=flag,
     )

@@ -42,6 +42,7 @@ class TextSource:
                       "replace" puts U+FFFD in its place
     separator         text between two documents: files, or records in them
     text_field        name of the field with a record's text
+    flag              what names the paths, for messages
     bytes_read, total_bytes  progress of reading; the total of a pipe is None
     Raises: MissingError for a missing file, UserError for an empty one.
     """
@@ -53,8 +54,9 @@ class TextSource:
         block_bytes: int = BLOCK_BYTES,
         separator: str = "",
         text_field: str = TEXT_FIELD,
+        flag: str = "corpus",
     ):
-        self.paths = find_files(paths)
+        self.paths = find_files(paths, flag)
         self._encoding_errors, self._block_bytes = encoding_errors, block_bytes
         self._separator, self._text_field = separator, text_field
         self._digests: list[str] = []

@@ -74,13 +74,11 @@ class RunFolder:
         if not self.exists():
             raise FileNotFoundError(f"--out_dir: {str(self.path)!r} holds no checkpoint; {fix}")
 
-    def read_log(self) -> list[dict[str, Any]]:
-        """The records of the log. Raises: UserError where there is none, or an empty one."""
-        records = list(MetricsLog(self.metrics).records())
-        if not records:
+    def require_log(self) -> None:
+        """Raises: UserError where there is no log, or an empty one."""
+        if next(MetricsLog(self.metrics).records(warn=False), None) is None:
             why = "has an empty log" if self.metrics.exists() else "is not the folder of a run"
             raise UserError(f"--out_dir: {str(self.path)!r} {why}; name the folder of a run")
-        return records
 
     def save_tokenizer(self, tokenizer: BPETokenizer) -> None:
         """Saves a copy of the tokenizer, so that the folder alone is enough to generate text."""
