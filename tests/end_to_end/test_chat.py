@@ -11,7 +11,8 @@ from cs_lm.cli.chat import Chat
 from cs_lm.cli.commands import main as command
 from cs_lm.inference.decoding_config import DecodingConfig
 from cs_lm.training.run_dir import RunFolder, load_trained
-from tests.end_to_end.test_sft import WORDS, bases, sft, work
+from tests.end_to_end.instructions import WORDS
+from tests.end_to_end.test_sft import bases, sft, work
 
 __all__ = ["bases", "work"]  # fixtures
 

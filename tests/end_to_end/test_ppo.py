@@ -11,8 +11,10 @@ from cs_lm.alignment.policy_task import PolicyTask
 from cs_lm.cli.commands import main as command
 from cs_lm.training.metrics_log import MetricsLog
 from cs_lm.training.run_dir import RunFolder, load_trained
+from tests.end_to_end.instructions import WORDS
 from tests.end_to_end.test_reward import ranked, reward
-from tests.end_to_end.test_sft import WORDS, assert_equal, bases, sft, state, work
+from tests.end_to_end.test_sft import bases, sft, state, work
+from tests.sameness import assert_equal
 
 __all__ = ["bases", "ranked", "work"]  # fixtures
 
@@ -34,6 +36,14 @@ def without_times(extras):
     return extras | {"rollouts": extras["rollouts"] | {"updating_s": 0, "facts": {
         name: value for name, value in facts.items() if name not in timed
     }}}  # fmt: skip
+
+
+def assert_same_end(runs, step):
+    """The checkpoints of two runs, but for times."""
+    first, second = (state(out, step) for out in runs)
+    for one in (first, second):
+        one["extras"] = without_times(one["extras"])
+    assert_equal(first, second)
 
 
 def rollout_records(out):
@@ -72,11 +82,7 @@ def test_a_resumed_run_is_the_same_to_the_last_bit(work, ranked, name, source):
     for out in runs:
         assert policy(name, out, max_steps=9, keep_last=9, **more) == 0
     assert command([name, "--resume", "--out_dir", str(runs[1]), "--resume_step", "3"]) == 0
-    first, second = (state(out, 9) for out in runs)
-    for one in (first, second):
-        one["extras"] = without_times(one["extras"])
-        one["extras"]["stage"]["config"].pop("out_dir")
-    assert_equal(first, second)
+    assert_same_end(runs, 9)
     logs = [
         [{k: v for k, v in r.items() if not k.endswith("_s")} for r in rollout_records(out)]
         for out in runs
@@ -164,11 +170,7 @@ def test_a_bad_step_at_the_end_of_an_iteration_is_repeated(work, monkeypatch):
         assert policy("ppo", runs[1], **more) == 3
     assert (runs[1] / "bad_step_00000004.json").exists()
     assert command(["ppo", "--resume", "--out_dir", str(runs[1])]) == 0
-    first, second = (state(out, 8) for out in runs)
-    for one in (first, second):
-        one["extras"] = without_times(one["extras"])
-        one["extras"]["stage"]["config"].pop("out_dir")
-    assert_equal(first, second)
+    assert_same_end(runs, 8)
 
 
 def test_a_rule_that_fails_costs_nothing(work, monkeypatch, capsys):
@@ -197,11 +199,7 @@ def test_a_rule_that_fails_costs_nothing(work, monkeypatch, capsys):
     assert "the rule failed on the answer" in capsys.readouterr().err
     mine.fails = False
     assert command(["ppo", "--resume", "--out_dir", str(runs[1])]) == 0
-    first, second = (state(out, 8) for out in runs)
-    for one in (first, second):
-        one["extras"] = without_times(one["extras"])
-        one["extras"]["stage"]["config"].pop("out_dir")
-    assert_equal(first, second)
+    assert_same_end(runs, 8)
 
 
 def test_other_answers_of_the_prompts_are_noticed(work, capsys):

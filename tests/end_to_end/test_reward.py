@@ -12,7 +12,9 @@ from cs_lm.cli.commands import main as command
 from cs_lm.cli.train import main as run_clm
 from cs_lm.training.metrics_log import MetricsLog
 from cs_lm.training.run_dir import RunFolder
-from tests.end_to_end.test_sft import BASE, SPECIAL, WORDS, assert_equal, bases, sft, state, work
+from tests.end_to_end.instructions import SPECIAL, WORDS
+from tests.end_to_end.test_sft import BASE, bases, sft, state, work
+from tests.sameness import assert_equal
 
 __all__ = ["bases", "work"]  # fixtures
 

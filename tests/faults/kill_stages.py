@@ -24,23 +24,10 @@ import torch._dynamo  # each start would import it anew, with its first optimize
 from cs_lm.cli.commands import main as command
 from cs_lm.training.metrics_log import MetricsLog
 from cs_lm.training.run_dir import RunFolder
+from tests.end_to_end.instructions import SPECIAL, WORDS
 from tests.faults.kill_runs import wait_or_kill
+from tests.sameness import assert_equal
 
-WORDS = [
-    "cat",
-    "dog",
-    "bird",
-    "fish",
-    "horse",
-    "mouse",
-    "bear",
-    "wolf",
-    "lion",
-    "deer",
-    "frog",
-    "goat",
-]
-SPECIAL = ["<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"]
 SHAPE = (
     "--vocab_size 260 --d_model 16 --num_layers 1 --num_heads 2 --d_ff 24 --max_seq_length 48 "
     "--seq_length 32 --batch_size 4 --max_steps 4 --corpus_path text.txt --out_dir base"
@@ -95,16 +82,12 @@ def finish(argv: list[str], out: Path) -> None:
 def content(folder: str) -> dict[str, Any]:
     """The last checkpoint and the log, without times and names of folders."""
     run = RunFolder(folder)
-    found = run.read("last")
-    found["extras"].pop("elapsed_s")
-    found["extras"]["config"].pop("out_dir")
-    found["extras"]["stage"]["config"].pop("out_dir")
     records = [
         {key: value for key, value in record.items() if not is_timed(key)}
         for record in MetricsLog(run.metrics).records()
         if record["kind"] in ("valid", "rollout", "train")
     ]
-    return {"checkpoint": without_times(found), "log": records}
+    return {"checkpoint": without_times(run.read("last")), "log": records}
 
 
 def is_timed(key: str) -> bool:
@@ -115,22 +98,6 @@ def without_times(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: without_times(v) for k, v in value.items() if not is_timed(str(k))}
     return value
-
-
-def assert_equal(one: Any, other: Any, where: str) -> None:
-    assert type(one) is type(other), where
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), where
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for key in one:
-            assert_equal(one[key], other[key], f"{where}.{key}")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other), where
-        for number, (a, b) in enumerate(zip(one, other)):
-            assert_equal(a, b, f"{where}[{number}]")
-    else:
-        assert one == other, (where, one, other)
 
 
 def kill_stage(name: str, kills: int, most_s: float, chosen: random.Random) -> Counter:

@@ -1,29 +1,18 @@
 """SIGKILL at random moments: every start succeeds, and what comes of it is the quiet run."""
 
-import json
 import os
-import subprocess
-import sys
 
 import pytest
 
-from tests.end_to_end.conftest import ROOT
+from tests.faults.conftest import printed_by
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="each start is a fork of one process")
 @pytest.mark.xdist_group("kills")
 @pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.slow)])
 def test_killed_many_times(kills):
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.faults.kill_runs", "--kills", str(kills)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    found = json.loads(result.stdout)
-    print(result.stdout)
+    found = printed_by("kill_runs", "--kills", str(kills))
+    print(found)
     assert found["kills"] == kills
     if kills == 200:  # how many depends on the machine
         assert found["left_half_written"] > 0 and found["runs_ended_equal"] > 0

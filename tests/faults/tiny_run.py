@@ -4,8 +4,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cs_lm.cli._fit import NON_FINITE
 from cs_lm.config.data import DataConfig
 from cs_lm.config.fields import replace as replaced
@@ -19,6 +17,7 @@ from cs_lm.training.nonfinite import NonFiniteError
 from cs_lm.training.run_dir import RunFolder, saved_config
 from cs_lm.training.trainer import Trainer
 from tests.end_to_end.conftest import write_corpus
+from tests.sameness import assert_equal
 
 CONFIG = RunConfig(
     ModelConfig(16, 2, 40, 300, 1, 32),
@@ -72,23 +71,8 @@ def assert_same_run(expected: Path, actual: Path) -> None:
     """The last and best checkpoints and the logs agree to the last bit, times aside."""
     one, two = RunFolder(expected), RunFolder(actual)
     for which in ("last", "best"):
-        _assert_equal(one.read(which), two.read(which), which)
+        assert_equal(one.read(which), two.read(which), which)
     assert _log(one) == _log(two)
-
-
-def _assert_equal(a: Any, b: Any, name: str) -> None:
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), name
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), name
-        for key in a.keys() - {"elapsed_s", "out_dir"}:
-            _assert_equal(a[key], b[key], f"{name}.{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), name
-        for i, (x, y) in enumerate(zip(a, b)):
-            _assert_equal(x, y, f"{name}.{i}")
-    else:
-        assert a == b, name
 
 
 def _log(run: RunFolder) -> list[dict[str, Any]]:
