@@ -16,6 +16,8 @@ from cs_lm.alignment.masked import masked_mean, masked_sum
 from cs_lm.config.model import ModelConfig
 from cs_lm.data.batches import load_windows, sample_windows
 from cs_lm.data.token_store import ArrayTokens
+from cs_lm.distributed.data_parallel import ReplicatedModule
+from cs_lm.distributed.sharded_optimizer import ShardedOptimizer
 from cs_lm.evaluation.tasks import chosen_letter, last_number
 from cs_lm.models.layers import (
     Embedding,
@@ -27,6 +29,7 @@ from cs_lm.models.layers import (
 )
 from cs_lm.models.transformer import TransformerBlock, TransformerLM
 from cs_lm.ops import reference as ops
+from cs_lm.ops.tiled_attention import LOG2_E, attention_backward, attention_forward, row_sums
 from cs_lm.optim.adamw import AdamW
 from cs_lm.optim.clip import clip_gradients
 from cs_lm.optim.schedule import cosine_schedule
@@ -320,3 +323,43 @@ def run_compute_per_instance_dpo_loss(
         for response in (response_chosen, response_rejected)
     )
     return preference_losses(chosen - rejected)
+
+
+# ---- many machines; the suite has joined its processes already ----
+
+
+def get_ddp(module):
+    return ReplicatedModule(module)
+
+
+def ddp_on_after_backward(ddp_model, optimizer):
+    ddp_model.finish()
+
+
+def get_sharded_optimizer(params, optimizer_cls, **kwargs):
+    return ShardedOptimizer(params, optimizer_cls, **kwargs)
+
+
+class _Attention(torch.autograd.Function):
+    """q, k and v (B, T, D). Keeps the log-sum-exp of each row, natural logarithm, (B, T)."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, is_causal=False):
+        output, log2_sums = attention_forward(*(x[:, None] for x in (q, k, v)), None, is_causal)
+        ctx.save_for_backward(q, k, v, output[:, 0], log2_sums[:, 0, :, 0] / LOG2_E)
+        ctx.is_causal = is_causal
+        return output[:, 0]
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        q, k, v, output, log_sums = ctx.saved_tensors
+        mean, log2_sums = row_sums(grad_output * output), log_sums[..., None] * LOG2_E
+        q, k, v, grad_output, mean, log2_sums = (
+            x[:, None] for x in (q, k, v, grad_output, mean, log2_sums)
+        )
+        gradients = attention_backward(grad_output, mean, q, k, v, None, log2_sums, ctx.is_causal)
+        return *(x[:, 0] for x in gradients), None
+
+
+def get_flashattention_autograd_function_pytorch():
+    return _Attention

@@ -1,6 +1,7 @@
 """Fixtures for all tests: seeded generators, and real text where it is at hand."""
 
 import os
+from contextlib import ExitStack
 from pathlib import Path
 
 # Models of tests are tiny: two threads would wait for each other most of the time. Processes that
@@ -10,6 +11,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 from hypothesis import settings
+
+from tests.ranks import rank_pool
 
 # Machines are shared and slow at times: a test that takes long has not failed.
 settings.register_profile("steady", deadline=None, derandomize=True, max_examples=100)
@@ -39,3 +42,10 @@ def no_compiler(_function):
         raise RuntimeError("\nNo compiler found\nand much more text")
 
     return compiled
+
+
+@pytest.fixture(scope="session")
+def pools():
+    """Processes that are joined, by their number. Tests with them are of one xdist group."""
+    with ExitStack() as stack:
+        yield {size: stack.enter_context(rank_pool(size)) for size in (2, 3)}

@@ -5,8 +5,10 @@ import functools
 import io
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 
+from cs_lm.distributed.launch import launched
 from cs_lm.errors import UserError
 from cs_lm.training.console import log_to, print_line
 from cs_lm.training.signals import StopRequested, raise_on_signal
@@ -74,7 +76,17 @@ def not_empty(where: str, text: str) -> str:
     return text
 
 
+# How long other ranks than 0 wait before they print an error [s]. If rank 0 has the same one, it
+# has printed it, and torchrun has ended them.
+_OTHERS_WAIT_S = 3.0
+
+
 def print_error(error: Exception) -> None:
+    """Prints it on the error stream. Of several processes, those besides rank 0 wait first."""
+    place, whose = launched(), ""
+    if place is not None and place.rank > 0:
+        whose = f"rank {place.rank}: "
+        time.sleep(_OTHERS_WAIT_S)
     for line in str(error).splitlines():
         with contextlib.suppress(OSError):  # a closed terminal must not change the exit status
-            print(f"error: {line}", file=sys.stderr, flush=True)
+            print(f"error: {whose}{line}", file=sys.stderr, flush=True)

@@ -7,9 +7,12 @@ from typing import Any
 
 from cs_lm.cli._errors import is_out_of_memory, print_error
 from cs_lm.cli._outputs import no_place
+from cs_lm.distributed.launch import is_first_rank
 from cs_lm.errors import UserError
 
-UNEXPECTED, NON_FINITE = 1, 3  # exit status
+UNEXPECTED, NON_FINITE, RANK_LOST = 1, 3, 5  # exit status
+# How long the other ranks wait for rank 0 at the end, which may be saving [s].
+_SAVING_S, _LOST_S = 3600.0, 60.0
 
 
 def check_writable(folder: Path) -> None:
@@ -18,21 +21,34 @@ def check_writable(folder: Path) -> None:
         raise UserError(*problems)
 
 
-def fit(make_trainer: Callable[[], Any]) -> int:
+def fit(make_trainer: Callable[[], Any], ranks: Any = None) -> int:
+    """Trains; returns the exit status. ranks  the processes that share the run, if several do."""
+    status = _fit(make_trainer)
+    if ranks is not None and status != UNEXPECTED:
+        ranks.wait_for_first(_LOST_S if status == RANK_LOST else _SAVING_S)
+    return status
+
+
+def _fit(make_trainer: Callable[[], Any]) -> int:
+    from cs_lm.distributed.ranks import RankLostError
     from cs_lm.training.nonfinite import NonFiniteError
 
     trainer = make_trainer()
     if trainer.has_ended:
-        print(
-            f"resume: the run is at step {trainer.step} of {trainer.num_steps} already; raise "
-            "--num_epochs or --max_steps to train on"
-        )
+        if is_first_rank():
+            print(
+                f"resume: the run is at step {trainer.step} of {trainer.num_steps} already; raise "
+                "--num_epochs or --max_steps to train on"
+            )
         return 0
     try:
         return trainer.fit()
     except NonFiniteError as error:
         print_error(error)
         return NON_FINITE
+    except RankLostError as error:
+        print_error(error)
+        return RANK_LOST
     except Exception as error:
         if isinstance(error, UserError) or is_out_of_memory(error):
             raise

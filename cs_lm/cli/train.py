@@ -4,7 +4,7 @@ import difflib
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from cs_lm.cli._errors import readable_errors
 from cs_lm.cli._fit import check_writable, fit
 from cs_lm.cli._init_from import read_start
 from cs_lm.cli._progress import ProgressLine
+from cs_lm.cli._ranks import check_ranks, joined, log_of_rank
 from cs_lm.config.fields import flag_of, has_setting, replace, settings_of, value_of
 from cs_lm.config.flags import FlagParser, add_flags, config_from_flags, read_flags
 from cs_lm.config.model import ArchitectureConfig
@@ -21,6 +22,8 @@ from cs_lm.data.corpus import check_corpora, label_of
 from cs_lm.data.pipeline import prepare
 from cs_lm.data.pipes import check_no_pipe, with_pipes_kept
 from cs_lm.device import resolve_device
+from cs_lm.distributed.launch import is_first_rank
+from cs_lm.distributed.ranks import ALONE, Ranks
 from cs_lm.errors import Problem, UserError, missing_package
 from cs_lm.training.console import log_to, print_line
 from cs_lm.training.run_dir import RunFolder, saved_config, stage_of
@@ -38,7 +41,7 @@ _OF_THIS_CALL = {*NOT_SAVED_SETTINGS, "out_dir"}
 
 @readable_errors
 def main(argv: Sequence[str] | None = None) -> int:
-    with log_to(lambda text: print_line(text, sys.stdout)):
+    with log_of_rank(sys.stdout):
         return _main(argv)
 
 
@@ -65,11 +68,22 @@ def _main(argv: Sequence[str] | None) -> int:
     if config.dry_run:
         return _print_dry_run(config, folder, tokenizer)
     config = with_pipes_kept(config)
-    data = _prepared(config, tokenizer)
-    with folder.lock():
-        folder.refuse_a_run()  # a run that began and ended meanwhile
-        weights = None if start is None else start.weights
-        return fit(lambda: _new_trainer()(config, data, folder, weights=weights))
+    weights = None if start is None else start.weights
+    with joined(config) as ranks:
+        check_ranks(config, ranks)
+        with ranks.first_alone():
+            data = _prepared(config, tokenizer)
+        with _locked(folder, ranks):
+            if ranks.is_first:
+                folder.refuse_a_run()  # a run that began and ended meanwhile
+            return fit(
+                lambda: _new_trainer()(config, data, folder, weights=weights, ranks=ranks), ranks
+            )
+
+
+def _locked(folder: RunFolder, ranks: Ranks) -> AbstractContextManager[None]:
+    """The folder's lock, which rank 0 holds for all."""
+    return folder.lock() if ranks.is_first else nullcontext()
 
 
 def _named_base(given: dict[str, Any]) -> RunConfig:
@@ -93,13 +107,24 @@ def _resume(namespace, given: dict[str, Any], wrong_values: list[Problem]) -> in
         raise UserError(*wrong_step)
     folder = RunFolder(asked.out_dir or Path("runs") / label_of(asked.data))
     folder.require("check it, or start the run without --resume")
-    with nullcontext() if asked.dry_run else folder.lock():
-        return _resume_locked(folder, namespace, given)
+    if asked.dry_run:
+        return _resume_locked(folder, namespace, given, ALONE)
+    with joined(asked) as ranks, _locked(folder, ranks):
+        return _resume_locked(folder, namespace, given, ranks)
 
 
-def _resume_locked(folder: RunFolder, namespace, given: dict[str, Any]) -> int:
-    step = given.get("resume_step")
-    checkpoint = folder.read("last" if step is None else str(step))
+def _read(folder: RunFolder, step: int | None, ranks: Ranks) -> dict[str, Any]:
+    """The checkpoint of that step, or the newest that verifies at rank 0."""
+    checkpoint = None
+    with ranks.first_alone():
+        if ranks.is_first:
+            checkpoint = folder.read("last" if step is None else str(step))
+    of_first = ranks.from_first("" if checkpoint is None else str(checkpoint["iteration"]))
+    return folder.read(of_first) if checkpoint is None else checkpoint
+
+
+def _resume_locked(folder: RunFolder, namespace, given: dict[str, Any], ranks: Ranks) -> int:
+    checkpoint = _read(folder, given.get("resume_step"), ranks)
     refuse_a_stage(folder, checkpoint)
     saved = saved_config(checkpoint)
     # an imported model has no best checkpoint yet: its validation text may still change
@@ -109,16 +134,18 @@ def _resume_locked(folder: RunFolder, namespace, given: dict[str, Any]) -> int:
     config = config_from_flags(saved, namespace, _problems_of_this_machine)
     for name in sorted(set(given) - _OF_THIS_CALL):
         before, now = value_of(saved, name), given[name]
-        if before != now:
+        if before != now and ranks.is_first:
             print(f"resume: --{name} is {_shown(now)} from here on, it was {_shown(before)}")
     tokenizer = folder.load_tokenizer()
     if config.dry_run:
         return _print_dry_run(config, folder, tokenizer)
     config = with_pipes_kept(config)
-    data = _prepared(config, tokenizer)
+    check_ranks(config, ranks)
+    with ranks.first_alone():
+        data = _prepared(config, tokenizer)
     held = [checkpoint]  # the trainer copies it: `pop` lets the original be freed during training
     del checkpoint
-    return fit(lambda: _new_trainer()(config, data, folder, held.pop()))
+    return fit(lambda: _new_trainer()(config, data, folder, held.pop(), ranks=ranks), ranks)
 
 
 def refuse_a_stage(folder: RunFolder, checkpoint: dict[str, Any]) -> None:
@@ -174,6 +201,8 @@ def _print_dry_run(config: RunConfig, folder: RunFolder, tokenizer) -> int:
     from cs_lm.training.estimate import report
 
     check_no_pipe(config)
+    if not is_first_rank():
+        return 0
     print(report(config, folder.path, tokenizer))
     print("dry run: settings are fine, nothing was written")
     return 0
@@ -192,5 +221,5 @@ def _prepared(config: RunConfig, tokenizer):
         progress.close()
         print_line(text, sys.stdout)
 
-    with log_to(write_line):
+    with log_to(write_line) if is_first_rank() else nullcontext():
         return prepare(config, tokenizer, progress)

@@ -17,6 +17,7 @@ from cs_lm.config.shared import (
 from cs_lm.errors import Problem, no_effect_without
 
 DTYPES = ("float32", "bfloat16")
+PARALLEL = ("none", "ddp")
 NUM_BYTE_TOKENS = 256
 MAX_CONTEXT_LENGTH = 1 << 22  # tokens; position tables have this many rows, even for small weights
 
@@ -54,6 +55,21 @@ class RunConfig:
     )
     ops: str = setting(
         "fast", "clear: the definitions; fast: the quicker versions", choices=("clear", "fast")
+    )
+    parallel: str = setting(
+        "none",
+        "how the processes that torchrun started share the work; ddp: each has the whole model and "
+        "a part of every batch. --batch_size is that of all of them together",
+        choices=PARALLEL,
+    )
+    dist_timeout_s: float = setting(
+        120.0, "with --parallel: a process that does not answer for so long ends the run", "s"
+    )
+    check_interval: int = setting(
+        500,
+        "with --parallel: compare weights and moments of all processes every N steps; 0: never",
+        "steps",
+        minimum=0,
     )
     seed: int = setting(0, "random seed of weights, batches and samples", minimum=0)
     log_interval: int = setting(10, "write to metrics.jsonl every N steps", "steps")
@@ -192,4 +208,11 @@ def named_run(model_name: str) -> RunConfig:
 
 
 # Settings of one call of run_clm.py, not of the run: checkpoints always store these values.
-NOT_SAVED_SETTINGS = {"resume": False, "resume_step": None, "dry_run": False}
+NOT_SAVED_SETTINGS = {
+    "resume": False,
+    "resume_step": None,
+    "dry_run": False,
+    "parallel": "none",
+    "dist_timeout_s": RunConfig.dist_timeout_s,
+    "check_interval": RunConfig.check_interval,
+}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cs_lm.data.batches import Batch
 from cs_lm.data.token_store import Tokens
+from cs_lm.distributed.ranks import ALONE, Ranks
 from cs_lm.errors import UserError
 from cs_lm.models.base import LanguageModel, evaluating, next_token_loss
 from cs_lm.ops.reference import IGNORE_INDEX
@@ -125,6 +126,9 @@ class EvalOptions(NamedTuple):
     stride: int | None = None
 
 
+_NOTHING = Window(0, 1, 0)  # one token: no target
+
+
 @torch.no_grad()
 def evaluate(
     model: LanguageModel,
@@ -133,20 +137,24 @@ def evaluate(
     options: EvalOptions,
     loss: Callable[[Any, Any], tuple[Tensor, Tensor]] = next_token_loss,
     on_batch: Callable[[], None] = lambda: None,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """The model's loss on the tokens, window by window. Restores the model's mode.
 
     byte_lengths  of the tokens, as `token_byte_lengths` gives them
     loss          (model, batch) -> sum [nats] and count
     on_batch      called before each batch; if it raises an exception, the evaluation ends
+    ranks         share the windows; all of them do equally many forward passes
     """
     device, seq_length = model.output_embedding.device, options.seq_length
     windows = evaluation_windows(len(tokens), seq_length, options.max_tokens, options.stride)
+    most = math.ceil(len(windows) / ranks.size)
+    windows = windows[ranks.world(device).share_of(len(windows))]
     loss_sum, num_tokens, num_bytes = 0.0, 0, 0
     with evaluating(model):
-        for first in range(0, len(windows), options.batch_size):
+        for first in range(0, most, options.batch_size):
             on_batch()
-            batch = windows[first : first + options.batch_size]
+            batch = windows[first : first + options.batch_size] or [_NOTHING]
             rows = [tokens.load_by_range(window.start, window.end) for window in batch]
             inputs, targets = (x.to(device) for x in padded(rows, seq_length))
             for row, window in zip(targets, batch):
@@ -156,7 +164,11 @@ def evaluate(
             num_tokens += int(batch_count)
             new_targets = [row[1 + window.num_old :] for row, window in zip(rows, batch)]
             num_bytes += sum(int(byte_lengths[row].sum()) for row in new_targets)
-    return Evaluation(loss_sum, num_tokens, num_bytes)
+    if ranks.size > 1:
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        sums = torch.tensor([loss_sum, num_tokens, num_bytes], dtype=wide, device=device)
+        loss_sum, num_tokens, num_bytes = ranks.sum_(sums).tolist()
+    return Evaluation(loss_sum, int(num_tokens), int(num_bytes))
 
 
 def gzip_bits_per_byte(

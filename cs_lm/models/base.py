@@ -25,6 +25,8 @@ class LanguageModel(nn.Module):
 
     ops        the implementation of the operations: `ops.CLEAR` or `ops.fused.FAST`
     activation_checkpointing  keep only each block's input for backward, and compute the block again
+    first_row  place of the first row in the batch of which this process has a part; dropout masks
+               are those of the whole batch
     Raises: UserError for an invalid config.
     """
 
@@ -37,6 +39,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self.ops = ops
         self.activation_checkpointing = activation_checkpointing
+        self.first_row = 0
 
     def embed(
         self, token_ids: Tensor, token_positions: Tensor

@@ -120,6 +120,7 @@ class GPT2LM(LanguageModel):
         num_layers, rate = self.config.num_layers, self.config.drop_rate
         if not self.training or not rate:
             return x, [{}] * num_layers
-        drop = functools.partial(dropout_at, rate, next_pass(self.dropout_state))
+        key, first_row = next_pass(self.dropout_state), self.first_row
+        drop = functools.partial(dropout_at, rate, key, first_row=first_row)
         streams = [range(3 * index + 1, 3 * index + 4) for index in range(num_layers)]
         return drop(0)(x), [{"drops": tuple(map(drop, three))} for three in streams]

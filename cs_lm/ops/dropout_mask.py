@@ -40,31 +40,41 @@ def next_pass(state: Tensor) -> Tensor:
     return key
 
 
-def dropout_mask(shape: torch.Size, probability: float, key: Tensor, stream: int) -> Tensor:
+def dropout_mask(
+    shape: torch.Size, probability: float, key: Tensor, stream: int, first: int = 0
+) -> Tensor:
     """Boolean mask for `ops.dropout`: False with `probability`, rounded to 2^-16.
 
     key     (2) int32 on the device of the result
     stream  a number for the place in the model; different streams draw different masks
+    first   the number of the first entry, if the mask is a part of a larger one
     Cost: 1.6 ns a number on one core of an AMD EPYC, a quarter of `Tensor.bernoulli_`.
     """
-    size = math.prod(shape)
-    words = torch.arange((size + 1) // 2, dtype=torch.int32, device=key.device)
-    first = _mixed(key[0] ^ _signed(stream * _STEP))
-    second = _mixed(key[1] ^ first)  # streams whose words overlap still draw different masks
+    size, skipped = math.prod(shape), first % 2  # two entries a word
+    words = torch.arange((skipped + size + 1) // 2, dtype=torch.int32, device=key.device)
+    if first:
+        words.add_(_signed(first // 2))
+    one = _mixed(key[0] ^ _signed(stream * _STEP))
+    other = _mixed(key[1] ^ one)  # streams whose words overlap still draw different masks
     is_whole = key.device.type != "cpu" or torch.compiler.is_compiling()
     # on a CPU, in parts that fit its cache
     for part in (words,) if is_whole else words.split(CACHE_NUMBERS // 4):
-        _mix_(part.bitwise_xor_(first))
-        _mix_(part.bitwise_xor_(second))
-    numbers = words.view(torch.int16)[:size].view(shape)
+        _mix_(part.bitwise_xor_(one))
+        _mix_(part.bitwise_xor_(other))
+    numbers = words.view(torch.int16)[skipped : skipped + size].view(shape)
     return numbers >= round(probability * _LEVELS) - _LEVELS // 2
 
 
-def dropout_at(probability: float, key: Tensor, stream: int) -> DropoutFn:
-    """`ops.dropout` with the mask of this stream in this forward pass."""
+def dropout_at(probability: float, key: Tensor, stream: int, first_row: int = 0) -> DropoutFn:
+    """`ops.dropout` with the mask of this stream in this forward pass.
+
+    first_row  place of the first row of x in the batch that several processes share
+    """
 
     def drop(x: Tensor) -> Tensor:
-        return reference.dropout(x, dropout_mask(x.shape, probability, key, stream), probability)
+        first = first_row * math.prod(x.shape[1:])
+        mask = dropout_mask(x.shape, probability, key, stream, first)
+        return reference.dropout(x, mask, probability)
 
     return drop
 

@@ -26,23 +26,26 @@ class _LineHandler(logging.Handler):
 
 
 @contextmanager
-def log_to(write_line: Callable[[str], None]) -> Iterator[None]:
+def log_to(write_line: Callable[[str], None], level: int = logging.INFO) -> Iterator[None]:
     """While entered, passes each message of the logger `cs_lm` to the function, as a line.
 
+    level  messages below it are left out
     This replaces the function of an outer `log_to`; other handlers of the logger stay.
     """
     logger = logging.getLogger("cs_lm")
-    before, level = logger.handlers[:], logger.level
-    others = [handler for handler in before if not isinstance(handler, _LineHandler)]
-    logger.handlers[:] = [*others, _LineHandler(write_line)]
-    logger.setLevel(min(logging.INFO, level or logging.INFO))
+    before, level_before = logger.handlers[:], logger.level
+    handler = _LineHandler(write_line)
+    handler.setLevel(level)
+    others = [one for one in before if not isinstance(one, _LineHandler)]
+    logger.handlers[:] = [*others, handler]
+    logger.setLevel(min(logging.INFO, level_before or logging.INFO))
     propagates, logger.propagate = logger.propagate, not logging.getLogger().handlers
     try:
         yield
     finally:
         logger.propagate = propagates
         logger.handlers[:] = before
-        logger.setLevel(level)
+        logger.setLevel(level_before)
 
 
 class Stopwatch:

@@ -13,7 +13,8 @@ from cs_lm.data.batches import Batch, BatchSource
 from cs_lm.data.pipeline import PreparedData
 from cs_lm.data.prefetch import steps_ahead
 from cs_lm.data.token_store import Tokens
-from cs_lm.device import World, resolve_device
+from cs_lm.device import resolve_device
+from cs_lm.distributed.ranks import ALONE, Ranks
 from cs_lm.errors import UserError
 from cs_lm.evaluation.perplexity import (
     EvalOptions,
@@ -48,22 +49,31 @@ def language_model_trainer(
     folder: RunFolder,
     checkpoint: dict[str, Any] | None = None,
     weights: dict[str, Tensor] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Trainer:
     """The trainer of a run.
 
     checkpoint  content from `RunFolder.read`, to resume
     weights     state dict with the initial weights of a new run
+    ranks       the processes that share the run
     Raises: UserError when the checkpoint was trained with another tokenizer.
     """
-    task = LanguageModeling(config, data, World(resolve_device(config.device)))
-    return Trainer(config, task, folder, checkpoint, weights)
+    task = LanguageModeling(config, data, ranks.device or resolve_device(config.device), ranks)
+    return Trainer(config, task, folder, checkpoint, weights, ranks)
 
 
 class LanguageModeling(Task):
     """Trains the model of the config on the text."""
 
-    def __init__(self, config: RunConfig, data: PreparedData, world: World):
-        self.config, self.data = config, data
+    def __init__(
+        self,
+        config: RunConfig,
+        data: PreparedData,
+        device: torch.device,
+        ranks: Ranks = ALONE,
+    ):
+        self.config, self.data, self._ranks = config, data, ranks
+        world = ranks.world(device)
         if world.device.type == "cpu":
             keep_freed_memory()
         self.model = build_model(
@@ -73,6 +83,7 @@ class LanguageModeling(Task):
             device=world.device,
             activation_checkpointing=config.activation_checkpointing,
         )
+        self.model.first_row = world.share_of(config.batch_size).start
         self.optimizer = adamw_of(self.model, config.optim)
         self.num_steps = config.num_steps(len(data.train))
         self.tokens_per_step = config.tokens_per_step
@@ -116,7 +127,9 @@ class LanguageModeling(Task):
         config = self.config
         options = EvalOptions(config.seq_length, config.batch_size, config.eval_tokens)
         lengths = self._byte_lengths
-        return evaluate(self.model, tokens, lengths, options, self._eval_loss, check_stop)
+        return evaluate(
+            self.model, tokens, lengths, options, self._eval_loss, check_stop, self._ranks
+        )
 
     def summary(self, found: dict[str, Any]) -> dict[str, Any]:
         return {"bits_per_byte": found["bits_per_byte"]}

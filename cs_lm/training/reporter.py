@@ -10,6 +10,7 @@ from typing import Any
 from cs_lm.config.fields import to_json
 from cs_lm.config.run import RunConfig
 from cs_lm.device import describe, measured_speed, versions
+from cs_lm.distributed.ranks import ALONE, Ranks
 from cs_lm.training.console import Display, Stopwatch, format_duration, log_to
 from cs_lm.training.metrics_log import MetricsLog
 from cs_lm.training.plots import plotted
@@ -41,8 +42,8 @@ class Reporter:
     watch   stopwatch of training time; evaluations and saves do not count
     """
 
-    def __init__(self, config: RunConfig, task: Task, folder: RunFolder):
-        self._config, self._task, self._folder = config, task, folder
+    def __init__(self, config: RunConfig, task: Task, folder: RunFolder, ranks: Ranks = ALONE):
+        self._config, self._task, self._folder, self._ranks = config, task, folder, ranks
         self.log = MetricsLog(folder.metrics)
         self._trackers = Trackers(names_of(config), folder.path, to_json(config))
         self.logged: list[dict[str, Any]] = []
@@ -67,6 +68,11 @@ class Reporter:
         self._is_spike = LossSpikeDetector(losses)
         device = next(task.model.parameters()).device
         peak_flops_per_s, speed = measured_speed(device, config.dtype)
+        shared = {}
+        if self._ranks.size > 1:
+            shared = {"parallel": config.parallel, "ranks": self._ranks.names}
+            if peak_flops_per_s is not None:  # all ranks together
+                peak_flops_per_s *= self._ranks.size
         self._meter = SpeedMeter(task, step, peak_flops_per_s)
         self.log.write(
             "resume" if is_resumed else "config",
@@ -77,14 +83,16 @@ class Reporter:
             versions=versions(),
             device=describe(device),
             peak_flops_per_s=peak_flops_per_s,
+            **shared,
         )
         num_parameters = sum(p.numel() for p in task.model.parameters())
         _log.info(
-            "%s: %.2f M parameters on %s, %s (matrix products: %s), %s ops; steps %d to %d of %s "
+            "%s: %.2f M parameters on %s%s, %s (matrix products: %s), %s ops; steps %d to %d of %s "
             "tokens; %s",
             "resuming" if is_resumed else "training",
             num_parameters / 1e6,
             describe(device),
+            f" in each of {self._ranks.size} processes" if shared else "",
             config.dtype,
             speed,
             config.ops,
@@ -107,8 +115,10 @@ class Reporter:
         """Call it after each step."""
         self._display.update(step)
 
-    def report(self, step: int, tokens: int, loss: float, lr: float, norm: float) -> None:
-        """Call it every `--log_interval` steps."""
+    def report(
+        self, step: int, tokens: int, loss: float, lr: float, norm: float, more: dict[str, Any]
+    ) -> None:
+        """Call it every `--log_interval` steps. `more` are further numbers for the log."""
         speed = self._meter.look(step, self.watch.elapsed_s)
         self._display.report(step, loss, lr, norm, speed)
         spike = {"spike": True} if math.isfinite(loss) and self._is_spike(loss) else {}
@@ -124,6 +134,7 @@ class Reporter:
             utilisation=speed.matmul_utilisation,
             elapsed_s=self.elapsed_s,
             **spike,
+            **more,
         )
 
     def record(self, kind: str, step: int, tokens: int, **values: Any) -> None:

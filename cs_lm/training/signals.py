@@ -1,14 +1,15 @@
-"""Signal handlers for Ctrl-C, SIGTERM and SIGHUP: the process stops without losing work."""
+"""Signal handlers for Ctrl-C, SIGTERM and others: the process stops without losing work."""
 
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-_HANGUP = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *_HANGUP)
+# On Windows there are only two. Clusters send SIGUSR1 or SIGUSR2 before they end a job.
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+STOP_SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 
 
 class StopRequested(BaseException):
@@ -27,10 +28,14 @@ class StopRequested(BaseException):
 class StopSignals:
     """While entered, the first stop signal is recorded and does not end the process.
 
-    A second one ends it at once; a file that is being written keeps its temporary name.
+    A second one ends it at once; a file that is being written keeps its temporary name. Among
+    several processes it does not: one Ctrl-C reaches each of them from the terminal and again
+    from torchrun, which kills those that take too long.
     """
 
-    def __init__(self):
+    def __init__(self, greatest: Callable[[int], int] | None = None):
+        """greatest  gives the greatest number of several processes; None: there is only one"""
+        self._greatest = greatest
         self.received: signal.Signals | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -42,12 +47,23 @@ class StopSignals:
         _restore_handlers(self._previous)
 
     def check(self) -> None:
-        """Raises: StopRequested when a signal has arrived."""
-        if self.received is not None:
-            raise StopRequested(self.received)
+        """Raises: StopRequested when a signal has arrived, at this rank or at another one.
+
+        All ranks must call it.
+        """
+        number = self.received or 0
+        if self._greatest is not None:
+            number = self._greatest(number)
+        if number:
+            raise StopRequested(signal.Signals(number))
+
+    def check_alone(self) -> None:
+        """The same where ranks are not in step: does nothing among several processes."""
+        if self._greatest is None:
+            self.check()
 
     def _note(self, number: int, _frame) -> None:
-        if self.received is not None:
+        if self.received is not None and self._greatest is None:
             os._exit(128 + number)
         self.received = signal.Signals(number)
 
@@ -78,7 +94,7 @@ def _set_handlers(handler: Any) -> dict[signal.Signals, Any]:
         number: signal.signal(number, handler)
         for number in STOP_SIGNALS
         # `nohup` ignores SIGHUP: it must stay ignored
-        if number not in _HANGUP or signal.getsignal(number) is not signal.SIG_IGN
+        if number.name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN
     }
 
 

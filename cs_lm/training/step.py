@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cs_lm.distributed.data_parallel import ALL_OF_IT, Sharing
 from cs_lm.models.base import next_token_loss
 from cs_lm.optim.adamw import AdamW
 from cs_lm.optim.clip import clip_gradients
@@ -33,17 +34,22 @@ def under_autocast(loss: LossFunction, device: torch.device, dtype: str) -> Loss
 
 
 def accumulate_gradients(
-    model: nn.Module, batches: Sequence[Any], loss: LossFunction = next_token_loss
+    model: nn.Module,
+    batches: Sequence[Any],
+    loss: LossFunction = next_token_loss,
+    begin_backward: Callable[[bool], None] = lambda _: None,
 ) -> tuple[Tensor, Tensor]:
     """Sum of the losses and their count; leaves the gradients of the sum in the parameters.
 
     Divide them by the count to get the gradients of the mean; it is known only at the end.
+    begin_backward  called before each backward pass with whether it is the last one
     """
     for parameter in model.parameters():
         parameter.grad = None
     sums, counts = [], []
-    for batch in batches:
+    for number, batch in enumerate(batches, 1):
         loss_sum, count = loss(model, batch)
+        begin_backward(number == len(batches))
         loss_sum.backward()
         sums.append(loss_sum.detach())
         counts.append(count)
@@ -58,6 +64,7 @@ def train_step(
     loss: LossFunction = next_token_loss,
     all_finite_so_far: Tensor | None = None,
     clipped_apart: Sequence[nn.Module] = (),
+    sharing: Sharing = ALL_OF_IT,
 ) -> tuple[Tensor, Tensor]:
     """One update from one or more micro-batches, as if they were a single batch.
 
@@ -68,8 +75,10 @@ def train_step(
     all_finite_so_far  a bool on the device; it becomes False at a step that is not finite, and
                        then no later step updates anything
     clipped_apart      parts of the model with clipping of their own; none: the model as a whole
+    sharing            how several processes share the update
     """
-    loss_sum, count = accumulate_gradients(model, batches, loss)
+    sums = accumulate_gradients(model, batches, loss, sharing.begin_backward)
+    loss_sum, count = sharing.finish(*sums)
     count = count.clamp(min=1)
     mean_loss = loss_sum / count
     norms = [

@@ -1,5 +1,6 @@
 """The training loop: steps, saves and evaluations, until the end, a stop signal or an error."""
 
+import json
 import logging
 from contextlib import suppress
 from typing import Any
@@ -10,6 +11,9 @@ from torch import Tensor
 from cs_lm.config.fields import from_json
 from cs_lm.config.run import RunConfig
 from cs_lm.data.batches import step_seed
+from cs_lm.distributed.data_parallel import ALL_OF_IT, DataParallel
+from cs_lm.distributed.ranks import ALONE, Ranks
+from cs_lm.errors import UserError
 from cs_lm.optim.schedule import learning_rate
 from cs_lm.training.async_checkpoint import BackgroundSaver
 from cs_lm.training.best_measure import is_comparable, start_best_anew
@@ -21,6 +25,7 @@ from cs_lm.training.nonfinite import (
     are_finite,
     write_bad_step,
 )
+from cs_lm.training.other_ranks import NoReporter, NoSaver
 from cs_lm.training.reporter import Reporter
 from cs_lm.training.run_dir import RunFolder
 from cs_lm.training.signals import StopRequested, StopSignals
@@ -37,6 +42,7 @@ class Trainer:
 
     checkpoint  content from `RunFolder.read`, to resume
     weights     state dict with the initial weights of a new run
+    ranks       the processes that share each update; rank 0 logs and saves
     Raises: UserError for a checkpoint that does not fit the task.
     """
 
@@ -47,17 +53,18 @@ class Trainer:
         folder: RunFolder,
         checkpoint: dict[str, Any] | None = None,
         weights: dict[str, Tensor] | None = None,
+        ranks: Ranks = ALONE,
     ):
-        self.config, self.task, self.folder = config, task, folder
+        self.config, self.task, self.folder, self.ranks = config, task, folder, ranks
         self.state = TrainState(task.saved_model, task.optimizer)
-        self.signals = StopSignals()
+        self.signals = StopSignals(ranks.max if ranks.size > 1 else None)
         self.monitor = NonFiniteMonitor()
         device = next(task.model.parameters()).device
         stops = config.on_nan == "stop"
         self._all_finite = torch.ones((), dtype=torch.bool, device=device) if stops else None
         folder.checkpoints.keep_last = config.keep_last
-        self.reporter = Reporter(config, task, folder)
-        self.saver: BackgroundSaver | None = None  # while it trains
+        self.reporter = Reporter(config, task, folder, ranks) if ranks.is_first else NoReporter()
+        self.saver: BackgroundSaver | NoSaver | None = None  # while it trains
         self.valid: dict[str, Any] | None = None  # result of the last evaluation
         self._is_comparable = True  # whether new losses compare with the best one
         self._is_resumed = checkpoint is not None
@@ -65,6 +72,7 @@ class Trainer:
             self._load(checkpoint)
         elif weights is not None:
             restore({"model": weights}, task.saved_model)
+        self.sharing = DataParallel(task.model, ranks) if ranks.size > 1 else ALL_OF_IT
 
     def _load(self, checkpoint: dict[str, Any]) -> None:
         extras = checkpoint["extras"]
@@ -95,7 +103,7 @@ class Trainer:
         """Trains to the last step or to a stop signal; returns the exit status for the process.
 
         Raises: NonFiniteError when a loss, gradient or weight is not finite and the run cannot
-        continue.
+        continue, RankLostError when another process has ended.
         """
         with self.signals:
             try:
@@ -107,6 +115,9 @@ class Trainer:
                 self.reporter.close()
 
     def _begin(self) -> None:
+        if not self.ranks.is_first:
+            self.saver = NoSaver()
+            return
         resumed = self._is_resumed
         self.folder.checkpoints.discard_after(self.step)
         self.reporter.begin(self.step, self.state.elapsed_s, resumed)
@@ -150,6 +161,7 @@ class Trainer:
             self._loss_unless_stopped,
             self._all_finite,
             self.task.clipped_apart,
+            self.sharing,
         )
         self.monitor.add(state.step, self.loss.isfinite() & self.norm.isfinite())
         state.end_update(self.task.tokens_per_step)
@@ -162,7 +174,7 @@ class Trainer:
             self.task.model.seed_dropout(seed)
 
     def _loss_unless_stopped(self, model: torch.nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-        self.signals.check()
+        self.signals.check_alone()
         return self.task.loss(model, batch)
 
     def _after_step(self, is_last: bool) -> None:
@@ -176,18 +188,47 @@ class Trainer:
         evaluates = self._evaluation_is_due(is_last)
         samples = self._is_due(config.sample_interval, is_last)
         saves = self._is_due(config.save_interval, is_last) or evaluates or samples
+        waits = reports or saves or bool(records)
         saves |= self.saver.has_failed and reports
-        self._look_for_bad_steps(wait=reports or saves or bool(records))
+        if waits or self.ranks.size == 1:  # several ranks must find a bad step at the same time
+            self._look_for_bad_steps(waits)
         if reports:
             loss, norm = self.loss.item(), self.norm.item()
-            self.reporter.report(self.step, self.state.trained_tokens, loss, self.lr, norm)
+            lost = self._lost_to_ranks()
+            self.reporter.report(self.step, self.state.trained_tokens, loss, self.lr, norm, lost)
         with self.reporter.watch.pause():
+            if self._is_due(config.check_interval, is_last) or self.step == 1:
+                self._compare_ranks()
             if saves:
                 self._save()
             if evaluates:
                 self._evaluate()
             if samples:
                 self._sample()
+
+    def _lost_to_ranks(self) -> dict[str, Any]:
+        """Of the steps since the last call: seconds that a rank waited, on average.
+
+        The slowest rank waits least: what it waits is communication, the rest is lost to it.
+        """
+        if self.ranks.size == 1:
+            return {}
+        waits = [float(text) for text in self.ranks.texts(repr(self.sharing.take_waited_s()))]
+        least = min(waits)
+        return {
+            "communication_s": least,
+            "slowest_rank_s": sum(waits) / len(waits) - least,
+            "slowest_rank": waits.index(least),
+        }
+
+    def _compare_ranks(self) -> None:
+        """Raises: UserError if weights or moments are not the same bits on all ranks."""
+        if names := self.sharing.differences(self.state.optimizer):
+            raise UserError(
+                f"training: after step {self.step}, {names[0]} and {len(names) - 1} other tensors "
+                f"are not equal on all {self.ranks.size} ranks: a processor or its memory is "
+                "faulty, or the ranks do not run the same program; resume from an older checkpoint"
+            )
 
     def _is_due(self, interval: int, is_last: bool) -> bool:
         return is_last or (interval > 0 and self.step % interval == 0)
@@ -203,6 +244,7 @@ class Trainer:
         if self.step == 0:
             return
         at_step = {r["kind"]: r for r in self.reporter.logged if r["step"] == self.step}
+        at_step = json.loads(self.ranks.from_first(json.dumps(at_step)))
         is_last = self.step == self.num_steps
         with self.reporter.watch.pause():
             if "valid" in at_step and self._is_comparable:
@@ -236,12 +278,16 @@ class Trainer:
         _log.info("step %d | %s%s", self.step, self.task.describe_evaluation(self.valid), best)
 
     def _keep_if_best(self) -> bool:
+        if not self.ranks.is_first:
+            return False
         loss, measure = self.task.selected_by(self.valid), self.task.measure
         is_best = loss is not None and self.folder.checkpoints.is_better(loss, measure)
         return is_best and self.saver.save_best(self.step, loss, measure)
 
     def _sample(self) -> None:
-        record, shown = self.task.sample(self.signals.check)
+        if not self.ranks.is_first:
+            return
+        record, shown = self.task.sample(self.signals.check_alone)
         if record is not None:
             self._record("sample", **record)
         if shown:
@@ -297,7 +343,8 @@ class Trainer:
     def _look_for_bad_steps(self, wait: bool) -> None:
         """Reports steps that were not finite. Raises: NonFiniteError if the run has to stop."""
         for step in self.monitor.bad_steps(wait):
-            path = self.folder.path / f"bad_step_{step + 1:08d}.json"
+            whose = "" if self.ranks.is_first else f"_rank{self.ranks.rank}"
+            path = self.folder.path / f"bad_step_{step + 1:08d}{whose}.json"
             with suppress(OSError):  # a full disk must not end the run
                 self._seed(step)
                 write_bad_step(path, step, self.lr, self.task)

@@ -94,6 +94,9 @@ OUR_FLAGS = {
     "--eval_first",
     "--no-eval_first",
     "--init",
+    "--parallel",
+    "--dist_timeout_s",
+    "--check_interval",
 }
 HELP = {"-h", "--help"}
 

@@ -26,7 +26,7 @@ _TABLE = {
     "optim": "config ops models",
     "interop": "config storage models tokenizer",
     "inference": "config ops models",
-    "evaluation": "config ops models data tokenizer inference",
+    "evaluation": "config ops models distributed data tokenizer inference",
     "training": _ALL_BELOW,
     "alignment": f"{_ALL_BELOW} training",
     "reports": "config storage",

@@ -1,0 +1,195 @@
+"""The processes ("ranks") that train one model together: joining them, and what they agree on."""
+
+import os
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cs_lm.device import World
+from cs_lm.distributed.launch import Launched, launched
+from cs_lm.errors import Problem, UserError
+
+# Rank 0 may have to encode a large text while the others wait [s].
+_PREPARING_S = 24 * 3600.0
+_MISSING_WAIT_S = 5.0  # after a failure: how long to wait for a sign of the other ranks
+
+
+class RankLostError(Exception):
+    """Another rank has ended or does not answer; the message names it."""
+
+
+class Ranks:
+    """This process alone: nothing is communicated. `Joined` is the same among several processes."""
+
+    rank, size = 0, 1
+    device: torch.device | None = None  # of this rank; None: the caller chooses
+    names: Sequence[str] = ()  # each rank with its process and host
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def world(self, device: torch.device) -> World:
+        return World(device, self.rank, self.size)
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Replaces the tensor by the sum of all ranks' ones; returns it."""
+        return tensor
+
+    def max(self, number: int) -> int:
+        """The greatest number of all ranks. All ranks must call it."""
+        return number
+
+    def texts(self, text: str) -> list[str]:
+        """The text of each rank."""
+        return [text]
+
+    def from_first(self, text: str) -> str:
+        """The text of rank 0."""
+        return text
+
+    def broadcast_(self, tensors: Sequence[Tensor]) -> None:
+        """Replaces the tensors by those of rank 0."""
+
+    @contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """While entered, rank 0 works; the others enter after it, for example to find its files."""
+        yield
+
+    @contextmanager
+    def communicating(self) -> Iterator[None]:
+        """Raises: RankLostError instead of the RuntimeError of a failed communication."""
+        yield
+
+    def wait_for_first(self, at_most_s: float) -> None:
+        """Call it at the end: returns when rank 0 has called it, too, or after that time.
+
+        torchrun ends all ranks soon after one of them has ended.
+        """
+
+    def leave(self) -> None:
+        """Ends the communication."""
+
+
+ALONE = Ranks()
+
+
+class Joined(Ranks):
+    """This process among several.
+
+    Tensors are summed on the device, words are exchanged on the CPU with gloo.
+    Raises: RankLostError for a communication that fails or takes longer than `timeout_s`.
+    """
+
+    def __init__(self, place: Launched, device: torch.device, timeout_s: float):
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        timeout = timedelta(seconds=timeout_s)
+        dist.init_process_group(backend, rank=place.rank, world_size=place.size, timeout=timeout)
+        self.rank, self.size, self.device = place.rank, place.size, device
+        self._words = dist.new_group(backend="gloo", timeout=timeout)
+        self._store = dist.distributed_c10d._get_default_store()
+        self._num_waits = 0
+        where = f"process {os.getpid()} on {socket.gethostname()}"
+        self.names = self.texts(f"rank {self.rank} ({where})")
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        with self.communicating():
+            dist.all_reduce(tensor)
+        return tensor
+
+    def max(self, number: int) -> int:
+        value = torch.tensor(number)
+        with self.communicating():
+            dist.all_reduce(value, dist.ReduceOp.MAX, self._words)
+        return int(value)
+
+    def texts(self, text: str) -> list[str]:
+        data = text.encode("utf-8")
+        own = torch.zeros(1 + self.max(len(data)), dtype=torch.int64)  # length, then bytes
+        own[0], own[1 : 1 + len(data)] = len(data), torch.tensor(list(data), dtype=torch.int64)
+        found = [torch.empty_like(own) for _ in range(self.size)]
+        with self.communicating():
+            dist.all_gather(found, own, self._words)
+        return [bytes(row[1 : 1 + row[0]].tolist()).decode("utf-8") for row in found]
+
+    def from_first(self, text: str) -> str:
+        return self.texts(text if self.is_first else "")[0]
+
+    def broadcast_(self, tensors: Sequence[Tensor]) -> None:
+        with self.communicating():
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
+
+    @contextmanager
+    def first_alone(self) -> Iterator[None]:
+        self._num_waits += 1
+        key = f"rank 0 is done {self._num_waits}"
+        if not self.is_first:
+            self._store.wait([key], timedelta(seconds=_PREPARING_S))
+        yield
+        if self.is_first:
+            self._store.set(key, "yes")
+
+    @contextmanager
+    def communicating(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if lost := self._missing():
+                raise RankLostError(f"{', '.join(lost)} has ended or does not answer") from error
+            first_line = str(error).partition("\n")[0]
+            raise RankLostError(f"the ranks cannot reach each other: {first_line}") from error
+
+    def _missing(self) -> list[str]:
+        """The ranks that do not answer any more."""
+        silent = set(range(self.size))
+        end_s = time.monotonic() + _MISSING_WAIT_S
+        try:
+            self._store.set(f"alive {self.rank}", "yes")
+            while silent and time.monotonic() < end_s:
+                silent = {rank for rank in silent if not self._store.check([f"alive {rank}"])}
+                time.sleep(0.1)
+        except RuntimeError:  # the store is where rank 0 is, or was
+            silent = {0}
+        return [self.names[rank] for rank in sorted(silent)]
+
+    def wait_for_first(self, at_most_s: float) -> None:
+        if self.is_first:
+            self._store.set("rank 0 has ended", "yes")
+            return
+        with suppress(RuntimeError):  # too late, or its store is gone
+            self._store.wait(["rank 0 has ended"], timedelta(seconds=at_most_s))
+
+    def leave(self) -> None:
+        dist.destroy_process_group()
+
+
+def join(device: torch.device, timeout_s: float) -> Ranks:
+    """Joins the other processes that `torchrun` started.
+
+    Raises: UserError when torchrun did not start this process, or they cannot be reached.
+    """
+    place = launched()
+    if place is None:
+        raise UserError(
+            Problem(
+                "--parallel",
+                "this process was not started by torchrun",
+                fix="start it with: torchrun --nproc_per_node 2 run_clm.py ...",
+            )
+        )
+    try:
+        return Joined(place, device, timeout_s)
+    except (RuntimeError, ValueError) as error:
+        first_line = str(error).partition("\n")[0]
+        raise UserError(
+            f"rank {place.rank} of {place.size}: cannot join the others ({first_line})"
+        ) from None

@@ -1,0 +1,167 @@
+"""Several processes train one run: equal to one, and none is left when one dies or stops."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from cs_lm.cli._fit import RANK_LOST
+from cs_lm.training.metrics_log import MetricsLog
+from cs_lm.training.run_dir import RunFolder
+from tests.end_to_end.conftest import ROOT, write_corpus
+from tests.ranks import free_port, launch_variables
+from tests.sameness import assert_equal
+
+pytestmark = pytest.mark.slow
+# fmt: off
+RUN = [
+    "--model", "gpt2-small", "--corpus_path", "animals.txt", "--vocab_size", "300",
+    "--d_model", "24", "--num_heads", "3", "--d_ff", "40", "--num_layers", "2",
+    "--max_seq_length", "16", "--seq_length", "16", "--batch_size", "7", "--grad_accum", "2",
+    "--drop_rate", "0.1", "--device", "cpu", "--log_interval", "1", "--eval_interval", "4",
+    "--save_interval", "4", "--sample_interval", "0", "--eval_tokens", "500",
+    "--num_epochs", "1000", "--lr", "1e-3", "--lr_min", "1e-3", "--warmup_ratio", "0",
+]
+# fmt: on
+
+
+def start(size, *flags, of_rank=lambda _: ()):
+    """The processes of a run, as torchrun would start them."""
+    port, command = free_port(), [sys.executable, str(ROOT / "run_clm.py")]
+    variables = [launch_variables(rank, size, port) if size > 1 else {} for rank in range(size)]
+    parallel = ["--parallel", "ddp"] if size > 1 else []
+    return [
+        subprocess.Popen(
+            [*command, *parallel, *map(str, flags), *of_rank(rank)],
+            env={**os.environ, **own, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank, own in enumerate(variables)
+    ]
+
+
+def finish(processes, timeout_s=120):
+    """Exit status and output of each."""
+    printed = [process.communicate(timeout=timeout_s)[0] for process in processes]
+    return [process.returncode for process in processes], printed
+
+
+def train(size, *flags):
+    statuses, printed = finish(start(size, *flags))
+    assert statuses == [0] * size, printed
+    return printed
+
+
+def numbers(folder):
+    """Kind, step and losses of the records of training and validation."""
+    return [
+        (r["kind"], r["step"], r["loss_nats"])
+        for r in MetricsLog(folder / "metrics.jsonl").records()
+        if r["kind"] in ("train", "valid")
+    ]
+
+
+def assert_close(found, expected):
+    assert [one[:2] for one in found] == [one[:2] for one in expected]
+    assert [one[2] for one in found] == pytest.approx([one[2] for one in expected], rel=2e-6)
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_corpus(tmp_path)
+    return tmp_path
+
+
+def test_a_run_is_the_same_on_any_number_of_ranks(work):
+    """Dropout, uneven rows, validation and all; a checkpoint goes on with any other number."""
+    train(1, *RUN, "--max_steps", 12, "--out_dir", "one")
+    [printed, other] = train(2, *RUN, "--max_steps", 12, "--out_dir", "two")
+    assert "in each of 2 processes" in printed and other == ""
+    assert not {"checkpoints", "metrics.jsonl", "tokenizer"} - set(os.listdir("two"))
+    [config] = [r for r in MetricsLog(work / "two" / "metrics.jsonl").records() if "ranks" in r]
+    assert len(config["ranks"]) == 2 and config["parallel"] == "ddp"
+    assert_close(numbers(work / "two"), numbers(work / "one"))
+    train(3, "--resume", "--resume_step", 8, "--out_dir", "two")
+    assert_close(numbers(work / "two"), numbers(work / "one"))
+
+
+def wait_for_step(folder, step):
+    log = MetricsLog(folder / "metrics.jsonl")
+    end_s = time.monotonic() + 100
+    while time.monotonic() < end_s:
+        if log.path.exists() and any(r["step"] >= step for r in log.records(warn=False)):
+            return
+        time.sleep(0.05)
+    raise AssertionError("it does not get on")
+
+
+def state_of(folder, step):
+    return RunFolder(folder).checkpoints.read(step)
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(work):
+    flags = (*RUN, "--out_dir", "run", "--max_steps")
+    processes = start(2, *flags, 100000)
+    wait_for_step(work / "run", 5)
+    processes[1].send_signal(signal.SIGUSR1)
+    statuses, printed = finish(processes)
+    assert statuses == [128 + signal.SIGUSR1] * 2 and printed[1] == ""
+    step = int(re.search(r"stopped by SIGUSR1 after step (\d+)", printed[0])[1])
+    assert RunFolder("run").checkpoints.steps()[0] == step
+    train(2, "--resume", "--out_dir", "run", "--max_steps", step + 3)
+    train(2, *RUN, "--out_dir", "quiet", "--max_steps", step + 3)
+    wanted, found = (state_of(work / name, step + 3) for name in ("quiet", "run"))
+    for key in ("model", "optimizer"):
+        assert_equal(wanted[key], found[key])
+
+
+@pytest.mark.parametrize("lost", (0, 1))
+def test_a_killed_rank_ends_the_others_with_its_name(work, lost):
+    processes = start(2, *RUN, "--out_dir", "run", "--max_steps", 100000)
+    wait_for_step(work / "run", 5)
+    processes[lost].kill()
+    begun_s = time.monotonic()
+    statuses, printed = finish(processes)
+    assert time.monotonic() - begun_s < 90
+    assert statuses[1 - lost] == RANK_LOST, printed
+    name = re.search(
+        rf"rank {lost} \(process {processes[lost].pid} on .*\) has ended", "".join(printed)
+    )
+    assert name, printed
+    if lost == 1:
+        assert re.search(r"step \d+ of \d+ is saved", printed[0])
+    train(
+        1,
+        "--resume",
+        "--out_dir",
+        "run",
+        "--max_steps",
+        RunFolder("run").checkpoints.steps()[0] + 1,
+    )
+
+
+def test_a_rank_that_does_not_answer_is_named(work):
+    processes = start(2, *RUN, "--out_dir", "run", "--max_steps", 100000, "--dist_timeout_s", 3)
+    wait_for_step(work / "run", 5)
+    processes[1].send_signal(signal.SIGSTOP)
+    begun_s = time.monotonic()
+    output = processes[0].communicate(timeout=60)[0]
+    processes[1].kill()
+    assert processes[0].returncode == RANK_LOST and "rank 1 (process" in output
+    assert time.monotonic() - begun_s < 33
+
+
+def test_settings_that_differ_are_named_once(work):
+    statuses, printed = finish(
+        start(2, *RUN, "--out_dir", "run", of_rank=lambda rank: ("--seed", str(rank)))
+    )
+    assert statuses == [2, 2] and printed[0] == printed[1].replace("rank 1: ", "", 1)
+    assert printed[0].count("\n") == 1 and "seed: got 0 at rank 0 and 1 at rank 1" in printed[0]
+    assert not (work / "run").exists()
