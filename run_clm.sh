@@ -5,6 +5,8 @@
 #   bash run_clm.sh characters --corpus_path my_text.txt
 #                              a small model that reads bytes, 2,000 steps: about 2 minutes on 2 cores
 #   bash run_clm.sh lecture    the course's full configuration on data/lecture.txt, for a GPU
+#   bash run_clm.sh distributed
+#                              the small model on two processes that share each batch (docs/many-machines.md)
 #   bash run_clm.sh rlhf       from a text to an aligned model on a small task, and a report: about 10 minutes
 #   bash run_clm.sh test       the tests
 #
@@ -13,10 +15,12 @@
 #
 # PYTHON        the Python to make the environment with (3.11 or newer); default: python3
 # CS_LM_VENV    where the virtual environment lies or goes; default: .venv
+# CS_LM_PROCESSES  how many processes `distributed` starts; default: 2
 # CS_LM_EXTRAS  further extras to test with, such as wandb,mlflow,harness
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 venv="${CS_LM_VENV:-.venv}"
+launcher=() # what starts run_clm.py, if Python alone does not
 
 fail() {
     echo "error: $*" >&2
@@ -57,7 +61,7 @@ train() {
                 --rope_theta) [ "$word" != --theta ] || skip=yes ;;
                 --corpus_path) # another text goes by its own name
                     [ "$word" != --corpus_size ] || skip=yes
-                    [ "$mode:$word" != default:--out_dir ] || skip=yes
+                    [[ $word != --out_dir || ($mode != default && $mode != distributed) ]] || skip=yes
                     ;;
                 --context_length) [ "$word" != --max_seq_length ] || skip=yes ;;
                 esac
@@ -65,8 +69,22 @@ train() {
         fi
         [ $skip = yes ] || preset+=("$word")
     done
-    run run_clm.py "${preset[@]}" ${given[@]+"${given[@]}"}
+    run ${launcher[@]+"${launcher[@]}"} run_clm.py "${preset[@]}" ${given[@]+"${given[@]}"}
 }
+
+# The small model of the README.
+small=(
+    --corpus_size python-manual --vocab_size 2048 --special_tokens '<|endoftext|>'
+    --valid_fraction 0.1 --chunk_size 500000 --sampling random
+    --d_model 192 --num_heads 6 --d_ff 512 --num_layers 4
+    --max_seq_length 256 --seq_length 256 --theta 10000
+    --batch_size 16 --grad_accum 1 --num_epochs 10
+    --lr 2e-3 --lr_min 2e-5 --warmup_ratio 0.05 --warmfix_ratio 0.9
+    --weight_decay 0.5 --betas 0.9 0.95 --eps 1e-8 --max_norm 1.0
+    --device auto --dtype float32 --ops fast --seed 0
+    --log_interval 10 --eval_interval 40 --eval_tokens 100000
+    --save_interval 80 --sample_interval 80 --prompt "The "
+)
 
 case "${1:-}" in
 "" | -*) mode=default ;;
@@ -76,18 +94,7 @@ esac
 case "$mode" in
 default)
     set_up ui
-    train "$@" $'\n'preset \
-        --corpus_size python-manual --vocab_size 2048 --special_tokens '<|endoftext|>' \
-        --valid_fraction 0.1 --chunk_size 500000 --sampling random \
-        --d_model 192 --num_heads 6 --d_ff 512 --num_layers 4 \
-        --max_seq_length 256 --seq_length 256 --theta 10000 \
-        --batch_size 16 --grad_accum 1 --num_epochs 10 \
-        --lr 2e-3 --lr_min 2e-5 --warmup_ratio 0.05 --warmfix_ratio 0.9 \
-        --weight_decay 0.5 --betas 0.9 0.95 --eps 1e-8 --max_norm 1.0 \
-        --device auto --dtype float32 --ops fast --seed 0 \
-        --log_interval 10 --eval_interval 40 --eval_tokens 100000 \
-        --save_interval 80 --sample_interval 80 --prompt "The " \
-        --out_dir runs/python-manual
+    train "$@" $'\n'preset "${small[@]}" --out_dir runs/python-manual
     ;;
 characters)
     set_up ui
@@ -118,6 +125,12 @@ lecture)
         --save_interval 500 --sample_interval 500 --prompt "The " \
         --out_dir runs/lecture
     ;;
+distributed)
+    set_up ui
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+    launcher=(-m torch.distributed.run --standalone --nproc_per_node "${CS_LM_PROCESSES:-2}")
+    train "$@" $'\n'preset "${small[@]}" --parallel ddp --out_dir runs/distributed
+    ;;
 rlhf)
     set_up ui
     run -m cs_lm rlhf "$@"
@@ -127,5 +140,5 @@ test)
     # two processes; tests of one xdist_group run one after the other
     exec "$venv/bin/python" -m pytest -n 2 --dist loadgroup "$@"
     ;;
-*) fail "got $mode; need default, characters, lecture, rlhf or test" ;;
+*) fail "got $mode; need default, characters, lecture, distributed, rlhf or test" ;;
 esac

@@ -35,10 +35,11 @@ def words_of(tmp_path, *argv) -> list[str]:
         check=True,
         env={**os.environ, "CS_LM_VENV": str(tmp_path / "venv"), "PYTHON": sys.executable},
     ).stdout
-    return shown.splitlines()[1:]
+    words = shown.splitlines()[1:]
+    return words[words.index("run_clm.py") :]
 
 
-@pytest.mark.parametrize("mode", [[], ["characters"], ["lecture"]])
+@pytest.mark.parametrize("mode", [[], ["characters"], ["lecture"], ["distributed"]])
 def test_given_flags_take_the_place_of_a_preset_s(mode, tmp_path):
     script, *words = words_of(
         tmp_path, *mode, "--seed=7", "--betas", "0.1", "0.2", "--rope_theta", "5", "--prompt", "--"
@@ -53,5 +54,6 @@ def test_given_flags_take_the_place_of_a_preset_s(mode, tmp_path):
 def test_a_text_of_one_s_own_goes_by_its_own_name(tmp_path):
     words = words_of(tmp_path, "--corpus_path", "my text.txt")
     assert "my text.txt" in words and "--corpus_size" not in words and "--out_dir" not in words
+    assert "--out_dir" not in words_of(tmp_path, "distributed", "--corpus_path", "x.txt")
     assert "--out_dir" in words_of(tmp_path, "characters", "--corpus_path", "x.txt")
     assert words_of(tmp_path, "-h")[-1] == "-h"
