@@ -49,6 +49,19 @@ class DrawnAnswers(NamedTuple):
         return [one.text for one in self.answers]
 
 
+def check_room(prompt: Prompt, num_tokens: int, max_new_tokens: int, longest: int) -> None:
+    """num_tokens  of the prompt; longest  a prompt and its answer together may be
+
+    Raises: ContextFullError for a prompt that leaves too little room for an answer.
+    """
+    if num_tokens + max_new_tokens > longest:
+        raise ContextFullError(
+            f"{prompt.where}: got {num_tokens} tokens with the template, and {max_new_tokens} of "
+            f"--max_new_tokens; need at most {longest} together, as the contexts of the models "
+            "allow; lower --max_new_tokens, or leave the prompt out"
+        )
+
+
 def answer_prompts(
     trained: TrainedModel,
     prompts: Sequence[Prompt],
@@ -64,14 +77,9 @@ def answer_prompts(
     """
     template = template_of(trained.tokenizer, trained.template or "auto")
     longest = longest_row(trained.config.model.context_length, options.judge_reads)
-    longest -= options.max_new_tokens
     rows = [template.render_for_completion(one.conversation) for one in prompts]
     for row, prompt in zip(rows, prompts):
-        if len(row) > longest:
-            raise ContextFullError(
-                f"{prompt.where}: got a prompt of {len(row)} tokens, need at most {longest} beside "
-                f"--max_new_tokens {options.max_new_tokens}"
-            )
+        check_room(prompt, len(row), options.max_new_tokens, longest)
     answers: list[Answer] = []
     total = 0.0
     for number, start in enumerate(range(0, len(rows), _ROWS)):

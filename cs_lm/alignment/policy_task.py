@@ -81,8 +81,8 @@ class PolicyConfig(TextMixConfig):
     )
     clip: float = setting(0.2, "how far the ratio of new and old probability counts")
     kl_stop: float | None = setting(
-        None, "leave out the rest of an iteration's updates beyond this divergence from its "
-        "beginning", "nats per token",
+        None, "no more updates in an iteration once the model has diverged so far from what it was "
+        "at its beginning", "nats per token",
     )  # fmt: skip
     valid_prompts: int = setting(64, "prompts that are answered in each validation")
     optim: OptimConfig = field(

@@ -1,5 +1,6 @@
 """What the stages that learn from rankings share: settings, data, the order of the batches."""
 
+import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from cs_lm.alignment.stage import StageConfig, StageTask, hash_of, validate_reco
 from cs_lm.config.fields import setting
 from cs_lm.config.run import RunConfig
 from cs_lm.device import World
-from cs_lm.errors import Problem
+from cs_lm.errors import Problem, UserError
 from cs_lm.tokenizer import BPETokenizer
 
 _log = logging.getLogger("cs_lm")
@@ -61,8 +62,15 @@ class RankingsTask(StageTask):
         most = config.max_tokens(base) - self.reads_ends
         self.train, self.valid = (_rendered(one, self.template, most) for one in rankings)
         num_tokens = [len(row) for one in self.train for row in one.rows]
-        _log.info("data: %d rankings of %d answers; template %s", len(self.train), len(num_tokens),
+        num_pairs, num_ties = map(sum, zip(*(_pairs_and_ties(one.ranks) for one in self.train)))
+        _log.info("data: %d rankings of %d answers, %d pairs and %d ties; template %s",
+                  len(self.train), len(num_tokens), num_pairs, num_ties,
                   self.template.name)  # fmt: skip
+        if not num_pairs:
+            raise UserError(
+                "--data: no answer is better than another one to the same prompt; there is nothing "
+                "to learn"
+            )
         self.order = EpochOrder(len(self.train), config.batch_size, config.seed)
         self.num_steps = config.num_steps(len(self.train))
         mean = sum(num_tokens) / len(self.train)
@@ -73,6 +81,12 @@ class RankingsTask(StageTask):
     def facts(self) -> dict[str, Any]:
         sizes = {"train_rankings": len(self.train), "valid_rankings": len(self.valid)}
         return super().facts() | sizes
+
+
+def _pairs_and_ties(ranks: Sequence[int]) -> tuple[int, int]:
+    pairs = list(itertools.combinations(ranks, 2))
+    num_ties = sum(one == other for one, other in pairs)
+    return len(pairs) - num_ties, num_ties
 
 
 def _rendered(

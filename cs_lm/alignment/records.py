@@ -5,7 +5,7 @@
     pair          {"prompt": "...", "response": "..."}, or "completion" in place of "response"
     preference    {"prompt": ..., "chosen": ..., "rejected": ...}: texts, or lists of messages
     ranking       {"prompt": ..., "responses": [best, ..., worst]}, or in any order with
-                  "ranks": [1, 2, 2, ...]; equal ranks are a tie
+                  "ranks": [1, 2, 2, ...] or "scores": [0.7, 0.1, 0.1, ...]; equal ones are a tie
     prompt        {"prompt": ...}, "instruction", "question" or "messages"; a rule that scores
                   answers gets the other keys
 
@@ -98,7 +98,7 @@ def _read(
         for record, where in _records(path)
     ]
     if not found:
-        raise UserError(f"{flag}: the files hold no record")
+        raise UserError(f"{flag}: {', '.join(paths)}: holds no record, need one or more")
     return found
 
 
@@ -109,6 +109,11 @@ def _records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
             yield _object(record, f"{path}, record {number}"), f"{path}, record {number}"
         return
     for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip() == "{" and _is_json(text):
+            raise UserError(
+                f"{path}: is one JSON object on many lines, need a list of records, or a record a "
+                "line"
+            )
         if line.strip():
             where = f"{path}, line {number}"
             yield _object(_parsed(line, where), where), where
@@ -119,6 +124,14 @@ def _parsed(text: str, where: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: is not JSON ({error})") from None
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _object(record: Any, where: str) -> dict[str, Any]:
@@ -159,6 +172,8 @@ def _ranking(record: dict[str, Any], where: str) -> Ranking:
         )
     texts = tuple(_answer(answer, f"{where}: responses") for answer in answers)
     ranks = record.get("ranks", list(range(1, len(texts) + 1)))
+    if "ranks" not in record and "scores" in record:
+        ranks = _ranks_from(record["scores"], len(texts), where)
     is_list = isinstance(ranks, list) and len(ranks) == len(texts)
     if not is_list or not all(type(rank) is int and rank > 0 for rank in ranks):
         raise UserError(
@@ -168,6 +183,16 @@ def _ranking(record: dict[str, Any], where: str) -> Ranking:
     return Ranking(prompt, texts, tuple(ranks), where)
 
 
+def _ranks_from(scores: Any, count: int, where: str) -> list[int]:
+    is_list = isinstance(scores, list) and len(scores) == count
+    if not is_list or not all(isinstance(one, (int, float)) for one in scores):
+        raise UserError(
+            f"{where}: got scores {str(scores)[:40]!r}, need a number for each of the {count} "
+            "responses, or ranks"
+        )
+    return ranks_of(scores)
+
+
 def _preference(record: dict[str, Any], where: str) -> Ranking:
     for key in ("chosen", "rejected"):
         if key not in record:
@@ -175,7 +200,7 @@ def _preference(record: dict[str, Any], where: str) -> Ranking:
     both = [record["chosen"], record["rejected"]]
     if any(key in record for key in _SEPARATORS):
         prompt = _prompt_of(record, where)
-        answers = tuple(_answer(each, f"{where}: chosen, rejected") for each in both)
+        answers = tuple(_answer(each, f"{where}: chosen, rejected", prompt) for each in both)
         return Ranking(prompt, answers, (1, 2), where)
     if not all(isinstance(each, list) for each in both):
         raise UserError(f"{where}: has no prompt, and chosen and rejected are no lists of messages")
@@ -216,6 +241,12 @@ def _prompt_of(record: dict[str, Any], where: str) -> Conversation:
 
 
 def _messages(given: Any, where: str) -> Conversation:
+    messages = _read_messages(given, where)
+    _check(messages, where)
+    return messages
+
+
+def _read_messages(given: Any, where: str) -> Conversation:
     if not isinstance(given, list) or not given:
         raise UserError(f"{where}: got messages {str(given)[:40]!r}, need a list of them")
     messages = []
@@ -227,7 +258,6 @@ def _messages(given: Any, where: str) -> Conversation:
             )
         content = _text(message.get("content"), f"{where}: the content of message {number}")
         messages.append(Message(role, content))
-    _check(tuple(messages), where)
     return tuple(messages)
 
 
@@ -238,16 +268,21 @@ def _check(conversation: Conversation, where: str) -> None:
         raise UserError(f"{where}: {error}") from None
 
 
-def _answer(given: Any, what: str) -> str:
-    """A text, or the content of the last of a list of messages."""
-    if isinstance(given, list) and given and isinstance(given[-1], dict):
-        given = given[-1].get("content")
-    return _text(given, what)
+def _answer(given: Any, what: str, prompt: Conversation = ()) -> str:
+    """A text, or a list of messages: the assistant's, maybe after those of the prompt."""
+    if not isinstance(given, list):
+        return _text(given, what)
+    *before, last = _read_messages(given, what)
+    if last.role != "assistant":
+        raise UserError(f"{what}: the last message is the {last.role}'s, need the assistant's")
+    if before and tuple(before) != tuple(prompt):
+        raise UserError(f"{what}: the messages before the last one are not those of the prompt")
+    return last.content
 
 
 def _text(given: Any, what: str) -> str:
     if not isinstance(given, str):
-        raise UserError(f"{what} is {str(given)[:40]!r}, need a text")
+        raise UserError(f"{what} is {json.dumps(given)[:40]}, need a text")
     if not is_unicode(given):
         raise UserError(f"{what} holds half of a surrogate pair, which no UTF-8 text can")
     return given

@@ -61,14 +61,23 @@ def rule_of(name: str, flag: str = "--rule") -> Rule:
         raise UserError(
             f"{flag}: got {name!r}, need one of {', '.join(RULES)}, or module:function of your own"
         )
+    if not all(part.isidentifier() for part in (*module_name.split("."), function)):
+        raise UserError(
+            f"{flag}: got {name!r}, need module:function, such as my_rules:score for the function "
+            "score of my_rules.py"
+        )
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
         found = getattr(importlib.import_module(module_name), function)
     except ImportError as error:
         raise UserError(f"{flag}: got {name!r}, but {error}") from None
-    except AttributeError:
-        raise UserError(f"{flag}: got {name!r}, but {module_name} has no {function!r}") from None
+    except (Exception, SystemExit) as error:  # the module is the user's: it may do anything
+        if isinstance(error, AttributeError) and module_name in sys.modules:
+            what = f"{module_name} has no {function!r}"
+        else:
+            what = f"importing {module_name} failed ({type(error).__name__}: {error})"
+        raise UserError(f"{flag}: got {name!r}, but {what}") from None
     if not callable(found):
         raise UserError(f"{flag}: got {name!r}, which is not a function")
     return found
@@ -82,7 +91,7 @@ def score_by_rule(rule: Rule, answer: str, prompt: Prompt, ended: bool = True) -
     fields = {**prompt.fields, "prompt": prompt.conversation[-1].content, "ended": ended}
     try:
         score = float(rule(answer, fields))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(
             f"{prompt.where}: the rule failed on the answer {answer[:40]!r} "
             f"({type(error).__name__}: {error})"

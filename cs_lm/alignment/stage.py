@@ -98,7 +98,10 @@ class StageConfig:
         Its windows are as long as the longest conversation, and no longer than the context.
         """
         context_length = base.model.context_length
-        length = min(self.seq_length or context_length, context_length)
+        length = self.seq_length or context_length
+        if length > context_length:
+            what = f"got {length}, but the model of --from has a context of {context_length}"
+            raise UserError(Problem("--seq_length", what, fix="leave it out, or lower it"))
         values = {name: getattr(self, name) for name in _OF_THE_TRAINER}
         for name, otherwise in _OF_SOME_STAGES.items():
             values[name] = getattr(self, name, otherwise)

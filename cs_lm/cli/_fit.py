@@ -38,7 +38,7 @@ def _fit(make_trainer: Callable[[], Any]) -> int:
         if is_first_rank():
             print(
                 f"resume: the run is at step {trainer.step} of {trainer.num_steps} already; raise "
-                "--num_epochs or --max_steps to train on"
+                "--num_epochs, and --max_steps if it is given, to train on"
             )
         return 0
     try:

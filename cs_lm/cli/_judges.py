@@ -1,5 +1,6 @@
 """Who scores answers: a rule, a reward model, or a person on the terminal."""
 
+import random
 import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -7,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from cs_lm.alignment.answers import Answer, row_of
+from cs_lm.alignment.conversations import Conversation
 from cs_lm.alignment.records import Prompt
 from cs_lm.alignment.reward_model import score_rows
 from cs_lm.alignment.reward_training import load_reward_model
@@ -24,6 +26,7 @@ class Judge(NamedTuple):
 
     score: Callable[[Prompt, Sequence[Answer]], list[float]]
     reads: int | None = None
+    is_person: bool = False
 
 
 class JudgeStopped(UserError):
@@ -43,7 +46,7 @@ def judge_of(rule: str | None, reward: str | None, device: torch.device) -> Judg
             ]
         )
     if reward is not None:
-        model = load_reward_model(RunFolder(reward), "best", device)
+        model = load_reward_model(RunFolder(reward, "--reward"), "best", device)
 
         def by_model(prompt: Prompt, answers: Sequence[Answer]) -> list[float]:
             rows = [row_of(model.template, prompt.conversation, one) for one in answers]
@@ -52,12 +55,31 @@ def judge_of(rule: str | None, reward: str | None, device: torch.device) -> Judg
         return Judge(by_model, model.model.trunk.config.context_length)
     if not sys.stdin.isatty():
         raise UserError("--rule: is missing: give it or --reward, or judge yourself on a terminal")
-    return Judge(_asked)
+    return Judge(_asked, is_person=True)
+
+
+def scores_of(judge: Judge, prompt: Prompt, answers: Sequence[Answer], seed: str) -> list[float]:
+    """A score for each answer. Equal answers are judged once; the seed draws their order."""
+    different = sorted(set(answers))
+    if len(different) == 1 and judge.is_person:
+        return [0.0] * len(answers)  # nothing to ask
+    random.Random(seed).shuffle(different)
+    scores = dict(zip(different, judge.score(prompt, different)))
+    return [scores[one] for one in answers]
+
+
+def shown(conversation: Conversation) -> str:
+    """The conversation as a person reads it."""
+    texts = [f"{one.content}\n{one.context}" if one.context else one.content
+             for one in conversation]  # fmt: skip
+    if len(texts) == 1:
+        return texts[0]
+    return "\n".join(f"{one.role}: {text}" for one, text in zip(conversation, texts))
 
 
 def _asked(prompt: Prompt, answers: Sequence[Answer]) -> list[float]:
     """Scores from a person: the numbers of the answers, best first; = ties two of them."""
-    print(f"\n{prompt.conversation[-1].content}")
+    print(f"\n{shown(prompt.conversation)}")
     for number, answer in enumerate(answers, start=1):
         print(f"  {number}  {answer.text}")
     while True:
@@ -65,11 +87,14 @@ def _asked(prompt: Prompt, answers: Sequence[Answer]) -> list[float]:
             line = input("best first, such as 2 1=3 (q ends): ")
         except EOFError:
             line = "q"
-        if line.strip() == "q":
+        if line.strip().lower() in ("q", "quit", "exit"):
             raise JudgeStopped("ended by you; what was judged until now is kept")
         groups = [group.split("=") for group in line.split()]
         numbers = [number for group in groups for number in group]
         if sorted(numbers) == sorted(map(str, range(1, len(answers) + 1))):
             scores = {n: -float(rank) for rank, group in enumerate(groups) for n in group}
             return [scores[str(number)] for number in range(1, len(answers) + 1)]
-        print(f"need each of 1 to {len(answers)} once", file=sys.stderr)
+        print(
+            f"need each of 1 to {len(answers)} once, with spaces between, or = between equal ones",
+            file=sys.stderr,
+        )

@@ -90,7 +90,8 @@ class PromptSession:
 
         answer  called with a prompt and the settings; what it raises is shown, but for `fatal`
         """
-        print(HELP + further_help, file=sys.stderr)
+        self._help = HELP + further_help
+        print(self._help, file=sys.stderr)
         with line_history():
             for prompt in self.prompts():
                 try:
@@ -135,7 +136,7 @@ class PromptSession:
     def _command(self, line: str) -> None:
         name, *values = line.split(maxsplit=1) or ["help"]
         if name in ("help", "?"):
-            print(HELP, file=sys.stderr)
+            print(self._help, file=sys.stderr)
         elif name in self._actions:
             self._actions[name]()
         elif name == "settings":

@@ -43,7 +43,11 @@ def joined(config: RunConfig) -> Iterator[Ranks]:
     if device.type == "cuda" and place is not None:
         device = torch.device("cuda", place.local_rank)
     ranks = join(device, config.dist_timeout_s)
-    yield ranks
+    try:
+        yield ranks
+    except UserError:
+        ranks.leave()  # an abrupt end of its threads can abort the process
+        raise
     ranks.leave()
 
 

@@ -111,7 +111,7 @@ def policy_sources_of(config: PolicyConfig, begun: Begun, world: World) -> Polic
     if config.rule is not None:
         scorer = Scorer(f"the rule {config.rule}", None, rule_of(config.rule))
     else:
-        model = load_reward_model(RunFolder(config.reward), "best", world.device)
+        model = load_reward_model(RunFolder(config.reward, "--reward"), "best", world.device)
         name = f"the reward model {hash_of_weights(model.model.state_dict())[:16]}"
         scorer = Scorer(name, model, None)
     return PolicySources(

@@ -1,8 +1,8 @@
 """`python -m cs_lm chat`: a conversation with a trained model on the terminal.
 
 The template is the one that the model was fine-tuned with. A model that was never fine-tuned is
-asked in plain lines, as "User: ...". With --message, it answers once; without, you write in turns,
-and /new begins another conversation.
+asked with control tokens if its tokenizer has them, else in plain lines, as "User: ...". With
+--message, it answers once; without, you write in turns, and /new begins another conversation.
 """
 
 import sys
@@ -131,18 +131,20 @@ class Chat:
     def _fitting(self) -> tuple[list[int], tuple[str, ...], int]:
         """The prompt, its stop texts, and the room for an answer. The oldest turns go first."""
         context = self._trained.config.model.context_length
-        while True:
-            ids, stop = chat_prompt(self._trained.tokenizer, self._messages, self._template)
-            first = bool(self._system)
-            if len(ids) <= context * 3 // 4 or len(self._messages) < first + 3:
-                break
-            del self._messages[first : first + 2]
-            print(paint("(the oldest turn is forgotten)", "2", sys.stderr), file=sys.stderr)
-        if len(ids) > context:
+        first = bool(self._system)
+        alone = [*self._messages[:first], self._messages[-1]]
+        ids, _ = chat_prompt(self._trained.tokenizer, alone, self._template)
+        if len(ids) > context:  # no turn needs to be forgotten for it
             raise UserError(
                 f"message: got {len(ids)} tokens with its template, need at most {context}, the "
                 "model's context; shorten it"
             )
+        while True:
+            ids, stop = chat_prompt(self._trained.tokenizer, self._messages, self._template)
+            if len(ids) <= context * 3 // 4 or len(self._messages) < first + 3:
+                break
+            del self._messages[first : first + 2]
+            print(paint("(the oldest turn is forgotten)", "2", sys.stderr), file=sys.stderr)
         return ids, stop, context + 1 - len(ids)
 
 

@@ -6,7 +6,6 @@ terminal in an order that hides whose they are. Each model is held against the f
 
 import json
 import os
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,8 +19,8 @@ from cs_lm.alignment.comparison import (
     standings,
 )
 from cs_lm.alignment.records import Prompt, read_prompts
-from cs_lm.cli._errors import print_error, readable_errors
-from cs_lm.cli._judges import Judge, JudgeStopped, judge_of
+from cs_lm.cli._errors import readable_errors
+from cs_lm.cli._judges import JudgeStopped, judge_of, scores_of, shown
 from cs_lm.cli._outputs import COMPARISON, growing_file, output_problems
 from cs_lm.cli._progress import ProgressLine
 from cs_lm.config.fields import not_positive, setting
@@ -55,18 +54,27 @@ class CompareConfig:
         if len(self.runs) < 2:
             what = f"got {len(self.runs)}"
             found.append(Problem("--runs", what, "the folders of two or more runs"))
-        elif len(set(self.runs)) < len(self.runs):
+        elif len(set(map(os.path.realpath, self.runs))) < len(self.runs):
             found.append(Problem("--runs", "names a run twice", fix="name each once"))
         if not self.prompts:
             found.append(Problem("--prompts", "is missing", fix="name it"))
         if self.rule is not None and self.reward is not None:
             found.append(Problem("--rule, --reward", "got both", fix="give one of the two"))
         found += output_problems("--results_path", self.results_path, COMPARISON, self.prompts)
-        is_person, path = self.rule is None and self.reward is None, self.results_path
-        if is_person and path is not None and os.path.isfile(path) and os.path.getsize(path):
-            what = f"got {path!r}, which holds judgements already"
+        if self.results_path is not None and _holds_judgements_of_a_person(self.results_path):
+            what = f"got {self.results_path!r}, which holds judgements of a person"
             found.append(Problem("--results_path", what, fix="name another file"))
         return found + validate_checkpoint(self.checkpoint)
+
+
+_PERSON = "a person"
+
+
+def _holds_judgements_of_a_person(path: str) -> bool:
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        return any(f'"judge": "{_PERSON}"'.encode() in line for line in file)
 
 
 @readable_errors
@@ -80,13 +88,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     with growing_file(config.results_path) as append:
         try:
             for number, prompt in enumerate(prompts):
-                found = _judged(config, judge, number, prompt, answers)
+                given = [own.answers[number] for own in answers]
+                found = scores_of(judge, prompt, given, f"{config.seed}:{number}")
                 for own, score in zip(scores, found):
                     own.append(score)
                 record = _record(config, number, prompt, answers, found)
                 append(json.dumps(record).encode("utf-8") + b"\n")
         except JudgeStopped as stopped:
-            print_error(stopped)
+            print(stopped)
     if not scores[0]:
         return 2
     print(f"{len(scores[0]):,} prompts, judged by {config.rule or config.reward or 'you'}")
@@ -103,7 +112,7 @@ def _drawn(
     options = DrawingOptions(config.max_new_tokens, config.temperature, config.seed, judge_reads)
     first, answers = None, []
     for path in config.runs:
-        trained = load_trained(RunFolder(path), config.checkpoint, device)
+        trained = load_trained(RunFolder(path, "--runs"), config.checkpoint, device)
         progress = ProgressLine()
 
         def show(done: int, path: str = path, progress: ProgressLine = progress) -> None:
@@ -119,23 +128,6 @@ def _drawn(
     return answers
 
 
-def _judged(
-    config: CompareConfig,
-    judge: Judge,
-    number: int,
-    prompt: Prompt,
-    answers: Sequence[DrawnAnswers],
-) -> list[float]:
-    """The score of each run's answer; they are judged in a random order, and equal ones once."""
-    given = [own.answers[number] for own in answers]
-    different = sorted(set(given))
-    random.Random(f"{config.seed}:{number}").shuffle(different)
-    if len(different) == 1 and config.rule is None and config.reward is None:
-        return [0.0] * len(given)  # nothing to ask
-    scores = dict(zip(different, judge.score(prompt, different)))
-    return [scores[one] for one in given]
-
-
 def _record(
     config: CompareConfig,
     number: int,
@@ -146,11 +138,11 @@ def _record(
     return {
         "compared_runs": config.runs,
         "number": number,
-        "prompt": prompt.conversation[-1].content,
+        "prompt": shown(prompt.conversation),
         "answers": [own.answers[number].text for own in answers],
         "ended": [own.answers[number].ended for own in answers],
         "scores": list(scores),
-        "judge": config.rule or config.reward or "a person",
+        "judge": config.rule or config.reward or _PERSON,
         "seed": config.seed,
     }
 

@@ -10,7 +10,8 @@ import json
 import os
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,12 @@ from typing import Any
 import torch
 
 from cs_lm.alignment.answers import Answer
-from cs_lm.alignment.comparison import answers_of
+from cs_lm.alignment.comparison import answers_of, check_room
 from cs_lm.alignment.conversations import template_of
 from cs_lm.alignment.records import Prompt, ranks_of, read_prompts, record_of
 from cs_lm.alignment.rollouts import draw_answers, longest_row
 from cs_lm.cli._errors import readable_errors
-from cs_lm.cli._judges import Judge, judge_of
+from cs_lm.cli._judges import Judge, JudgeStopped, judge_of, scores_of
 from cs_lm.cli._outputs import is_an_input, unwritable
 from cs_lm.config.fields import not_positive, setting
 from cs_lm.config.flags import parse_config
@@ -31,6 +32,7 @@ from cs_lm.config.shared import checkpoint_setting, device_setting, validate_che
 from cs_lm.device import resolve_device
 from cs_lm.errors import Problem, UserError
 from cs_lm.inference.sampling import uniform_draws
+from cs_lm.storage.lock import acquire
 from cs_lm.training.run_dir import RunFolder, load_trained
 
 _PROMPTS_AT_ONCE = 16
@@ -83,9 +85,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     prompts = read_prompts(config.prompts)
     device = resolve_device(config.device)
     judge = judge_of(config.rule, config.reward, device)
-    out = Path(config.out)
-    done = _prompts_in(out)
     answers_to = _Sampler(config, judge.reads, device)
+    out = Path(config.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with _only_here(out):
+        try:
+            _rank(config, prompts, judge, answers_to, out)
+        except JudgeStopped as stopped:
+            print(stopped)
+    print(f"rankings: {out}")
+    return 0
+
+
+@contextmanager
+def _only_here(out: Path) -> Iterator[None]:
+    """While entered, no other process ranks into the file. Raises: UserError if one does."""
+    lock = acquire(out.with_name(f".{out.name}.lock"))
+    if lock is None:
+        what, fix = f"another process ranks into {str(out)!r}", "wait for it, or name another file"
+        raise UserError(Problem("--out", what, fix=fix))
+    try:
+        yield
+    finally:
+        lock.close(remove=True)
+
+
+def _rank(
+    config: RankConfig, prompts: Sequence[Prompt], judge: Judge, answers_to: "_Sampler", out: Path
+) -> None:
+    made = {
+        "judge": config.rule or config.reward or "a person",
+        "from": os.path.normpath(config.source),
+        "temperature": config.temperature,
+    }
+    done = _prompts_in(out, made)
     todo = []
     for number, one in enumerate(prompts):  # a prompt that occurs twice is ranked twice
         key = _key(record_of(one))
@@ -93,16 +126,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if done[key] < 0:
             todo.append((number, one))
     print(f"{len(prompts):,} prompts, {len(prompts) - len(todo):,} of them ranked already")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    answers_to.check(prompt for _, prompt in todo)
     with out.open("a", encoding="utf-8") as file:
         for start in range(0, len(todo), _PROMPTS_AT_ONCE):
             part = todo[start : start + _PROMPTS_AT_ONCE]
-            for (_, prompt), answers in zip(part, answers_to(part), strict=True):
-                record = _ranked(prompt, answers, judge)
+            for (number, prompt), answers in zip(part, answers_to(part), strict=True):
+                scores = scores_of(judge, prompt, answers, f"{config.seed}:{number}")
+                record = _ranked(prompt, answers, scores) | made
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
                 file.flush()
-    print(f"rankings: {out}")
-    return 0
 
 
 class _Sampler:
@@ -110,22 +142,22 @@ class _Sampler:
 
     def __init__(self, config: RankConfig, judge_reads: int | None, device: torch.device):
         """judge_reads  as `longest_row` takes it"""
-        trained = load_trained(RunFolder(config.source), config.checkpoint, device)
+        trained = load_trained(RunFolder(config.source, "--from"), config.checkpoint, device)
         self._template = template_of(trained.tokenizer, trained.template or "auto")
         self._model, self._tokenizer, self._config = trained.model, trained.tokenizer, config
-        longest = longest_row(trained.config.model.context_length, judge_reads)
-        self._room = longest - config.max_new_tokens
+        self._longest = longest_row(trained.config.model.context_length, judge_reads)
+
+    def check(self, prompts: Iterable[Prompt]) -> None:
+        """Raises: UserError for a prompt that leaves no room for an answer."""
+        for prompt in prompts:
+            length = len(self._template.render_for_completion(prompt.conversation))
+            check_room(prompt, length, self._config.max_new_tokens, self._longest)
 
     def __call__(self, numbered: Sequence[tuple[int, Prompt]]) -> list[list[Answer]]:
         """The answers to each of some prompts, all drawn in one batch."""
         rows, uniform, counts = [], [], []
         for number, prompt in numbered:
             ids = self._template.render_for_completion(prompt.conversation)
-            if len(ids) > self._room:
-                raise UserError(
-                    f"{prompt.where}: got {len(ids)} tokens, need at most {self._room} beside "
-                    f"--max_new_tokens {self._config.max_new_tokens}"
-                )
             rng = random.Random(f"{self._config.seed}:{number}")
             counts.append(rng.randint(self._config.num_answers[0], self._config.num_answers[-1]))
             rows += [ids] * counts[-1]
@@ -137,9 +169,8 @@ class _Sampler:
         return [list(itertools.islice(answers, count)) for count in counts]
 
 
-def _ranked(prompt: Prompt, answers: Sequence[Answer], judge: Judge) -> dict:
+def _ranked(prompt: Prompt, answers: Sequence[Answer], scores: list[float]) -> dict:
     texts, ended = [one.text for one in answers], [one.ended for one in answers]
-    scores = judge.score(prompt, answers)
     found = {"responses": texts, "ranks": ranks_of(scores)}
     return record_of(prompt) | found | {"scores": scores, "ended": ended}
 
@@ -149,11 +180,13 @@ def _key(record: dict) -> str:
     return json.dumps([record.get(name) for name in names])
 
 
-def _prompts_in(path: Path) -> Counter[str]:
+def _prompts_in(path: Path, made: dict[str, Any]) -> Counter[str]:
     """How often each prompt is in a file that an earlier call wrote.
 
     A half line at its end is taken out.
-    Raises: UserError for a file that holds anything else; it stays as it is.
+    made  who answered and who judged
+    Raises: UserError for a file that holds anything else, or rankings that were made otherwise;
+    it stays as it is.
     """
     if not path.exists():
         return Counter()
@@ -170,6 +203,11 @@ def _prompts_in(path: Path) -> Counter[str]:
     except (ValueError, TypeError, KeyError):
         what, fix = f"{str(path)!r} holds other lines than rankings", "name another file"
         raise UserError(Problem("--out", what, fix=fix)) from None
+    for name, now in made.items():
+        before = next((one[name] for one in records if one.get(name, now) != now), None)
+        if before is not None:
+            what = f"{str(path)!r} has rankings with {name} {before!r}, not {now!r}"
+            raise UserError(Problem("--out", what, fix="name another file, or give the same again"))
     if last is not None:
         with path.open("ab") as file:
             file.write(b"\n")

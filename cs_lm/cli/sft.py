@@ -34,6 +34,6 @@ def _task(config, begun: Begun):
     text = text_of_stage(config, begun)
     device, reward = resolve_device(config.device), None
     if config.reward is not None:
-        reward = load_reward_model(RunFolder(config.reward), "best", device)
+        reward = load_reward_model(RunFolder(config.reward, "--reward"), "best", device)
     sources = Sources(begun.base, begun.tokenizer, text, lambda: first_weights_of(config), reward)
     return SupervisedFineTuning(config, sources, train, valid, World(device))

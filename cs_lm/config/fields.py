@@ -207,7 +207,8 @@ def not_positive(config: Any) -> list[Problem]:
             minimum = 1 if isinstance(value, int) else math.ulp(0.0)
         if minimum <= value < MAX_COUNT:
             continue
-        need = "a number above 0" if isinstance(value, float) else f"{minimum} or more"
+        is_above = isinstance(value, float) and each.metadata["minimum"] is None
+        need = "a number above 0" if is_above else f"{minimum} or more"
         if value >= MAX_COUNT:
             need = f"less than {MAX_COUNT:.0e}"
         found.append(Problem(flag_of(each), f"got {value}", need))

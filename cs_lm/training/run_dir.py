@@ -30,10 +30,13 @@ _log = logging.getLogger("cs_lm")
 
 
 class RunFolder:
-    """The folder of a run: metrics.jsonl, loss.png, checkpoints/, tokenizer/, tensorboard/."""
+    """The folder of a run: metrics.jsonl, loss.png, checkpoints/, tokenizer/, tensorboard/.
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    flag  what the user named it with, for messages
+    """
+
+    def __init__(self, path: str | Path, flag: str = "--out_dir"):
+        self.path, self.flag = Path(path), flag
         self.metrics = self.path / "metrics.jsonl"
         self.plot = self.plot_of("loss", "step")
         self.checkpoints = CheckpointManager(self.path / "checkpoints")
@@ -52,8 +55,8 @@ class RunFolder:
         with locked(self.path / "lock") as is_ours:
             if not is_ours:
                 raise UserError(
-                    f"--out_dir: another process is training in {str(self.path)!r}; wait for it or "
-                    "stop it, or name another folder"
+                    f"{self.flag}: another process is training in {str(self.path)!r}; wait for it "
+                    "or stop it, or name another folder"
                 )
             yield
 
@@ -65,20 +68,20 @@ class RunFolder:
         """Raises: UserError when the folder has a checkpoint, so that no work is overwritten."""
         if self.exists():
             raise UserError(
-                f"--out_dir: {str(self.path)!r} holds a run already; add --resume to continue it, "
-                "or name another folder"
+                f"{self.flag}: {str(self.path)!r} holds a run already; add --resume to continue "
+                "it, or name another folder"
             )
 
     def require(self, fix: str = "name the folder of a run that has saved one") -> None:
         """Raises: FileNotFoundError when the folder has no checkpoint."""
         if not self.exists():
-            raise FileNotFoundError(f"--out_dir: {str(self.path)!r} holds no checkpoint; {fix}")
+            raise FileNotFoundError(f"{self.flag}: {str(self.path)!r} holds no checkpoint; {fix}")
 
     def require_log(self) -> None:
         """Raises: UserError where there is no log, or an empty one."""
         if next(MetricsLog(self.metrics).records(warn=False), None) is None:
             why = "has an empty log" if self.metrics.exists() else "is not the folder of a run"
-            raise UserError(f"--out_dir: {str(self.path)!r} {why}; name the folder of a run")
+            raise UserError(f"{self.flag}: {str(self.path)!r} {why}; name the folder of a run")
 
     def save_tokenizer(self, tokenizer: BPETokenizer) -> None:
         """Saves a copy of the tokenizer, so that the folder alone is enough to generate text."""
@@ -94,7 +97,7 @@ class RunFolder:
         """The run's tokenizer. Raises: FileNotFoundError or UserError saying what to do."""
         if not self.exists() and not self._tokenizer.is_dir():
             raise FileNotFoundError(
-                f"--out_dir: {str(self.path)!r} is not the folder of a run; name one that is"
+                f"{self.flag}: {str(self.path)!r} is not the folder of a run; name one that is"
             )
         try:
             return self._read_tokenizer()
@@ -278,8 +281,8 @@ def load_trained(
     folder.check_tokenizer(content, tokenizer)
     if stage_of(content) == "reward":
         raise UserError(
-            f"--out_dir: {str(folder.path)!r} is a reward model, which gives scores and no text; "
-            "name the run that it was trained from, or one of PPO"
+            f"{folder.flag}: {str(folder.path)!r} is a reward model, which gives scores and no "
+            "text; name the run that it was trained from, or one of PPO"
         )
     config = saved_config(content)
     # restore() overwrites all weights; a separate generator leaves torch's global one untouched

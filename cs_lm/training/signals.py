@@ -73,15 +73,22 @@ def raise_on_signal() -> Iterator[None]:
     """While entered, a stop signal raises StopRequested at once, in the main thread.
 
     For work that may stop at any moment, but must end its processes or delete temporary files.
+    An import of compiled modules may turn that exception into another one: it is raised again.
     """
+    received: list[signal.Signals] = []
 
     def stop(number: int, _frame) -> None:
         _set_handlers(lambda again, _frame: os._exit(128 + again))
-        raise StopRequested(signal.Signals(number))
+        received.append(signal.Signals(number))
+        raise StopRequested(received[0])
 
     previous = _set_handlers(stop)
     try:
         yield
+    except (ImportError, AttributeError) as error:
+        if received:
+            raise StopRequested(received[0]) from error
+        raise
     finally:
         _restore_handlers(previous)
 

@@ -5,11 +5,15 @@ import json
 import pytest
 import torch
 
+from cs_lm.alignment.answers import Answer
 from cs_lm.alignment.conversations import Message
+from cs_lm.alignment.records import Prompt
 from cs_lm.alignment.reward_model import render_answer, score_rows
 from cs_lm.alignment.reward_training import load_reward_model
+from cs_lm.cli._judges import Judge, scores_of, shown
 from cs_lm.cli.commands import main as command
 from cs_lm.cli.train import main as run_clm
+from cs_lm.storage.lock import acquire
 from cs_lm.training.metrics_log import MetricsLog
 from cs_lm.training.run_dir import RunFolder
 from tests.end_to_end.instructions import SPECIAL, WORDS
@@ -165,15 +169,14 @@ def test_mistakes_are_named(work, ranked, capsys):
 
 
 def test_a_person_ranks_on_a_terminal(work, monkeypatch, capsys):
-    from cs_lm.alignment.answers import Answer
-    from cs_lm.alignment.records import Prompt
-    from cs_lm.cli._judges import Judge, _asked
+    from cs_lm.cli._judges import _asked
     from cs_lm.cli.rank import _ranked
 
     lines = iter(["3", "1 2 3 3", "2 1=3"])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     prompt = Prompt((Message("user", "q"),), {})
-    record = _ranked(prompt, [Answer(one, True) for one in "xyz"], Judge(_asked))
+    answers = [Answer(one, True) for one in "xyz"]
+    record = _ranked(prompt, answers, _asked(prompt, answers))
     assert record["ranks"] == [2, 1, 2] and record["prompt"] == "q"
     assert capsys.readouterr().err.count("need each of 1 to 3 once") == 2
 
@@ -229,6 +232,72 @@ def test_rank_by_a_reward_model_keeps_within_its_context(work, ranked, capsys):
         capsys.readouterr()
         out = work / f"{length}.jsonl"
         assert rank(out, "--num_answers", "8", reward=work / "rm", prompts=prompts) == status
-    assert "line 1: got 63 tokens, need at most 52 beside --max_new_tokens 12" in (
-        capsys.readouterr().err
+    assert (
+        "line 1: got 63 tokens with the template, and 12 of --max_new_tokens; need at most 64"
+        in (capsys.readouterr().err)
     )
+
+
+def test_a_file_of_rankings_holds_those_of_one_judge_and_one_model(work, capsys):
+    out = work / "ranked.jsonl"
+    assert rank(out, rule="length") == 0
+    before = out.read_bytes()
+    for changes, message in [
+        ({"rule": "contains"}, "has rankings with judge 'length', not 'contains'"),
+        ({"rule": "length", "from": "runs/gpt2"}, "has rankings with from"),
+        ({"rule": "length", "temperature": 2}, "has rankings with temperature 1.0, not 2.0"),
+    ]:
+        assert rank(out, **changes) == 2
+        assert message in capsys.readouterr().err
+    assert out.read_bytes() == before
+    lock = acquire(work / ".ranked.jsonl.lock")
+    assert rank(out, rule="length") == 2
+    assert "another process ranks into" in capsys.readouterr().err
+    lock.close()
+
+
+def test_equal_answers_have_equal_ranks_whatever_the_judge_thinks(monkeypatch):
+    """A batch of rows may score the same row differently, in its last bits."""
+    calls = []
+    judge = Judge(
+        lambda _, answers: calls.append(answers) or [0.1 * n for n in range(len(answers))]
+    )
+    prompt = Prompt((Message("user", "q", "with this"),), {})
+    scores = scores_of(judge, prompt, [Answer(one, True) for one in "xyxy"], "0")
+    assert scores[0] == scores[2] != scores[1] == scores[3] and len(calls[0]) == 2
+    assert scores_of(Judge(None, is_person=True), prompt, [Answer("x", True)] * 3, "0") == [0.0] * 3
+    assert shown(prompt.conversation) == "q\nwith this"
+    turns = (Message("system", "s"), Message("user", "a"), Message("assistant", "b"))
+    assert shown((*turns, Message("user", "c"))) == "system: s\nuser: a\nassistant: b\nuser: c"
+
+
+def test_prompts_that_leave_no_room_are_named_before_the_first_question(work, capsys):
+    long = work / "long.jsonl"
+    records = [{"prompt": "a", "answer": "b"}, {"prompt": "word " * 60, "answer": "b"}]
+    long.write_text("".join(json.dumps(one) + "\n" for one in records), encoding="utf-8")
+    assert rank(work / "out.jsonl", rule="length", prompts=long) == 2
+    message = capsys.readouterr().err
+    assert "long.jsonl, line 2" in message and "lower --max_new_tokens" in message
+    assert not (work / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", ("reward", "dpo"))
+def test_rankings_without_a_better_answer_teach_nothing(work, name, capsys):
+    ties = work / "ties.jsonl"
+    record = {"prompt": "a", "responses": ["x", "y"], "ranks": [1, 1]}
+    ties.write_text("".join(json.dumps(record | {"prompt": w}) + "\n" for w in WORDS), "utf-8")
+    assert stage(name, ties, work / "out") == 2
+    assert "no answer is better than another one" in capsys.readouterr().err
+
+
+def test_a_flag_that_names_another_folder_than_a_run_is_named(work, ranked, capsys):
+    for argv, flag in [
+        (["rank", "--from", "nope", "--prompts", "data.jsonl", "--out", "y", "--rule", "length"],
+         "--from"),
+        (["compare", "--runs", "runs/gpt2", "nope", "--prompts", "data.jsonl", "--rule", "length",
+          "--max_new_tokens", "12"], "--runs"),
+        (["compare", "--runs", "runs/gpt2", "runs/transformer", "--prompts", "data.jsonl",
+          "--reward", "nope"], "--reward"),
+    ]:  # fmt: skip
+        assert command(argv) == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {flag}: 'nope'")

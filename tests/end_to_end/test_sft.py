@@ -128,10 +128,12 @@ def test_padding_and_packing_learn_from_the_same_targets(work, capsys):
     assert facts[1]["train_rows"] < facts[0]["train_rows"] / 2
 
 
-def test_conversations_may_be_as_long_as_the_context(work):
-    """A longer --seq_length gives a run that can be opened."""
+def test_conversations_may_be_as_long_as_the_context(work, capsys):
+    """A longer --seq_length is refused."""
     out = work / "run"
-    assert sft(max_steps=1, seq_length=9999, out_dir=out) == 0
+    assert sft(max_steps=1, seq_length=9999, out_dir=out) == 2
+    assert "got 9999, but the model of --from has a context of 64" in capsys.readouterr().err
+    assert sft(max_steps=1, seq_length=64, out_dir=out) == 0
     assert load_trained(RunFolder(out), "last", torch.device("cpu")).config.seq_length == 64
 
 

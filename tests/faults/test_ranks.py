@@ -1,5 +1,6 @@
 """Several processes train one run: equal to one, and none is left when one dies or stops."""
 
+import contextlib
 import os
 import re
 import signal
@@ -16,17 +17,18 @@ from tests.end_to_end.conftest import ROOT, write_corpus
 from tests.ranks import free_port, launch_variables
 from tests.sameness import assert_equal
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("torchrun")]
 # fmt: off
 RUN = [
     "--model", "gpt2-small", "--corpus_path", "animals.txt", "--vocab_size", "300",
     "--d_model", "24", "--num_heads", "3", "--d_ff", "40", "--num_layers", "2",
     "--max_seq_length", "16", "--seq_length", "16", "--batch_size", "7", "--grad_accum", "2",
-    "--drop_rate", "0.1", "--device", "cpu", "--log_interval", "1", "--eval_interval", "4",
-    "--save_interval", "4", "--sample_interval", "0", "--eval_tokens", "500",
+    "--drop_rate", "0.1", "--device", "cpu", "--log_interval", "1", "--eval_interval", "5",
+    "--save_interval", "10", "--sample_interval", "0", "--eval_tokens", "500",
     "--num_epochs", "1000", "--lr", "1e-3", "--lr_min", "1e-3", "--warmup_ratio", "0",
 ]
 # fmt: on
+LAST = 60
 
 
 def start(size, *flags, of_rank=lambda _: ()):
@@ -79,17 +81,26 @@ def work(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_run_is_the_same_on_any_number_of_ranks(work):
-    """Dropout, uneven rows, validation and all; a checkpoint goes on with any other number."""
-    train(1, *RUN, "--max_steps", 12, "--out_dir", "one")
-    [printed, other] = train(2, *RUN, "--max_steps", 12, "--out_dir", "two")
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory):
+    """A run of two ranks that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("quiet")
+    write_corpus(folder)
+    with contextlib.chdir(folder):
+        [printed, other] = train(2, *RUN, "--max_steps", LAST, "--out_dir", "run")
     assert "in each of 2 processes" in printed and other == ""
-    assert not {"checkpoints", "metrics.jsonl", "tokenizer"} - set(os.listdir("two"))
-    [config] = [r for r in MetricsLog(work / "two" / "metrics.jsonl").records() if "ranks" in r]
+    return folder / "run"
+
+
+def test_a_run_is_the_same_on_any_number_of_ranks(work, quiet):
+    """Dropout, uneven rows, validation and all; a checkpoint goes on with any other number."""
+    assert not {"checkpoints", "metrics.jsonl", "tokenizer"} - set(os.listdir(quiet))
+    [config] = [r for r in MetricsLog(quiet / "metrics.jsonl").records() if "ranks" in r]
     assert len(config["ranks"]) == 2 and config["parallel"] == "ddp"
-    assert_close(numbers(work / "two"), numbers(work / "one"))
-    train(3, "--resume", "--resume_step", 8, "--out_dir", "two")
-    assert_close(numbers(work / "two"), numbers(work / "one"))
+    train(1, *RUN, "--max_steps", 15, "--out_dir", "run")
+    assert_close(numbers(work / "run"), numbers(quiet)[: len(numbers(work / "run"))])
+    train(3, "--resume", "--resume_step", 10, "--max_steps", 20, "--out_dir", "run")
+    assert_close(numbers(work / "run"), numbers(quiet)[: len(numbers(work / "run"))])
 
 
 def wait_for_step(folder, step):
@@ -106,18 +117,16 @@ def state_of(folder, step):
     return RunFolder(folder).checkpoints.read(step)
 
 
-def test_a_signal_to_one_rank_stops_all_at_the_same_step(work):
-    flags = (*RUN, "--out_dir", "run", "--max_steps")
-    processes = start(2, *flags, 100000)
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(work, quiet):
+    processes = start(2, *RUN, "--out_dir", "run", "--max_steps", LAST)
     wait_for_step(work / "run", 5)
     processes[1].send_signal(signal.SIGUSR1)
     statuses, printed = finish(processes)
     assert statuses == [128 + signal.SIGUSR1] * 2 and printed[1] == ""
     step = int(re.search(r"stopped by SIGUSR1 after step (\d+)", printed[0])[1])
     assert RunFolder("run").checkpoints.steps()[0] == step
-    train(2, "--resume", "--out_dir", "run", "--max_steps", step + 3)
-    train(2, *RUN, "--out_dir", "quiet", "--max_steps", step + 3)
-    wanted, found = (state_of(work / name, step + 3) for name in ("quiet", "run"))
+    train(2, "--resume", "--out_dir", "run")
+    wanted, found = (state_of(folder, LAST) for folder in (quiet, work / "run"))
     for key in ("model", "optimizer"):
         assert_equal(wanted[key], found[key])
 
@@ -131,20 +140,12 @@ def test_a_killed_rank_ends_the_others_with_its_name(work, lost):
     statuses, printed = finish(processes)
     assert time.monotonic() - begun_s < 90
     assert statuses[1 - lost] == RANK_LOST, printed
-    name = re.search(
-        rf"rank {lost} \(process {processes[lost].pid} on .*\) has ended", "".join(printed)
-    )
-    assert name, printed
+    name = rf"rank {lost} \(process {processes[lost].pid} on .*\) has ended"
+    assert re.search(name, printed[1 - lost]), printed
     if lost == 1:
         assert re.search(r"step \d+ of \d+ is saved", printed[0])
-    train(
-        1,
-        "--resume",
-        "--out_dir",
-        "run",
-        "--max_steps",
-        RunFolder("run").checkpoints.steps()[0] + 1,
-    )
+        newest = RunFolder("run").checkpoints.steps()[0]
+        train(1, "--resume", "--out_dir", "run", "--max_steps", newest + 1)
 
 
 def test_a_rank_that_does_not_answer_is_named(work):

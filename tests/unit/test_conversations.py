@@ -175,8 +175,8 @@ def test_prompts(tmp_path):
     (read_demonstrations, "7", "line 1: got '7', need a JSON object"),
     (read_demonstrations, {"prompt": "Q"}, "has no answer"),
     (read_demonstrations, {"text": "Q"}, "has none of prompt, instruction"),
-    (read_demonstrations, {"prompt": 3, "response": "A"}, "prompt is '3', need a text"),
-    (read_demonstrations, {"prompt": "Q", "response": None}, "response is 'None', need a text"),
+    (read_demonstrations, {"prompt": 3, "response": "A"}, "prompt is 3, need a text"),
+    (read_demonstrations, {"prompt": "Q", "response": None}, "response is null, need a text"),
     (read_demonstrations, {"prompt": "Q", "response": "\ud800"}, "half of a surrogate pair"),
     (read_demonstrations, {"messages": []}, "need a list of them"),
     (read_demonstrations, {"messages": [USER]}, "the last message is not the assistant's"),
@@ -200,7 +200,7 @@ def test_bad_files_are_named(tmp_path):
     with pytest.raises(UserError, match="--data: got 'no.json', which is not a file"):
         read_demonstrations(["no.json"])
     (tmp_path / "empty.jsonl").write_text("\n", encoding="utf-8")
-    with pytest.raises(UserError, match="--prompts: the files hold no record"):
+    with pytest.raises(UserError, match="--prompts: .*empty.jsonl: holds no record"):
         read_prompts([str(tmp_path / "empty.jsonl")])
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9"}')
     with pytest.raises(UserError, match="is not UTF-8 at byte offset 12"):
