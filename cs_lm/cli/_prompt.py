@@ -63,6 +63,7 @@ class PromptSession:
     """
 
     def __init__(self, settings: Any, actions: Mapping[str, Callable[[], None]] | None = None):
+        self._help = HELP
         self.settings, self._actions = settings, actions or {}
 
     def prompts(self) -> Iterator[str]:
@@ -90,7 +91,7 @@ class PromptSession:
 
         answer  called with a prompt and the settings; what it raises is shown, but for `fatal`
         """
-        self._help = HELP + further_help
+        self._help += further_help
         print(self._help, file=sys.stderr)
         with line_history():
             for prompt in self.prompts():
