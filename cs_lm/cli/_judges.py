@@ -16,17 +16,21 @@ from cs_lm.alignment.rules import rule_of, score_by_rule
 from cs_lm.errors import UserError
 from cs_lm.training.run_dir import RunFolder
 
+PERSON = "a person"
+
 
 class Judge(NamedTuple):
     """Who scores answers.
 
     score  (prompt, answers) -> a score for each
     reads  most tokens of a prompt and its answer that it can read; None: any number
+    name   the rule's, the reward model's folder, or `PERSON`
     """
 
     score: Callable[[Prompt, Sequence[Answer]], list[float]]
     reads: int | None = None
     is_person: bool = False
+    name: str = ""
 
 
 class JudgeStopped(UserError):
@@ -43,7 +47,8 @@ def judge_of(rule: str | None, reward: str | None, device: torch.device) -> Judg
         return Judge(
             lambda prompt, answers: [
                 score_by_rule(call, one.text, prompt, one.ended) for one in answers
-            ]
+            ],
+            name=rule,
         )
     if reward is not None:
         model = load_reward_model(RunFolder(reward, "--reward"), "best", device)
@@ -52,10 +57,10 @@ def judge_of(rule: str | None, reward: str | None, device: torch.device) -> Judg
             rows = [row_of(model.template, prompt.conversation, one) for one in answers]
             return score_rows(model.model, rows, device).tolist()
 
-        return Judge(by_model, model.model.trunk.config.context_length)
+        return Judge(by_model, model.model.trunk.config.context_length, name=reward)
     if not sys.stdin.isatty():
         raise UserError("--rule: is missing: give it or --reward, or judge yourself on a terminal")
-    return Judge(_asked, is_person=True)
+    return Judge(_asked, is_person=True, name=PERSON)
 
 
 def scores_of(judge: Judge, prompt: Prompt, answers: Sequence[Answer], seed: str) -> list[float]:

@@ -20,7 +20,7 @@ from cs_lm.alignment.comparison import (
 )
 from cs_lm.alignment.records import Prompt, read_prompts
 from cs_lm.cli._errors import readable_errors
-from cs_lm.cli._judges import JudgeStopped, judge_of, scores_of, shown
+from cs_lm.cli._judges import PERSON, Judge, JudgeStopped, judge_of, scores_of, shown
 from cs_lm.cli._outputs import COMPARISON, growing_file, output_problems
 from cs_lm.cli._progress import ProgressLine
 from cs_lm.config.fields import not_positive, setting
@@ -67,14 +67,11 @@ class CompareConfig:
         return found + validate_checkpoint(self.checkpoint)
 
 
-_PERSON = "a person"
-
-
 def _holds_judgements_of_a_person(path: str) -> bool:
     if not os.path.isfile(path):
         return False
     with open(path, "rb") as file:
-        return any(f'"judge": "{_PERSON}"'.encode() in line for line in file)
+        return any(f'"judge": "{PERSON}"'.encode() in line for line in file)
 
 
 @readable_errors
@@ -92,13 +89,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 found = scores_of(judge, prompt, given, f"{config.seed}:{number}")
                 for own, score in zip(scores, found):
                     own.append(score)
-                record = _record(config, number, prompt, answers, found)
+                record = _record(config, judge, number, prompt, answers, found)
                 append(json.dumps(record).encode("utf-8") + b"\n")
         except JudgeStopped as stopped:
             print(stopped)
     if not scores[0]:
         return 2
-    print(f"{len(scores[0]):,} prompts, judged by {config.rule or config.reward or 'you'}")
+    print(f"{len(scores[0]):,} prompts, judged by {'you' if judge.is_person else judge.name}")
     _print_table(standings(config.runs, answers, scores))
     if config.results_path is not None:
         print(f"results  {config.results_path}")
@@ -130,6 +127,7 @@ def _drawn(
 
 def _record(
     config: CompareConfig,
+    judge: Judge,
     number: int,
     prompt: Prompt,
     answers: Sequence[DrawnAnswers],
@@ -142,7 +140,7 @@ def _record(
         "answers": [own.answers[number].text for own in answers],
         "ended": [own.answers[number].ended for own in answers],
         "scores": list(scores),
-        "judge": config.rule or config.reward or _PERSON,
+        "judge": judge.name,
         "seed": config.seed,
     }
 

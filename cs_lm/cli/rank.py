@@ -10,8 +10,7 @@ import json
 import os
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from cs_lm.config.shared import checkpoint_setting, device_setting, validate_che
 from cs_lm.device import resolve_device
 from cs_lm.errors import Problem, UserError
 from cs_lm.inference.sampling import uniform_draws
-from cs_lm.storage.lock import acquire
+from cs_lm.storage.lock import locked
 from cs_lm.training.run_dir import RunFolder, load_trained
 
 _PROMPTS_AT_ONCE = 16
@@ -88,7 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     answers_to = _Sampler(config, judge.reads, device)
     out = Path(config.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with _only_here(out):
+    with locked(out.with_name(f".{out.name}.lock"), remove=True) as is_ours:
+        if not is_ours:
+            what = f"another process ranks into {str(out)!r}"
+            raise UserError(Problem("--out", what, fix="wait for it, or name another file"))
         try:
             _rank(config, prompts, judge, answers_to, out)
         except JudgeStopped as stopped:
@@ -97,24 +99,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-@contextmanager
-def _only_here(out: Path) -> Iterator[None]:
-    """While entered, no other process ranks into the file. Raises: UserError if one does."""
-    lock = acquire(out.with_name(f".{out.name}.lock"))
-    if lock is None:
-        what, fix = f"another process ranks into {str(out)!r}", "wait for it, or name another file"
-        raise UserError(Problem("--out", what, fix=fix))
-    try:
-        yield
-    finally:
-        lock.close(remove=True)
-
-
 def _rank(
     config: RankConfig, prompts: Sequence[Prompt], judge: Judge, answers_to: "_Sampler", out: Path
 ) -> None:
     made = {
-        "judge": config.rule or config.reward or "a person",
+        "judge": judge.name,
         "from": os.path.normpath(config.source),
         "temperature": config.temperature,
     }
@@ -126,11 +115,11 @@ def _rank(
         if done[key] < 0:
             todo.append((number, one))
     print(f"{len(prompts):,} prompts, {len(prompts) - len(todo):,} of them ranked already")
-    answers_to.check(prompt for _, prompt in todo)
+    todo = [(number, one, answers_to.ids_of(one)) for number, one in todo]
     with out.open("a", encoding="utf-8") as file:
         for start in range(0, len(todo), _PROMPTS_AT_ONCE):
             part = todo[start : start + _PROMPTS_AT_ONCE]
-            for (number, prompt), answers in zip(part, answers_to(part), strict=True):
+            for (number, prompt, _), answers in zip(part, answers_to(part), strict=True):
                 scores = scores_of(judge, prompt, answers, f"{config.seed}:{number}")
                 record = _ranked(prompt, answers, scores) | made
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -147,17 +136,16 @@ class _Sampler:
         self._model, self._tokenizer, self._config = trained.model, trained.tokenizer, config
         self._longest = longest_row(trained.config.model.context_length, judge_reads)
 
-    def check(self, prompts: Iterable[Prompt]) -> None:
-        """Raises: UserError for a prompt that leaves no room for an answer."""
-        for prompt in prompts:
-            length = len(self._template.render_for_completion(prompt.conversation))
-            check_room(prompt, length, self._config.max_new_tokens, self._longest)
+    def ids_of(self, prompt: Prompt) -> list[int]:
+        """Its token ids. Raises: UserError for a prompt that leaves no room for an answer."""
+        ids = self._template.render_for_completion(prompt.conversation)
+        check_room(prompt, len(ids), self._config.max_new_tokens, self._longest)
+        return ids
 
-    def __call__(self, numbered: Sequence[tuple[int, Prompt]]) -> list[list[Answer]]:
-        """The answers to each of some prompts, all drawn in one batch."""
+    def __call__(self, numbered: Sequence[tuple[int, Prompt, list[int]]]) -> list[list[Answer]]:
+        """The answers to each of some prompts (number, prompt, ids), all drawn in one batch."""
         rows, uniform, counts = [], [], []
-        for number, prompt in numbered:
-            ids = self._template.render_for_completion(prompt.conversation)
+        for number, _, ids in numbered:
             rng = random.Random(f"{self._config.seed}:{number}")
             counts.append(rng.randint(self._config.num_answers[0], self._config.num_answers[-1]))
             rows += [ids] * counts[-1]

@@ -1,5 +1,6 @@
 """Data parallelism by hand: every rank has the whole model, and gradients are summed."""
 
+import itertools
 import time
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -41,11 +42,9 @@ class GradientSum:
         self._bucket_of = {
             id(p): number for number, one in enumerate(self._buckets) for p in one.parameters
         }
-        self._hooks = [
-            p.register_post_accumulate_grad_hook(self._arrived)
-            for one in self._buckets
-            for p in one.parameters
-        ]
+        for bucket in self._buckets:
+            for parameter in bucket.parameters:
+                parameter.register_post_accumulate_grad_hook(self._arrived)
         self._is_last = False
         self._start()
 
@@ -88,30 +87,23 @@ class GradientSum:
         self._is_last = False
         self._start()
 
-    def remove(self) -> None:
-        """Takes the hooks away from the parameters."""
-        for hook in self._hooks:
-            hook.remove()
-
 
 def _buckets(parameters: list[Tensor], bucket_bytes: int) -> Iterable[_Bucket]:
     own: list[Tensor] = []
+    size = 0
     for parameter in parameters:
-        kind = (parameter.dtype, parameter.device)
-        size = sum(p.numel() * p.element_size() for p in (*own, parameter))
-        if own and (size > bucket_bytes or (own[0].dtype, own[0].device) != kind):
+        kind, num_bytes = (parameter.dtype, parameter.device), parameter.nbytes
+        if own and (size + num_bytes > bucket_bytes or (own[0].dtype, own[0].device) != kind):
             yield _bucket(own)
-            own = []
+            own, size = [], 0
         own.append(parameter)
+        size += num_bytes
     if own:
         yield _bucket(own)
 
 
 def _bucket(parameters: list[Tensor]) -> _Bucket:
-    offsets = [0]
-    for parameter in parameters:
-        offsets.append(offsets[-1] + parameter.numel())
-    return _Bucket(parameters, offsets)
+    return _Bucket(parameters, [0, *itertools.accumulate(p.numel() for p in parameters)])
 
 
 class Sharing:

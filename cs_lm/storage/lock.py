@@ -103,14 +103,17 @@ def writing_alone(path: Path, on_wait: Callable[[], None]) -> Iterator[FileLock]
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[bool]:
-    """A context with the exclusive lock. Yields False at once if another process has the lock."""
+def locked(path: Path, remove: bool = False) -> Iterator[bool]:
+    """A context with the exclusive lock. Yields False at once if another process has the lock.
+
+    remove  delete the lock file afterwards
+    """
     lock = acquire(path)
     try:
         yield lock is not None
     finally:
         if lock is not None:
-            lock.close()
+            lock.close(remove)
 
 
 def _is_still_there(number: int, path: Path) -> bool:

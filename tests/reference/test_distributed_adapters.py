@@ -38,25 +38,29 @@ def loss_of(model, x, y):
     return (model(x) - y).square().mean()
 
 
+def learn(model, optimizer, rows=slice(None), after_backward=lambda: None):
+    """Makes the updates of all steps; the learning rate of each group falls."""
+    for number, (x, y) in enumerate(zip(*data())):
+        optimizer.zero_grad()
+        for group in optimizer.param_groups:
+            group["lr"] *= 1 - 0.1 * number
+        loss_of(model, x[rows], y[rows]).backward()
+        after_backward()
+        optimizer.step()
+
+
 def replicated(ranks):
     model = adapters.get_ddp(Toy(seed=ranks.rank))  # rank 0's weights count
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     own = slice(ranks.rank * NUM_ROWS // ranks.size, (ranks.rank + 1) * NUM_ROWS // ranks.size)
-    for x, y in zip(*data()):
-        optimizer.zero_grad()
-        loss_of(model, x[own], y[own]).backward()
-        adapters.ddp_on_after_backward(model, optimizer)
-        optimizer.step()
+    learn(model, optimizer, own, lambda: adapters.ddp_on_after_backward(model, optimizer))
     return model.module.state_dict()
 
 
 def test_ddp_learns_like_one_process(pools):
     model = Toy(seed=0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for x, y in zip(*data()):
-        optimizer.zero_grad()
-        loss_of(model, x, y).backward()
-        optimizer.step()
+    learn(model, optimizer)
     for pool in pools.values():
         for found in pool.run(replicated):
             for name, wanted in model.state_dict().items():
@@ -70,12 +74,7 @@ def shared_updates(ranks):
         halves[:2], torch.optim.AdamW, lr=0.1, weight_decay=0.1
     )
     optimizer.add_param_group({"params": halves[2:], "lr": 0.05})
-    for number, (x, y) in enumerate(zip(*data())):
-        optimizer.zero_grad()
-        for group in optimizer.param_groups:
-            group["lr"] *= 1 - 0.1 * number
-        loss_of(model, x, y).backward()
-        optimizer.step()
+    learn(model, optimizer)
     held = sum(len(state) for state in optimizer._own.state.values()) if optimizer._own else 0
     return model.state_dict(), held
 
@@ -85,12 +84,7 @@ def test_the_sharded_optimizer_makes_the_updates_of_the_whole_one(pools):
     halves = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": halves[:2]}, {"params": halves[2:], "lr": 0.05}]
     optimizer = torch.optim.AdamW(groups, lr=0.1, weight_decay=0.1)
-    for number, (x, y) in enumerate(zip(*data())):
-        optimizer.zero_grad()
-        for group in optimizer.param_groups:
-            group["lr"] *= 1 - 0.1 * number
-        loss_of(model, x, y).backward()
-        optimizer.step()
+    learn(model, optimizer)
     whole = sum(len(state) for state in optimizer.state.values())
     for pool in pools.values():
         found = pool.run(shared_updates)
