@@ -80,8 +80,9 @@ def render_all(
 def report_left_out(found: str, some_are_left: bool, flag: str = "--data") -> None:
     """Warns of records that are too long. Raises: UserError if no others are left."""
     if not some_are_left:
-        raise UserError(f"{flag}: {found}; raise --seq_length, or give shorter ones")
-    _log.warning("data: %s; they are left out", found)
+        fix = "give shorter ones, or raise --seq_length where the model's context is longer"
+        raise UserError(f"{flag}: {found}; {fix}")
+    _log.warning("%s: %s; they are left out", flag.lstrip("-"), found)
 
 
 def describe(rendered: Sequence[Rendered]) -> str:

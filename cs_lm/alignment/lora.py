@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cs_lm.errors import Problem, UserError
 from cs_lm.models.base import LanguageModel
 from cs_lm.models.layers import Linear
 
@@ -23,11 +24,15 @@ class LowRankAdapter(nn.Module):
 
     `merge` gives the model its present weights. `state_dict` and `load_state_dict` are those of the
     merged model, so that a checkpoint is one of a plain model; `matrices` are A and B.
+    Raises: UserError for a rank above the model's width.
     """
 
     def __init__(self, model: LanguageModel, rank: int, alpha: float, seed: int):
         super().__init__()
         self._model = [model]  # in a list: its frozen weights are no parameters of this module
+        if rank > model.config.d_model:
+            what, need = f"got {rank}", f"at most {model.config.d_model}, the model's width"
+            raise UserError(Problem("--lora_rank", what, need))
         self._scale = alpha / rank
         for parameter in model.parameters():
             parameter.requires_grad_(False)

@@ -60,12 +60,21 @@ class RankingsTask(StageTask):
         super().__init__(config, base, tokenizer, model)
         self.device = world.device
         most = config.max_tokens(base) - self.reads_ends
-        self.train, self.valid = (_rendered(one, self.template, most) for one in rankings)
-        num_tokens = [len(row) for one in self.train for row in one.rows]
+        flags = ("--data", "--valid_data" if config.valid_data else "--data")
+        self.train, self.valid = (
+            _rendered(one, self.template, most, flag) for one, flag in zip(rankings, flags)
+        )
+        num_answers = sum(len(one.places) for one in self.train)
+        num_tokens = sum(len(row) for one in self.train for row in one.rows)
         num_pairs, num_ties = map(sum, zip(*(_pairs_and_ties(one.ranks) for one in self.train)))
-        _log.info("data: %d rankings of %d answers, %d pairs and %d ties; template %s",
-                  len(self.train), len(num_tokens), num_pairs, num_ties,
-                  self.template.name)  # fmt: skip
+        _log.info(
+            "data: %d rankings of %d answers, %d pairs and %d ties; template %s",
+            len(self.train),
+            num_answers,
+            num_pairs,
+            num_ties,
+            self.template.name,
+        )
         if not num_pairs:
             raise UserError(
                 "--data: no answer is better than another one to the same prompt; there is nothing "
@@ -73,7 +82,7 @@ class RankingsTask(StageTask):
             )
         self.order = EpochOrder(len(self.train), config.batch_size, config.seed)
         self.num_steps = config.num_steps(len(self.train))
-        mean = sum(num_tokens) / len(self.train)
+        mean = num_tokens / len(self.train)
         self.tokens_per_step = round(mean * config.batch_size * config.grad_accum)
         every = [one for side in rankings for one in side]
         self.data_hash = hash_of([(one.prompt, one.answers, one.ranks) for one in every])
@@ -90,7 +99,7 @@ def _pairs_and_ties(ranks: Sequence[int]) -> tuple[int, int]:
 
 
 def _rendered(
-    rankings: Sequence[Ranking], template: Template, max_tokens: int
+    rankings: Sequence[Ranking], template: Template, max_tokens: int, flag: str
 ) -> list[RenderedRanking]:
     """Those of which all answers fit; the others are counted in a warning.
 
@@ -102,5 +111,6 @@ def _rendered(
             f"{len(too_long):,} of {len(rankings):,} rankings have an answer that is too long with "
             f"its prompt ({max_tokens} tokens), the first in {too_long[0]}",
             some_are_left=bool(kept),
+            flag=flag,
         )
     return kept

@@ -10,7 +10,9 @@
                   answers gets the other keys
 
 A file is one JSON list of such objects, or one object a line. A "prompt" may be a list of messages,
-too. A "question" with an "answer" is a pair.
+too. A "question" with an "answer" is a pair. Where a record has several of these keys, its messages
+are the conversation, but the prompt of answers to compare is in the first that it has of
+"instruction", "prompt", "question" and "messages".
 """
 
 import json
@@ -24,7 +26,7 @@ from cs_lm.errors import UserError
 from cs_lm.evaluation.tasks import files_named, text_of_file
 
 T = TypeVar("T")
-_SEPARATORS = ("prompt", "instruction", "question", "messages")
+_PROMPT_KEYS = ("instruction", "prompt", "question", "messages")  # the first one counts
 
 
 class Demonstration(NamedTuple):
@@ -198,7 +200,7 @@ def _preference(record: dict[str, Any], where: str) -> Ranking:
         if key not in record:
             raise UserError(f"{where}: has no {key!r}, need both chosen and rejected")
     both = [record["chosen"], record["rejected"]]
-    if any(key in record for key in _SEPARATORS):
+    if any(key in record for key in _PROMPT_KEYS):
         prompt = _prompt_of(record, where)
         answers = tuple(_answer(each, f"{where}: chosen, rejected", prompt) for each in both)
         return Ranking(prompt, answers, (1, 2), where)
@@ -213,27 +215,22 @@ def _preference(record: dict[str, Any], where: str) -> Ranking:
 
 
 def _prompt(record: dict[str, Any], where: str) -> Prompt:
-    fields = {key: value for key, value in record.items() if key not in _SEPARATORS}
+    fields = {key: value for key, value in record.items() if key not in _PROMPT_KEYS}
     return Prompt(_prompt_of(record, where), fields, where)
 
 
 def _prompt_of(record: dict[str, Any], where: str) -> Conversation:
     """The conversation up to the answer."""
-    if "messages" in record:
-        conversation = _messages(record["messages"], where)
-    elif "instruction" in record:
-        context = _text(record.get("input") or "", f"{where}: input")
-        instruction = _text(record["instruction"], f"{where}: instruction")
-        conversation = (Message("user", instruction, context),)
+    key = next((key for key in _PROMPT_KEYS if key in record), None)
+    if key is None:
+        raise UserError(f"{where}: has none of {', '.join(_PROMPT_KEYS)}")
+    given = record[key]
+    if key == "messages" or isinstance(given, list):
+        conversation = _messages(given, where)
     else:
-        key = next((key for key in ("prompt", "question") if key in record), None)
-        if key is None:
-            raise UserError(f"{where}: has none of {', '.join(_SEPARATORS)}")
-        given = record[key]
-        if isinstance(given, list):
-            conversation = _messages(given, where)
-        else:
-            conversation = (Message("user", _text(given, f"{where}: {key}")),)
+        context = record.get("input") if key == "instruction" else None
+        context = _text(context or "", f"{where}: input")
+        conversation = (Message("user", _text(given, f"{where}: {key}"), context),)
     if conversation[-1].role != "user":
         raise UserError(f"{where}: the prompt does not end with a message of the user")
     _check(conversation, where)

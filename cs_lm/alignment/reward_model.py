@@ -2,8 +2,8 @@
 
     loss of a prompt = the mean of -log sigmoid(r_better - r_worse) over all pairs of its answers
 
-Each answer is one row of one forward pass, whatever the number of pairs that it is in, and each
-prompt weighs the same. Source: Ouyang et al. 2022, section 3.5.
+Each different answer is one row of one forward pass, whatever the number of pairs that it is in,
+and each prompt weighs the same. Source: Ouyang et al. 2022, section 3.5.
 """
 
 import math
@@ -73,7 +73,7 @@ class ScalarModel(nn.Module):
 
 
 class RankedRows(NamedTuple):
-    """The answers to some prompts, a row each, and how they are ranked.
+    """The answers to some prompts, equal ones in one row, and how they are ranked.
 
     token_ids  (N, T), filled up at the right
     last       (N), the position of each answer's end token
@@ -90,14 +90,16 @@ class RankedRows(NamedTuple):
 
 
 class RenderedRanking(NamedTuple):
-    """Answers to one prompt, as token ids.
+    """K answers to one prompt, as token ids.
 
-    rows        the prompt with each answer and its end token
-    ranks       of the answers; 1 is the best
+    rows        the prompt with each different answer and its end token
+    places      (K), the row of each answer
+    ranks       (K), of the answers; 1 is the best
     num_prompt  tokens before each answer
     """
 
     rows: list[list[int]]
+    places: tuple[int, ...]
     ranks: tuple[int, ...]
     num_prompt: int
 
@@ -116,15 +118,21 @@ def render_rankings(
     """
     kept, too_long = [], []
     for one in rankings:
-        rows = [render_answer(template, one.prompt, answer) for answer in one.answers]
+        rows: list[list[int]] = []
+        places, best = [], []  # of each answer its row; of each row its best rank
+        for answer, rank in zip(one.answers, one.ranks):
+            row = render_answer(template, one.prompt, answer)
+            if row not in rows:
+                rows.append(row)
+                best.append(rank)
+            places.append(rows.index(row))
+            best[places[-1]] = min(best[places[-1]], rank)
         if max(map(len, rows)) > max_tokens:
             too_long.append(one.where)
         else:
-            best = {tuple(row): min(r for other, r in zip(rows, one.ranks) if other == row)
-                    for row in rows}  # fmt: skip
             num_prompt = len(template.render_for_completion(one.prompt))
-            ranks = tuple(best[tuple(row)] for row in rows)
-            kept.append(RenderedRanking(rows, ranks, num_prompt))
+            ranks = tuple(best[place] for place in places)
+            kept.append(RenderedRanking(rows, tuple(places), ranks, num_prompt))
     return kept, too_long
 
 
@@ -139,9 +147,9 @@ def ranked_rows(
     start = 0
     for number, one in enumerate(rankings):
         count = len(one.ranks)
-        places[number, :count] = torch.arange(start, start + count)
+        places[number, :count] = start + torch.tensor(one.places)
         ranks[number, :count] = torch.tensor(one.ranks)
-        start += count
+        start += len(one.rows)
     # a rank is at least 1
     return RankedRows(*(x.to(device) for x in (ids, last, places, ranks, ranks > 0)))
 
@@ -196,7 +204,7 @@ MARGIN_BINS = (0.0, 0.25, 0.5, 1.0, 2.0, math.inf)
 def preference_report(
     scores: Sequence[Tensor], rankings: Sequence[RenderedRanking]
 ) -> dict[str, Any]:
-    """How well scores order the answers, for a log.
+    """How well the scores of the rankings' rows order the answers, for a log.
 
     accuracy            share of the pairs whose better answer has the higher score
     calibration         for bins of the margin |r_i - r_j|: the number of pairs, the share that is
@@ -205,7 +213,8 @@ def preference_report(
     length_correlation  of scores and lengths in tokens, over all answers
     """
     margins: list[Tensor] = []
-    for own, one in zip(scores, rankings, strict=True):
+    scores = [own[list(one.places)] for own, one in zip(scores, rankings, strict=True)]
+    for own, one in zip(scores, rankings):
         ranks = torch.tensor(one.ranks)
         is_pair = ranks.unsqueeze(-1) < ranks
         margins.append((own.unsqueeze(-1) - own)[is_pair])
@@ -217,15 +226,15 @@ def preference_report(
             expected = torch.sigmoid(inside.abs()).mean().item()
             right = (inside > 0).double().mean().item()
             bins.append({"from": low, "pairs": len(inside), "right": right, "expected": expected})
-    flat = torch.cat(list(scores)) if scores else torch.zeros(0)
-    lengths = torch.tensor([float(len(row)) for one in rankings for row in one.rows])
+    flat = torch.cat(scores) if scores else torch.zeros(0)
+    lengths = [float(len(one.rows[place])) for one in rankings for place in one.places]
     return {
         "num_pairs": len(margin),
         "accuracy": (margin > 0).double().mean().item() if len(margin) else None,
         "calibration": bins,
         "score_mean": flat.mean().item() if len(flat) else None,
         "score_std": flat.std().item() if len(flat) > 1 else None,
-        "length_correlation": _correlation(flat, lengths),
+        "length_correlation": _correlation(flat, torch.tensor(lengths)),
     }
 
 

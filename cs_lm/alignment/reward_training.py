@@ -84,6 +84,7 @@ class RewardModeling(RankingsTask):
         return self._loss(model, batch)
 
     def _scores(self, rankings: Sequence[RenderedRanking]) -> list[Tensor]:
+        """Of the rows of each."""
         rows = [row for one in rankings for row in one.rows]
         flat = score_rows(self.model, rows, self.device)
         return list(flat.split([len(one.rows) for one in rankings]))
@@ -94,7 +95,7 @@ class RewardModeling(RankingsTask):
         losses, counted = [], 0
         for own, one in zip(scores, self.valid):
             ranks = torch.tensor([one.ranks])
-            loss, pairs = ranking_losses(own.unsqueeze(0), ranks, ranks > 0)
+            loss, pairs = ranking_losses(own[list(one.places)].unsqueeze(0), ranks, ranks > 0)
             losses.append(loss.item())
             counted += int(pairs.item() > 0)
         found = {"loss_nats": sum(losses) / max(1, counted)}
@@ -135,7 +136,8 @@ def check_reward_model(
     if template is not None and template.name != reward.template.name:
         raise UserError(
             f"--reward: it was trained with the template {reward.template.name}, and the model "
-            f"answers with {template.name}; give --template, or train one from that run"
+            f"answers with {template.name}; give --template {reward.template.name}, or train a "
+            "reward model from that run"
         )
     if reward.tokenizer.fingerprint != tokenizer.fingerprint:
         raise UserError("--reward: its tokenizer is not that of --from; train it from that run")

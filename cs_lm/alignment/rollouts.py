@@ -91,25 +91,36 @@ def _drawn(
     uniform: Tensor,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    """Token ids and their log-probabilities, (N, S) both, until all rows have ended."""
+    """Token ids and their log-probabilities, (N, S) both, until all rows have ended.
+
+    When half of the rows in the batch have ended, they leave it; what stands behind an end has no
+    meaning.
+    """
     device, max_new_tokens = model.output_embedding.device, uniform.shape[1]
     rows = TokenRows(prompts, max_new_tokens, device)
     decoder = CachedDecoder(model, rows, max_new_tokens, 1)
     uniform = uniform.T.to(device)
+    there = torch.arange(len(prompts), device=device)  # the numbers of the rows in the batch
     has_ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     drawn, log_probs = [], []
     for step in range(max_new_tokens):
         logits = decoder.logits()  # (N, V)
         logits = logits.sub_(logits.amax(-1, keepdim=True)).div_(temperature)
         weights = logits.exp()  # the probabilities but for their sum: no pass to divide by it
-        chosen = draw_by_weight(weights, uniform[step]).clamp(max=logits.shape[-1] - 1)
+        chosen = draw_by_weight(weights, uniform[step, there]).clamp(max=logits.shape[-1] - 1)
         rows.append(chosen)
-        drawn.append(chosen)
         of_chosen = logits.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
-        log_probs.append(of_chosen - weights.sum(-1).log())
+        drawn.append(torch.full_like(uniform[step], end_id, dtype=torch.int64))
+        log_probs.append(torch.zeros_like(uniform[step], dtype=logits.dtype))
+        drawn[-1][there], log_probs[-1][there] = chosen, of_chosen - weights.sum(-1).log()
         has_ended |= chosen == end_id
-        if has_ended.all():
+        num_left = int((~has_ended).sum())
+        if not num_left:
             break
+        if num_left <= len(there) // 2:
+            left = (~has_ended).nonzero().squeeze(-1)
+            decoder.keep_rows(left)
+            there, has_ended = there[left], has_ended[left]
     return torch.stack(drawn, 1), torch.stack(log_probs, 1)
 
 

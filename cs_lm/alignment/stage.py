@@ -124,6 +124,9 @@ def validate_records(config: Any, what: str) -> list[Problem]:
     if not 0 < config.valid_fraction < 1:
         given = f"got {config.valid_fraction}"
         found.append(Problem("--valid_fraction", given, "more than 0 and less than 1"))
+    elif config.valid_data and config.valid_fraction != type(config).valid_fraction:
+        what = "has no effect with --valid_data"
+        found.append(Problem("--valid_fraction", what, fix="leave out one of the two"))
     return found
 
 

@@ -18,7 +18,7 @@ from cs_lm.config.run import RunConfig
 from cs_lm.data.batches import Batch, BatchSource
 from cs_lm.data.pipeline import PreparedData
 from cs_lm.device import World
-from cs_lm.errors import Problem, no_effect_without
+from cs_lm.errors import Problem, UserError, no_effect_without
 from cs_lm.evaluation.perplexity import EvalOptions, evaluate, token_byte_lengths
 from cs_lm.models.base import LanguageModel, next_token_loss
 from cs_lm.tokenizer import BPETokenizer
@@ -77,7 +77,11 @@ class TextMix:
         world: World,
     ):
         length = run_config.seq_length
-        count = max(1, round(config.pretraining_mix * config.batch_size * config.grad_accum))
+        rows = config.batch_size * config.grad_accum
+        count = round(config.pretraining_mix * rows)
+        if count < 1:
+            what = f"got {config.pretraining_mix}, less than half a window of text an update"
+            raise UserError(Problem("--pretraining_mix", what, f"at least {1 / rows:.3g}"))
         self._windows = BatchSource(text.train, count, length, config.seed, "random", world)
         self._valid, self._weight = text.valid, config.pretraining_weight
         self._options = EvalOptions(length, config.batch_size, config.eval_tokens)

@@ -58,7 +58,11 @@ def read_start(path: str | Path, flag: str = "--init_from") -> Start:
             f"{flag}: got {str(path)!r}, which is not there; need the folder of a run, one of "
             "its checkpoints, or a folder with weights"
         )
-    model = read_weights(path)
+    try:
+        model = read_weights(path)
+    except (UserError, FileNotFoundError) as error:
+        what = str(error).removeprefix("weights: ")
+        raise type(error)(f"{flag}: got {str(path)!r}, which is no run: {what}") from None
     tokenizer = read_tokenizer(path if path.is_dir() else path.parent)
     base = _base(nearest_model_name(model.config), model.config, tokenizer)
     return Start(base, tokenizer, model.state_dict())

@@ -1,6 +1,7 @@
 """Starts or resumes a run of a stage of alignment."""
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from cs_lm.config.data import DataConfig
 from cs_lm.config.fields import flag_of, from_json, settings_of, value_of
 from cs_lm.config.flags import FlagParser, add_flags, config_from_flags, read_flags
 from cs_lm.config.run import RunConfig
+from cs_lm.data.corpus import find_files
 from cs_lm.data.pipeline import PreparedData, prepare
 from cs_lm.device import World, resolve_device
 from cs_lm.errors import Problem, UserError
@@ -96,6 +98,7 @@ def text_of_stage(config: TextMixConfig, begun: Begun) -> PreparedData | None:
         return None
     data = begun.data
     if config.pretraining_path:
+        find_files(config.pretraining_path, "--pretraining_path")  # a missing one is named so
         data = dataclasses.replace(data or DataConfig(), corpus_path=config.pretraining_path)
     if data is None:
         raise UserError(
@@ -163,6 +166,10 @@ def _resume(
         )
     settings = settings_of(config_class)
     saved = from_json(config_class, checkpoint["extras"]["stage"]["config"])
+    if given.get("template") == "auto":  # it stays what it was found to be
+        namespace.template = given["template"] = saved.template
+    if "source" in given and os.path.normpath(given["source"]) == os.path.normpath(saved.source):
+        namespace.source = given["source"] = saved.source
     refused = [
         Problem(flag_of(settings[key][1]), "cannot change in a resumed run", fix="leave it out")
         for key in given

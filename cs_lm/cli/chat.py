@@ -119,9 +119,13 @@ class Chat:
                 shown += _printed(stream.push(token_id))
                 return stream.stopped
 
-            generate_samples(model, [ids], decoding, ends, allowed, show)
+            (sample,) = generate_samples(model, [ids], decoding, ends, allowed, show)
             shown += _printed(stream.close())
             print(flush=True)
+            if not sample.stopped:
+                is_full = decoding.max_new_tokens == room
+                why = "the context is full" if is_full else "more with --max_new_tokens"
+                _note(f"(cut after {decoding.max_new_tokens} tokens; {why})")
         finally:
             if shown:
                 self._messages.append(("assistant", shown.strip()))
@@ -144,8 +148,12 @@ class Chat:
             if len(ids) <= context * 3 // 4 or len(self._messages) < first + 3:
                 break
             del self._messages[first : first + 2]
-            print(paint("(the oldest turn is forgotten)", "2", sys.stderr), file=sys.stderr)
+            _note("(the oldest turn is forgotten)")
         return ids, stop, context + 1 - len(ids)
+
+
+def _note(text: str) -> None:
+    print(paint(text, "2", sys.stderr), file=sys.stderr)
 
 
 def _printed(text: str) -> str:

@@ -34,7 +34,7 @@ from cs_lm.inference.sampling import uniform_draws
 from cs_lm.storage.lock import locked
 from cs_lm.training.run_dir import RunFolder, load_trained
 
-_PROMPTS_AT_ONCE = 16
+_PROMPTS_AT_ONCE = 64
 _BEGINNINGS = (b'{"prompt"', b'{"instruction"', b'{"messages"')  # of a ranking
 
 

@@ -73,6 +73,11 @@ class TokenRows:
         """Rows `targets` become equal to rows `sources`. Shapes: both (n), without a row in both"""
         self._ids[targets, : self.length] = self._ids[sources, : self.length]
 
+    def keep_rows(self, kept: Tensor) -> None:
+        """Only these rows stay, in this order. Shapes: kept (n)"""
+        self._ids, self._num_padding_there = self._ids[kept], self._num_padding_there[kept]
+        self.num_padding = self.num_padding[kept.cpu()]
+
 
 class CachedDecoder:
     """The logits after rows of different length, computed in one batch.
@@ -99,6 +104,12 @@ class CachedDecoder:
         """Rows `targets` become equal to rows `sources`. Shapes: both (n), without a row in both"""
         self._rows.copy_rows(sources, targets)
         self._cache.copy_rows(sources, targets)
+
+    def keep_rows(self, kept: Tensor) -> None:
+        """Only these rows stay, in this order. Call it after `logits`. Shapes: kept (n)"""
+        self._rows.keep_rows(kept)
+        self._cache.keep_rows(kept)
+        self._num_padding = self._num_padding[kept.cpu()]
 
     def logits(self) -> Tensor:
         """Logits (B, V) float32 after each row. The cache may hold all but the newest tokens."""

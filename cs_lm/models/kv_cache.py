@@ -72,6 +72,10 @@ class KVCache:
         for stored in (self._keys, self._values):
             stored[:, targets, :, : self.length] = stored[:, sources, :, : self.length]
 
+    def keep_rows(self, kept: Tensor) -> None:
+        """Only these rows stay, in this order. Shapes: kept (n)"""
+        self._keys, self._values = self._keys[:, kept], self._values[:, kept]
+
     def write_row(self, row: int, other: "KVCache", other_row: int, length: int) -> None:
         """The last `length` positions of a row of another cache, as the last ones of a row here.
 

@@ -38,7 +38,11 @@ GREEDY = DecodingConfig(temperature=0.0, max_new_tokens=20)
 def test_it_answers_as_it_was_tuned(work, tuned, capsys):
     argv = ["chat", "--out_dir", str(tuned), "--temperature", "0", "--checkpoint", "last"]
     assert command([*argv, "--message", "shout cat"]) == 0
-    assert capsys.readouterr().out == "CAT\n"
+    shown = capsys.readouterr()
+    assert shown.out == "CAT\n" and not shown.err
+    assert command([*argv, "--message", "shout cat", "--max_new_tokens", "2"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "CA\n" and "(cut after 2 tokens; more with --max_new_tokens)" in shown.err
 
 
 def test_a_model_that_was_never_tuned_answers_too(work, capsys):

@@ -149,9 +149,18 @@ def test_other_data_is_refused_in_a_resumed_run(work, capsys):
     capsys.readouterr()
     assert command(again) == 2
     assert "hold other records than when the run began" in capsys.readouterr().err
-    assert command([*again, "--packing"]) == 2
-    assert "--packing: cannot change in a resumed run" in capsys.readouterr().err
+    for more in (["--packing"], ["--from", "runs/gpt2"], ["--template", "alpaca"]):
+        assert command([*again, *more]) == 2
+        assert f"{more[0]}: cannot change in a resumed run" in capsys.readouterr().err
     assert RunFolder(out).checkpoints.steps() == [3]
+
+
+def test_a_resumed_run_takes_its_own_settings_in_other_words(work):
+    out = work / "run"
+    assert sft(max_steps=3, out_dir=out) == 0
+    again = ["sft", "--resume", "--out_dir", str(out), "--max_steps", "4"]
+    assert command([*again, "--template", "auto", "--from", "runs/transformer/"]) == 0
+    assert state(out, 4)["extras"]["template"] == "chat"
 
 
 def test_mistakes_are_named(work, capsys):
@@ -162,6 +171,16 @@ def test_mistakes_are_named(work, capsys):
         ([], "--out_dir: is missing"),
         (["--out_dir", out, "--valid_fraction", "1"], "--valid_fraction: got 1.0"),
         (["--out_dir", out, "--pretraining_path", "text.txt"], "no effect without --pretraining"),
+        (
+            ["--out_dir", out, "--pretraining_path", "no.txt", "--pretraining_mix", "1"],
+            "--pretraining_path: got 'no.txt'",
+        ),
+        (["--out_dir", out, "--pretraining_mix", "0.001"], "less than half a window of text"),
+        (
+            ["--out_dir", out, "--valid_data", "data.jsonl", "--valid_fraction", "0.2"],
+            "--valid_fraction: has no effect with --valid_data",
+        ),
+        (["--out_dir", out, "--lora_rank", "33"], "--lora_rank: got 33, need at most 32"),
         (["--out_dir", out, "--data", str(broken)], "broken.jsonl, line 2"),
         (["--out_dir", out, "--seq_length", "8"], "conversations are longer than 9 tokens"),
         (["--out_dir", "runs/transformer"], "holds a run already"),

@@ -151,6 +151,8 @@ def test_an_input_is_kept_apart(tmp_path):
     ({"chosen": [USER, ANSWER], "rejected": [USER, {**ANSWER, "content": "B"}]}, "AB", (1, 2)),
     ({"prompt": [USER], "chosen": [ANSWER], "rejected": [{**ANSWER, "content": "B"}]},
      "AB", (1, 2)),
+    ({"prompt": "Q", "messages": [USER, ANSWER], "chosen": [USER, ANSWER],
+      "rejected": [USER, {**ANSWER, "content": "B"}]}, "AB", (1, 2)),
     ({"prompt": "Q", "responses": ["A", "B", "C"]}, "ABC", (1, 2, 3)),
     ({"prompt": "Q", "responses": ["A", "B", "C"], "ranks": [2, 1, 2]}, "ABC", (2, 1, 2)),
 ])  # fmt: skip
@@ -164,17 +166,18 @@ def test_prompts(tmp_path):
         {"prompt": "Q", "answer": "7"},
         {"question": "Q", "answer": "7"},
         {"messages": [USER]},
+        {"prompt": "Q", "messages": [USER, ANSWER]},
     ]
     found = read_prompts(written(tmp_path, *records))
-    assert [one.conversation for one in found] == [Q] * 3
-    assert [one.fields for one in found] == [{"answer": "7"}, {"answer": "7"}, {}]
+    assert [one.conversation for one in found] == [Q] * 4
+    assert [one.fields for one in found] == [{"answer": "7"}, {"answer": "7"}, {}, {}]
 
 
 @pytest.mark.parametrize("read, record, message", [
     (read_demonstrations, "{", "line 1: is not JSON"),
     (read_demonstrations, "7", "line 1: got '7', need a JSON object"),
     (read_demonstrations, {"prompt": "Q"}, "has no answer"),
-    (read_demonstrations, {"text": "Q"}, "has none of prompt, instruction"),
+    (read_demonstrations, {"text": "Q"}, "has none of instruction, prompt"),
     (read_demonstrations, {"prompt": 3, "response": "A"}, "prompt is 3, need a text"),
     (read_demonstrations, {"prompt": "Q", "response": None}, "response is null, need a text"),
     (read_demonstrations, {"prompt": "Q", "response": "\ud800"}, "half of a surrogate pair"),

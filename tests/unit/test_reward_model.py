@@ -91,6 +91,28 @@ def test_one_row_an_answer_and_one_weight_a_prompt(model):
     torch.testing.assert_close(gradient, model.head.weight.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_equal_answers_are_one_row_and_all_their_pairs(model):
+    """As if each of them had a row of its own; the best of their ranks counts."""
+    one = rankings()[1]
+    twice = one._replace(answers=(*one.answers, "bb"), ranks=(*one.ranks, 9))
+    (rendered,), _ = render_rankings([twice], TEMPLATE, 60)
+    assert len(rendered.rows) == 9 and rendered.places == (*range(9), 1)
+    assert rendered.ranks == (*range(1, 10), 2)
+    own_rows = rendered._replace(rows=[*rendered.rows, rendered.rows[1]], places=tuple(range(10)))
+    losses, gradients, reports = [], [], []
+    for each in (rendered, own_rows):
+        model.eval().zero_grad()
+        loss, count = ranking_loss(model, ranked_rows([each, each]))
+        loss.backward()
+        losses.append(loss / count)
+        gradients.append(model.head.weight.grad.clone())
+        reports.append(preference_report([score_rows(model, each.rows, CPU)], [each]))
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
+    assert reports[0]["num_pairs"] == reports[1]["num_pairs"] == 44
+    assert reports[0]["length_correlation"] == pytest.approx(reports[1]["length_correlation"])
+
+
 def test_pads_do_not_matter(model):
     model.eval()
     batch = ranked_rows(render_rankings(rankings(), TEMPLATE, 60)[0])
@@ -114,7 +136,7 @@ def test_head_and_size(model):
 def test_report():
     """Three pairs: margins 2 and 0.1 the right way, -1.5 the wrong way."""
     rendered, _ = render_rankings(rankings()[:1], TEMPLATE, 60)
-    one = rendered[0]._replace(rows=rendered[0].rows[:3], ranks=(1, 2, 3))
+    one = rendered[0]._replace(rows=rendered[0].rows[:3], places=(0, 1, 2), ranks=(1, 2, 3))
     found = preference_report([torch.tensor([0.0, -2.0, -0.5])], [one])
     assert found["num_pairs"] == 3 and found["accuracy"] == pytest.approx(2 / 3)
     bins = {b["from"]: b for b in found["calibration"]}
