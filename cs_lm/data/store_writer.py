@@ -116,15 +116,23 @@ def write_chunks(
     blocks = encoder.safe_blocks(_after(texts, journal.position.num_chars))
     ids = positions.with_tokens(encoder.encode_each(positions.noted(blocks)), on_tokens)
     ids = _without_first(ids, num_written - journal.position.num_tokens)
-    for chunk in _regroup(ids, chunk_size, dtype):
-        name = chunk_name(len(journal.entries))
+    for entry in write_ids(ids, folder, chunk_size, dtype, len(journal.entries)):
+        journal.add(entry, positions.before_current)
+    return positions.current
+
+
+def write_ids(
+    ids: Iterable[np.ndarray], folder: Path, chunk_size: int, dtype: np.dtype, first: int = 0
+) -> Iterator[FileEntry]:
+    """Writes chunks of ids, from number `first` on; yields the entry of each."""
+    for number, chunk in enumerate(_regroup(ids, chunk_size, dtype), first):
+        name = chunk_name(number)
         with open(folder / name, "wb") as file:
             hashing = HashingFile(file)
             hashing.write(chunk.tobytes())
             hashing.flush()
             os.fsync(file.fileno())
-        journal.add(hashing.entry(name), positions.before_current)
-    return positions.current
+        yield hashing.entry(name)
 
 
 class _Positions:

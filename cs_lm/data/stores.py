@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 from cs_lm.config.data import DataConfig
 from cs_lm.data.cache import STORE, cache_path, find_or_make, in_use, old_path, paths_of
 from cs_lm.data.corpus import Corpus, label_of
+from cs_lm.data.engines import CompiledEncoder
 from cs_lm.data.token_store import MemmapManager, StoreOptions
 from cs_lm.data.tokenizers import find_labelled_tokenizers
-from cs_lm.errors import UserError
+from cs_lm.errors import Problem, UserError
 from cs_lm.storage.lock import FileLock
 from cs_lm.storage.manifest import MANIFEST
 from cs_lm.tokenizer import BPETokenizer
 from cs_lm.tokenizer.parallel_encode import ParallelEncoder
-from cs_lm.tokenizer.text_source import Progress, TextSource
+from cs_lm.tokenizer.text_source import Progress, TextPart, TextSource
 
 _log = logging.getLogger("cs_lm")
 
@@ -149,6 +150,7 @@ class EncodeOptions(NamedTuple):
     is_alone     no other process can write to the folder: continue an interrupted encoding
     expected     the description of the text before it is read
     replace      replace an older store
+    engine       "ours", or one of `ENGINES`
     """
 
     num_workers: int | None = None
@@ -156,6 +158,41 @@ class EncodeOptions(NamedTuple):
     is_alone: bool = True
     expected: dict[str, Any] | None = None
     replace: bool = False
+    engine: str = "ours"
+
+
+def part_folder(folder: str | Path, index: int, count: int) -> Path:
+    """The folder of part `index`, from 0, of `count` parts of the store that will be `folder`."""
+    folder = Path(folder)
+    return folder.with_name(f"{folder.name}.part-{index + 1:05d}-of-{count:05d}")
+
+
+def join_parts(
+    text: TextSource, tokenizer: BPETokenizer, folder: Path, count: int, replace: bool
+) -> MemmapManager:
+    """The store of the text, from the stores of its parts; these stay.
+
+    Raises: UserError for a part that is missing, damaged, or of another text or tokenizer.
+    """
+    parts = []
+    for index in range(count):
+        path = part_folder(folder, index, count)
+        if not (path / MANIFEST).is_file():
+            if TextPart(text, index, count, tokenizer.first_border).is_empty():
+                continue
+            how = f"encode it with --shard {index + 1}/{count}"
+            raise UserError(Problem("--join", f"{str(path)!r} is missing", fix=how))
+        part = MemmapManager(path)
+        wanted = {"part": [index, count], "of": text.settings()}
+        first = parts[0] if parts else part
+        if part.source != json.loads(json.dumps(wanted)):
+            raise UserError(Problem("--join", f"{str(path)!r} is not of this text"))
+        if part.fingerprint != tokenizer.fingerprint or part.chunk_size != first.chunk_size:
+            what = f"{str(path)!r} was made with another tokenizer or --chunk_size"
+            raise UserError(Problem("--join", what))
+        part.verify_once()
+        parts.append(part)
+    return MemmapManager.join(parts, folder, text.describe(), replace)
 
 
 def encode_to_store(
@@ -184,7 +221,10 @@ def encode_to_store(
         remark = f"{text.position}{num_tokens:,} tokens"
         report("encoding, bytes read", text.bytes_read, text.total_bytes, remark)
 
-    encoder = ParallelEncoder(tokenizer, text.num_workers(options.num_workers))
+    if options.engine == "ours":
+        encoder = ParallelEncoder(tokenizer, text.num_workers(options.num_workers))
+    else:
+        encoder = CompiledEncoder(tokenizer, options.engine)
     key = text.key() if options.is_alone else None
     how = StoreOptions(describe, on_tokens, key, options.replace)
     return MemmapManager.save_as_memmap(text.read(), encoder, folder, chunk_size, how)

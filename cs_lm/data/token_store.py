@@ -4,17 +4,24 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from cs_lm.data.store_writer import JOURNAL, Encoder, Journal, id_dtype, write_chunks
+from cs_lm.data.store_writer import JOURNAL, Encoder, Journal, id_dtype, write_chunks, write_ids
 from cs_lm.errors import UserError
 from cs_lm.storage.atomic import WRITING, atomic_write, replace_directory, temporary_name
-from cs_lm.storage.manifest import MANIFEST, check_file, file_state, read_manifest, write_manifest
+from cs_lm.storage.manifest import (
+    MANIFEST,
+    FileEntry,
+    check_file,
+    file_state,
+    read_manifest,
+    write_manifest,
+)
 
 FORMAT_VERSION = 2
 VERIFIED = "verified.json"
@@ -155,10 +162,7 @@ class MemmapManager:
                 "text_bytes": end.num_bytes,
                 "source": options.describe(),
             }
-            write_manifest(writing, journal.entries, facts)
-            store = cls(writing)
-            store.verify()
-            store._remember_verified()
+            cls._complete(writing, journal.entries, facts)
             (writing / JOURNAL).unlink(missing_ok=True)
             replace_directory(writing, folder, options.replace)
         except BaseException as error:
@@ -166,6 +170,46 @@ class MemmapManager:
                 error.filename = str(writing)
             if key is None or not journal.entries:
                 shutil.rmtree(writing, ignore_errors=True)
+            raise
+        return cls(folder)
+
+    @classmethod
+    def _complete(cls, writing: Path, files: list[FileEntry], facts: dict[str, Any]) -> None:
+        """Writes the manifest, and reads all of the store back."""
+        write_manifest(writing, files, facts)
+        store = cls(writing)
+        store.verify()
+        store._remember_verified()
+
+    @classmethod
+    def join(
+        cls,
+        parts: Sequence["MemmapManager"],
+        folder: str | Path,
+        source: dict[str, Any],
+        replace: bool = False,
+    ) -> "MemmapManager":
+        """The store of a text from those of its parts, in order: the same files as of one encoding.
+
+        source  the description of the whole text
+        """
+        folder = Path(folder)
+        facts = {**parts[0].manifest, "source": source}
+        for name in ("num_tokens", "text_bytes"):
+            facts[name] = sum(part.manifest[name] for part in parts)
+        size, writing = facts["chunk_size"], temporary_name(folder)
+        ids = (
+            part.load_by_range(start, min(start + size, len(part)))
+            for part in parts
+            for start in range(0, len(part), size)
+        )
+        writing.mkdir(parents=True)
+        try:
+            files = list(write_ids(ids, writing, size, parts[0].dtype))
+            cls._complete(writing, files, facts)
+            replace_directory(writing, folder, replace)
+        except BaseException:
+            shutil.rmtree(writing, ignore_errors=True)
             raise
         return cls(folder)
 

@@ -4,6 +4,7 @@ Byte-pair merges never cross these borders, so that words can be counted and enc
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 
 import regex
 
@@ -20,10 +21,12 @@ _WORDS = regex.compile(SPLIT_PATTERN)
 # Half of a surrogate pair may be half of a letter: there is no sure border beside it.
 # (?r) searches backwards, so that the search finds the last such border.
 _HALF = r"\uD800-\uDFFF"
-_LAST_SURE_BORDER = regex.compile(
-    rf"(?r)(?<=\p{{L}})[^\p{{L}}{_HALF}]|(?<=\p{{N}})[^\p{{N}}{_HALF}]"
+_SURE_BORDER = (
+    rf"(?<=\p{{L}})[^\p{{L}}{_HALF}]|(?<=\p{{N}})[^\p{{N}}{_HALF}]"
     rf"|(?<=[^\s\p{{L}}\p{{N}}'{_HALF}])[\s\p{{L}}\p{{N}}]|(?<=')[\s\p{{N}}]"
 )
+_FIRST_SURE_BORDER = regex.compile(_SURE_BORDER)
+_LAST_SURE_BORDER = regex.compile(rf"(?r){_SURE_BORDER}")
 
 # Text of one class has no such border. These find that out fifty times faster than the search.
 _RUNS = [regex.compile(kind + "*+") for kind in (r"\p{L}", r"\p{N}", r"[^\s\p{L}\p{N}]")]
@@ -91,6 +94,29 @@ class SpecialTokenSplitter:
             return tail_start
         border = _LAST_SURE_BORDER.search(text, start, max(undecided, start))
         return border.start() if border else tail_start
+
+    def first_border(self, parts: Iterable[str]) -> int:
+        """The first position at which a text may be cut, whatever stands before and after it.
+
+        No special token crosses it, even one that began before the text. Without such a position,
+        the length of the text.
+        """
+        longest = len(self._tokens[0]) if self._tokens else 1
+        text, start = "", longest
+        for part in chain(parts, [None]):
+            text += part or ""
+            end = len(text) if part is None else max(start, len(text) - longest)
+            for border in _FIRST_SURE_BORDER.finditer(text, min(start, len(text)), end):
+                if not self._is_crossed(text, border.start(), longest):
+                    return border.start()
+            start = max(start, end)
+        return len(text)
+
+    def _is_crossed(self, text: str, at: int, longest: int) -> bool:
+        """Whether a special token stands on both sides of the position, however tokens are cut."""
+        around, before = text[max(0, at - longest + 1) : at + longest - 1], min(at, longest - 1)
+        found = regex.finditer("|".join(map(regex.escape, self._tokens)), around, overlapped=True)
+        return bool(self._tokens) and any(m.start() < before < m.end() for m in found)
 
     def _start_of_possible_special(self, text: str) -> int:
         """The offset where an unfinished special token may begin; len(text) if there is none."""

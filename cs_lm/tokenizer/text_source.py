@@ -1,6 +1,7 @@
 """The text of a corpus as a stream of strings, from files of several kinds or a pipe."""
 
 import hashlib
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from cs_lm.tokenizer.corpus_files import (
     PathOrPaths,
     Piece,
     RawReader,
+    begin_of,
     decoded,
     find_files,
     is_pipe,
@@ -119,6 +121,12 @@ class TextSource:
             self._digests.append((sha256_of or sha256_of_file)(Path(path)))
         return self._described(self.total_bytes)
 
+    def settings(self) -> dict[str, Any]:
+        """How the text is read, and the lengths of its files."""
+        sizes = [os.path.getsize(path) for path in self.paths]
+        how = [self._encoding_errors, self._separator, self._text_field]
+        return {"sizes": sizes, "read": how}
+
     def _described(self, num_bytes: int | None) -> dict[str, Any]:
         found = {"bytes": num_bytes, "encoding_errors": self._encoding_errors}
         if len(self.paths) == 1 and self._kinds == [TEXT]:
@@ -172,6 +180,141 @@ class TextSource:
             if text:
                 yield Piece(text, True)
         report(1.0)
+
+
+class TextPart(TextSource):
+    """Part `index` of `count` equal parts of the corpus, cut where encoding does not notice it.
+
+    The parts, one after the other, are the text of `TextSource`; each reads little more than
+    itself. Compressed files and files of records are not cut: they belong to one part each.
+    Raises: as `TextSource`; UserError for a pipe.
+    """
+
+    def __init__(
+        self,
+        source: TextSource,
+        index: int,
+        count: int,
+        first_border: Callable[[Iterator[str]], int],
+    ):
+        """first_border  where a text may be cut: `SpecialTokenSplitter.first_border`"""
+        if source.total_bytes is None:
+            raise UserError("corpus: a pipe cannot be read in parts; name a file")
+        vars(self).update(vars(source))
+        self._sizes = [os.path.getsize(path) for path in self.paths]
+        self._index, self._count, self._first_border = index, count, first_border
+        self._can_seek = [self._is_plain(path) for path in self.paths]
+        self.total_bytes = sum(self._sizes) // count
+
+    def _is_plain(self, path: str | Path) -> bool:
+        with opened(path) as file:
+            begin = file.read(8)
+            file.seek(0)
+            content = unpacked(RawReader(file, len), repr(str(path)))
+            same, content = begin_of(content, 8)
+            return same == begin and kind_of(content, path)[0] == TEXT
+
+    def key(self) -> list | None:
+        return [super().key(), self._index, self._count]
+
+    def description(self) -> dict[str, Any]:
+        """What the part is a part of."""
+        return {"part": [self._index, self._count], "of": self.settings()}
+
+    def is_empty(self) -> bool:
+        """Whether a part has no text: a file that is not cut belongs to another one."""
+        return not any(self.read())
+
+    def read(self) -> Iterator[str]:
+        self._digests, self._kinds, self.bytes_read = [], [], 0
+        begin, end = self._place(self._index), self._place(self._index + 1)
+        first = self._first_border(self._texts(begin, None)) if self._index else 0
+        is_last = self._index + 1 == self._count
+        more = 0 if is_last else self._first_border(self._texts(end, None))
+        yield from _without(self._texts(begin, end), self._texts(end, None), first, more)
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Number of a file and offset in it at which part `index` begins, roughly."""
+        offset = sum(self._sizes) * index // self._count
+        for number, size in enumerate(self._sizes):
+            if offset < size:
+                if offset and not self._can_seek[number]:
+                    return number + 1, 0
+                return number, self._character_start(number, offset)
+            offset -= size
+        return len(self._sizes), 0
+
+    def _character_start(self, number: int, offset: int) -> int:
+        with opened(self.paths[number]) as file:
+            file.seek(offset)
+            begin = file.read(4)
+        inside = next((n for n, byte in enumerate(begin) if byte & 0xC0 != 0x80), len(begin))
+        return offset + inside
+
+    def _texts(self, begin: tuple[int, int], end: tuple[int, int] | None) -> Iterator[str]:
+        """The text from one place to another one, with the separators of the files in it."""
+        last, stop = end or (len(self.paths), 0)
+        for number in range(begin[0], min(last + 1, len(self.paths))):
+            first = begin[1] if number == begin[0] else 0
+            until = stop if number == last else self._sizes[number]
+            if first >= until:
+                continue
+            has_text_before = any(self._sizes[:number])
+            for text, begins in self._pieces_between(number, first, until):
+                if begins and has_text_before and self._separator:
+                    yield self._separator
+                has_text_before = True
+                yield text
+
+    def _pieces_between(self, number: int, first: int, until: int) -> Iterator[Piece]:
+        path = self.paths[number]
+        if not self._can_seek[number]:
+            yield from self._pieces(path)
+            return
+        with opened(path) as file:
+            file.seek(first)
+            raw = io.BufferedReader(_Limited(RawReader(file, self._note), until - first))
+            parts = decoded(raw, repr(str(path)), self._encoding_errors, self._block_bytes)
+            begins = first == 0
+            for text in parts:
+                yield Piece(text, begins)
+                begins = False
+
+    def _note(self, block: memoryview) -> None:
+        self.bytes_read += len(block)
+
+
+class _Limited(io.RawIOBase):
+    """The first bytes of another reader."""
+
+    def __init__(self, raw: RawReader, num_bytes: int):
+        self._raw, self._left = raw, num_bytes
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        count = self._raw.readinto(memoryview(buffer)[: self._left])
+        self._left -= count
+        return count
+
+
+def _without(
+    texts: Iterator[str], following: Iterator[str], first: int, more: int
+) -> Iterator[str]:
+    """The texts without their first characters, and the first ones of the text that follows."""
+
+    def joined() -> Iterator[str]:
+        yield from texts
+        left = more
+        while left and (text := next(following, "")):
+            yield text[:left]
+            left = max(0, left - len(text))
+
+    for text in joined():
+        if first < len(text):
+            yield text[first:]
+        first = max(0, first - len(text))
 
 
 def _first_alone() -> Iterator[bool]:

@@ -210,6 +210,10 @@ class BPETokenizer:
         """The joined parts in blocks that `encode_block` may encode one by one."""
         return self._splitter.safe_blocks(parts, block_chars)
 
+    def first_border(self, parts: Iterable[str]) -> int:
+        """The first place where a text may be cut: `SpecialTokenSplitter.first_border`."""
+        return self._splitter.first_border(parts)
+
     def encode_iterable(
         self,
         iterable: Iterable[str],
