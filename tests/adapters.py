@@ -17,6 +17,7 @@ from cs_lm.config.model import ModelConfig
 from cs_lm.data.batches import load_windows, sample_windows
 from cs_lm.data.token_store import ArrayTokens
 from cs_lm.distributed.data_parallel import ReplicatedModule
+from cs_lm.distributed.sharded_module import ShardedModule
 from cs_lm.distributed.sharded_optimizer import ShardedOptimizer
 from cs_lm.evaluation.tasks import chosen_letter, last_number
 from cs_lm.models.layers import (
@@ -334,6 +335,20 @@ def get_ddp(module):
 
 def ddp_on_after_backward(ddp_model, optimizer):
     ddp_model.finish()
+
+
+def get_fsdp(module, compute_dtype=None):
+    """Spreads the weights of the suite's layers, by the names of their classes."""
+    is_sharded = lambda layer: type(layer).__name__ in ("Linear", "Embedding")  # noqa: E731
+    return ShardedModule(module, is_sharded, compute_dtype)
+
+
+def fsdp_on_after_backward(fsdp_model, optimizer):
+    fsdp_model.finish()
+
+
+def fsdp_gather_full_params(fsdp_model):
+    return fsdp_model.whole_parameters()
 
 
 def get_sharded_optimizer(params, optimizer_cls, **kwargs):

@@ -48,4 +48,15 @@ def no_compiler(_function):
 def pools():
     """Processes that are joined, by their number. Tests with them are of one xdist group."""
     with ExitStack() as stack:
-        yield {size: stack.enter_context(rank_pool(size)) for size in (2, 3)}
+        yield Pools(stack)
+
+
+class Pools(dict):
+    """A pool starts when it is asked for."""
+
+    def __init__(self, stack: ExitStack):
+        self._stack = stack
+
+    def __missing__(self, size: int):
+        self[size] = self._stack.enter_context(rank_pool(size))
+        return self[size]

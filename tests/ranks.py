@@ -76,7 +76,7 @@ class RankPool:
         for pipe in self._pipes:
             pipe.send(None)
         for process in self._processes:
-            process.join(10)
+            process.join(2)
             process.kill()
 
 

@@ -4,5 +4,5 @@ They contain no formula and no file format; modules with a leading underscore ar
 Read `commands` first (the list of them), then `train`, which is also run_clm.py; `generate`,
 `chat`, `serve`; `evaluate`, `score`, `eval`; `plot`, `report`; `sft`, `rank`, `reward`, `dpo`,
 `ppo`, `grpo`, `compare`, `rlhf` (all of these in a row); `train_tokenizer`, `tokenizer_report`,
-`encode`; `import_weights`, `export_weights`; `verify`, `cache`, `selfcheck`, `book`.
+`encode`; `import_weights`, `export_weights`, `convert`; `verify`, `cache`, `selfcheck`, `book`.
 """

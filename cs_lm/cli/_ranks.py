@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -53,9 +54,19 @@ def joined(config: RunConfig) -> Iterator[Ranks]:
 
 def check_ranks(config: RunConfig, ranks: Ranks) -> None:
     """Raises: UserError if the ranks have different settings, or more ranks than rows."""
-    if ranks.size > config.batch_size:
-        what = f"got {config.batch_size}, which {ranks.size} processes share"
-        raise UserError(Problem("--batch_size", what, f"at least {ranks.size}"))
+    counts = config.tensor_parallel, config.context_parallel, config.pipeline_parallel
+    of_a_row = math.prod(counts)
+    if ranks.size % of_a_row:
+        what = f"got {' x '.join(map(str, counts))}"
+        need = f"a product that divides {ranks.size}, the number of processes"
+        where = "--tensor_parallel, --context_parallel, --pipeline_parallel"
+        raise UserError(Problem(where, what, need))
+    if ranks.size // of_a_row > config.batch_size:
+        what = f"got {config.batch_size}, which {ranks.size // of_a_row} processes share"
+        raise UserError(Problem("--batch_size", what, f"at least {ranks.size // of_a_row}"))
+    if ranks.size % config.replicas:
+        what = f"got {config.replicas}, which does not divide {ranks.size} processes"
+        raise UserError(Problem("--replicas", what, fix="lower it, or start more processes"))
     settings = [flat(json.loads(text)) for text in ranks.texts(json.dumps(to_json(config)))]
     for rank, own in enumerate(settings):
         for name, value in settings[0].items():

@@ -20,6 +20,7 @@ COMMANDS = {
     "serve": "a local page to prompt trained models, and OpenAI-style endpoints",
     "import-weights": "pretrained weights of other programs, as a run",
     "export-weights": "a trained model for other programs",
+    "convert": "a run's checkpoint in one file, in parts, or for torch.distributed.checkpoint",
     "book": "the books' experiment: GPT-2's shape on a short story, beside the published losses",
     "sft": "fine-tune a trained model on conversations, instructions or pairs",
     "rank": "sample answers to prompts, and rank them by a rule, a reward model or yourself",

@@ -114,13 +114,16 @@ def _resume(namespace, given: dict[str, Any], wrong_values: list[Problem]) -> in
 
 
 def _read(folder: RunFolder, step: int | None, ranks: Ranks) -> dict[str, Any]:
-    """The checkpoint of that step, or the newest that verifies at rank 0."""
-    checkpoint = None
+    """The checkpoint of that step, or the newest that verifies at rank 0.
+
+    Several ranks do not read all of it, but what they need later.
+    """
+    checkpoint, lazily = None, ranks.size > 1
     with ranks.first_alone():
         if ranks.is_first:
-            checkpoint = folder.read("last" if step is None else str(step))
+            checkpoint = folder.read("last" if step is None else str(step), lazily)
     of_first = ranks.from_first("" if checkpoint is None else str(checkpoint["iteration"]))
-    return folder.read(of_first) if checkpoint is None else checkpoint
+    return folder.read(of_first, lazily, verify=False) if checkpoint is None else checkpoint
 
 
 def _resume_locked(folder: RunFolder, namespace, given: dict[str, Any], ranks: Ranks) -> int:

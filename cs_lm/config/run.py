@@ -17,7 +17,7 @@ from cs_lm.config.shared import (
 from cs_lm.errors import Problem, no_effect_without
 
 DTYPES = ("float32", "bfloat16")
-PARALLEL = ("none", "ddp")
+PARALLEL = ("none", "ddp", "fsdp")
 NUM_BYTE_TOKENS = 256
 MAX_CONTEXT_LENGTH = 1 << 22  # tokens; position tables have this many rows, even for small weights
 
@@ -58,9 +58,31 @@ class RunConfig:
     )
     parallel: str = setting(
         "none",
-        "how the processes that torchrun started share the work; ddp: each has the whole model and "
-        "a part of every batch. --batch_size is that of all of them together",
+        "how the processes that torchrun started share the work; each has a part of every batch. "
+        "ddp: and the whole model; fsdp: and a part of every weight. --batch_size is that of all "
+        "of them together",
         choices=PARALLEL,
+    )
+    replicas: int = setting(
+        1, "with --parallel fsdp: so many groups of processes, each of which has the whole model"
+    )
+    optimizer_sharding: bool = setting(
+        False, "with --parallel ddp: each process has a part of the optimizer's moments"
+    )
+    tensor_parallel: int = setting(
+        1,
+        "with --parallel, --model transformer: so many processes share each weight matrix; they "
+        "compute the same rows",
+    )
+    context_parallel: int = setting(
+        1,
+        "with --parallel, --model transformer: so many processes share each row; each has a part "
+        "of its positions",
+    )
+    pipeline_parallel: int = setting(
+        1,
+        "with --parallel ddp, --model transformer: so many processes share the layers; "
+        "--grad_accum forward passes follow each other through them",
     )
     dist_timeout_s: float = setting(
         120.0, "with --parallel: a process that does not answer for so long ends the run", "s"
@@ -162,10 +184,49 @@ class RunConfig:
         if self.init_from is not None and self.data.vocab_path is not None:
             what = "has no effect beside --init_from, whose tokenizer is used"
             found.append(Problem("--vocab_path", what))
+        if self.replicas != 1 and self.parallel != "fsdp":
+            found.append(no_effect_without("--replicas", "--parallel fsdp"))
+        if self.optimizer_sharding and self.parallel != "ddp":
+            found.append(no_effect_without("--optimizer_sharding", "--parallel ddp"))
+        found += self._validate_model_parallel()
+        shares = self.tensor_parallel * self.context_parallel * self.pipeline_parallel > 1
+        if self.compile and (self.parallel == "fsdp" or shares):
+            what = "cannot be used with --parallel fsdp or a model that processes share"
+            found.append(Problem("--compile", what, fix="leave one of the two out"))
         if self.compile and self.activation_checkpointing:
             what = "cannot be used with --compile, which decides itself what to recompute"
             fix = "leave one of the two out"
             found.append(Problem("--activation_checkpointing", what, fix=fix))
+        return found
+
+    def _validate_model_parallel(self) -> list[Problem]:
+        tensor, context, found = self.tensor_parallel, self.context_parallel, []
+        stages = self.pipeline_parallel
+        given = {"--tensor_parallel": tensor, "--context_parallel": context,
+                 "--pipeline_parallel": stages}  # fmt: skip
+        if stages > 1 and self.parallel == "fsdp":
+            what = "cannot be used with --parallel fsdp"
+            found.append(Problem("--pipeline_parallel", what, fix="use --parallel ddp"))
+        if stages > self.model.num_layers:
+            need = f"at most --num_layers ({self.model.num_layers})"
+            found.append(Problem("--pipeline_parallel", f"got {stages}", need))
+        for flag, count in given.items():
+            if count > 1 and self.parallel == "none":
+                found.append(no_effect_without(flag, "--parallel ddp or fsdp"))
+            if count > 1 and not isinstance(self.model, ModelConfig):
+                found.append(Problem(flag, f"got {count}", "1 with --model gpt2-..."))
+            if count > 1 and self.replicas > 1:
+                found.append(Problem(flag, "cannot be used with --replicas", fix="leave one out"))
+        parts = {
+            "--num_heads": (self.model.num_heads, tensor, "--tensor_parallel"),
+            "--d_ff": (self.model.d_ff, tensor, "--tensor_parallel"),
+            "--seq_length": (self.seq_length, tensor * context,
+                             "--tensor_parallel x --context_parallel"),
+        }  # fmt: skip
+        for flag, (size, count, by) in parts.items():
+            if count > 0 and size % count:
+                need = f"a multiple of {by} ({count})"
+                found.append(Problem(flag, f"got {size}", need, "change one of the two"))
         return found
 
     @property
@@ -213,6 +274,11 @@ NOT_SAVED_SETTINGS = {
     "resume_step": None,
     "dry_run": False,
     "parallel": "none",
+    "replicas": 1,
+    "optimizer_sharding": False,
+    "tensor_parallel": 1,
+    "context_parallel": 1,
+    "pipeline_parallel": 1,
     "dist_timeout_s": RunConfig.dist_timeout_s,
     "check_interval": RunConfig.check_interval,
 }

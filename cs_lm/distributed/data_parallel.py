@@ -2,14 +2,16 @@
 
 import itertools
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cs_lm.distributed.ranks import ALONE, Ranks
+from cs_lm.distributed.ranks import Ranks
+from cs_lm.distributed.sharing import Sharing
 
 BUCKET_BYTES = 25 << 20
 
@@ -36,9 +38,16 @@ class GradientSum:
     Cost: gradients are copied once, into the bucket; they are views of it afterwards.
     """
 
-    def __init__(self, parameters: Iterable[Tensor], bucket_bytes: int = BUCKET_BYTES):
-        wanted = [p for p in parameters if p.requires_grad]
-        self._buckets = list(_buckets(list(dict.fromkeys(wanted))[::-1], bucket_bytes))
+    def __init__(
+        self, parameters: Iterable[Tensor], bucket_bytes: int = BUCKET_BYTES, group: Any = None
+    ):
+        """group  the ranks that sum; None: all"""
+        self._group = group
+        wanted = list(dict.fromkeys(p for p in parameters if p.requires_grad))[::-1]
+        self._buckets = [
+            _Bucket(own, [0, *itertools.accumulate(p.numel() for p in own)])
+            for own in in_buckets(wanted, bucket_bytes)
+        ]
         self._bucket_of = {
             id(p): number for number, one in enumerate(self._buckets) for p in one.parameters
         }
@@ -73,7 +82,8 @@ class GradientSum:
         parts.append(torch.tensor([p.grad is not None for p in parameters], dtype=first.dtype)
                      .to(first.device, non_blocking=True))  # fmt: skip
         flat = torch.cat(parts)
-        self._sent.append((flat, dist.all_reduce(flat, async_op=True)))
+        work = dist.all_reduce(flat, group=self._group, async_op=True)
+        self._sent.append((flat, work))
 
     def finish(self) -> None:
         """Waits for all sums, which replace the gradients."""
@@ -88,104 +98,79 @@ class GradientSum:
         self._start()
 
 
-def _buckets(parameters: list[Tensor], bucket_bytes: int) -> Iterable[_Bucket]:
+def in_buckets(tensors: list[Tensor], bucket_bytes: int) -> Iterator[list[Tensor]]:
+    """The tensors in order, those of one dtype and device together up to so many bytes."""
     own: list[Tensor] = []
     size = 0
-    for parameter in parameters:
-        kind, num_bytes = (parameter.dtype, parameter.device), parameter.nbytes
+    for tensor in tensors:
+        kind, num_bytes = (tensor.dtype, tensor.device), tensor.nbytes
         if own and (size + num_bytes > bucket_bytes or (own[0].dtype, own[0].device) != kind):
-            yield _bucket(own)
+            yield own
             own, size = [], 0
-        own.append(parameter)
+        own.append(tensor)
         size += num_bytes
     if own:
-        yield _bucket(own)
-
-
-def _bucket(parameters: list[Tensor]) -> _Bucket:
-    return _Bucket(parameters, [0, *itertools.accumulate(p.numel() for p in parameters)])
-
-
-class Sharing:
-    """How several processes share an update. This class: one process does all of it.
-
-    begin_backward(is_last)     before the backward pass of each micro-batch
-    finish(loss_sum, count)     after the last one: gradients and sums are those of all rows
-    """
-
-    ranks: Ranks = ALONE
-
-    def begin_backward(self, is_last: bool) -> None:
-        pass
-
-    def finish(self, loss_sum: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-        return loss_sum, count
-
-    def differences(self, optimizer: torch.optim.Optimizer) -> list[str]:
-        """Names of tensors that are not equal on all ranks, but should be."""
-        return []
-
-    def take_waited_s(self) -> float:
-        """Seconds that this process has waited for others since the last call."""
-        return 0.0
-
-
-ALL_OF_IT = Sharing()
+        yield own
 
 
 class DataParallel(Sharing):
-    """Each rank has the whole model, computes its rows, and all ranks make the same update.
+    """Each rank has the whole model, computes its rows, and all ranks make the same update."""
 
-    Begins with rank 0's weights and buffers.
-    """
-
-    def __init__(self, model: nn.Module, ranks: Ranks, bucket_bytes: int = BUCKET_BYTES):
-        self.ranks, self._model = ranks, model
-        with torch.no_grad():
-            ranks.broadcast_([*model.parameters(), *model.buffers()])
-        self._gradients = GradientSum(model.parameters(), bucket_bytes)
+    def __init__(self, ranks: Ranks, bucket_bytes: int = BUCKET_BYTES):
+        self.ranks, self._bucket_bytes = ranks, bucket_bytes
         self._waited_s = 0.0
+
+    def take_model(self, model: nn.Module) -> None:
+        super().take_model(model)
+        self._gradients = GradientSum(model.parameters(), self._bucket_bytes, self.ranks.group)
+
+    def begin(self) -> None:
+        with torch.no_grad():
+            self.ranks.broadcast_([*self.model.parameters(), *self.model.buffers()])
 
     def begin_backward(self, is_last: bool) -> None:
         self._gradients.begin_backward(is_last)
 
     def finish(self, loss_sum: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        with self.waiting():
+            self._gradients.finish()
+            return self.ranks.sums(loss_sum, count)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around communication: counts its time, which is less than the device's on CUDA."""
         start_s = time.perf_counter()
         with self.ranks.communicating():
-            self._gradients.finish()
-        # float64 counts all tokens that there can be
-        wide = torch.float32 if loss_sum.device.type == "mps" else torch.float64
-        total, counted = self.ranks.sum_(torch.stack((loss_sum.to(wide), count.to(wide))))
+            yield
         self._waited_s += time.perf_counter() - start_s
-        return total.to(loss_sum.dtype), counted.to(count.dtype)
 
     def take_waited_s(self) -> float:
-        """On CUDA the host's waiting, which is less than the device's."""
         waited_s, self._waited_s = self._waited_s, 0.0
         return waited_s
 
-    def differences(self, optimizer: torch.optim.Optimizer) -> list[str]:
+    def differences(self) -> list[str]:
         named = {}
-        for name, parameter in self._model.named_parameters():
+        for name, parameter in self.model.named_parameters():
             named[name] = parameter
-            for key, value in optimizer.state.get(parameter, {}).items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor):
                     named[f"{key} of {name}"] = value
-        sums = torch.stack([checksum(tensor) for tensor in named.values()])
-        highest, lowest = sums.clone(), sums.clone()
-        with self.ranks.communicating():
-            dist.all_reduce(highest, dist.ReduceOp.MAX)
-            dist.all_reduce(lowest, dist.ReduceOp.MIN)
-        return [name for name, differs in zip(named, highest != lowest) if differs]
+        return self.ranks.differing(named)
 
 
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+class GradientMean(GradientSum):
+    """The mean over all ranks instead of the sum, after every backward pass."""
 
+    def __init__(self, parameters: Iterable[Tensor], bucket_bytes: int = BUCKET_BYTES):
+        super().__init__(parameters, bucket_bytes)
+        self.begin_backward(is_last=True)
 
-def checksum(tensor: Tensor) -> Tensor:
-    """The sum of the tensor's bits, read as integers: an int64 scalar on its device."""
-    bits = tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()])
-    return bits.sum(dtype=torch.int64)
+    def finish(self) -> None:
+        super().finish()
+        self.begin_backward(is_last=True)
+        gradients = [p.grad for one in self._buckets for p in one.parameters if p.grad is not None]
+        if gradients:
+            torch._foreach_div_(gradients, dist.get_world_size())
 
 
 class ReplicatedModule(nn.Module):
@@ -201,16 +186,11 @@ class ReplicatedModule(nn.Module):
         with torch.no_grad():
             for tensor in (*module.parameters(), *module.buffers()):
                 dist.broadcast(tensor, 0)
-        self._gradients = GradientSum(module.parameters(), bucket_bytes)
-        self._gradients.begin_backward(is_last=True)
+        self._gradients = GradientMean(module.parameters(), bucket_bytes)
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
         return self.module(*arguments, **named)
 
     def finish(self) -> None:
-        """Waits for all sums, and divides them by the number of ranks."""
+        """Waits for all gradients."""
         self._gradients.finish()
-        self._gradients.begin_backward(is_last=True)
-        parameters = [p for p in self.module.parameters() if p.requires_grad]
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        torch._foreach_div_(gradients, dist.get_world_size())

@@ -1,11 +1,13 @@
 """The processes ("ranks") that train one model together: joining them, and what they agree on."""
 
+import copy
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,8 @@ from cs_lm.errors import Problem, UserError
 
 # Rank 0 may have to encode a large text while the others wait [s].
 _PREPARING_S = 24 * 3600.0
+# Ranks may write their parts of a checkpoint at different speeds [s].
+_WRITING_S = 3600.0
 _MISSING_WAIT_S = 5.0  # after a failure: how long to wait for a sign of the other ranks
 
 
@@ -24,12 +28,18 @@ class RankLostError(Exception):
     """Another rank has ended or does not answer; the message names it."""
 
 
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """The dtype for sums over ranks: float64 counts all tokens that there can be."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 class Ranks:
     """This process alone: nothing is communicated. `Joined` is the same among several processes."""
 
     rank, size = 0, 1
     device: torch.device | None = None  # of this rank; None: the caller chooses
-    names: Sequence[str] = ()  # each rank with its process and host
+    names: Sequence[str] = ()  # each rank of the run with its process and host
+    group: Any = None  # of torch.distributed; None: all
 
     @property
     def is_first(self) -> bool:
@@ -41,6 +51,16 @@ class Ranks:
     def sum_(self, tensor: Tensor) -> Tensor:
         """Replaces the tensor by the sum of all ranks' ones; returns it."""
         return tensor
+
+    def sums(self, *scalars: Tensor) -> tuple[Tensor, ...]:
+        """The sums of all ranks' scalars."""
+        wide = wide_dtype(scalars[0].device)
+        totals = self.sum_(torch.stack([one.to(wide) for one in scalars]))
+        return tuple(total.to(one.dtype) for total, one in zip(totals, scalars))
+
+    def differing(self, named: Mapping[str, Tensor], group: Any = None) -> list[str]:
+        """The names of the tensors whose bits are not equal on all ranks of the group."""
+        return []
 
     def max(self, number: int) -> int:
         """The greatest number of all ranks. All ranks must call it."""
@@ -56,6 +76,14 @@ class Ranks:
 
     def broadcast_(self, tensors: Sequence[Tensor]) -> None:
         """Replaces the tensors by those of rank 0."""
+
+    def within(self, group: Any, rank: int, size: int) -> "Ranks":
+        """Some of the ranks, for sums and broadcasts; rank  this one's number among them"""
+        return self
+
+    def branch(self) -> "Ranks":
+        """The same ranks, whose words go a way of their own: for a thread. All must call it."""
+        return self
 
     @contextmanager
     def first_alone(self) -> Iterator[None]:
@@ -94,6 +122,8 @@ class Joined(Ranks):
         timeout = timedelta(seconds=timeout_s)
         dist.init_process_group(backend, rank=place.rank, world_size=place.size, timeout=timeout)
         self.rank, self.size, self.device = place.rank, place.size, device
+        self._place = place  # in the run
+        self.group = dist.group.WORLD
         self._words = dist.new_group(backend="gloo", timeout=timeout)
         self._store = dist.distributed_c10d._get_default_store()
         self._num_waits = 0
@@ -102,8 +132,16 @@ class Joined(Ranks):
 
     def sum_(self, tensor: Tensor) -> Tensor:
         with self.communicating():
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self.group)
         return tensor
+
+    def differing(self, named: Mapping[str, Tensor], group: Any = None) -> list[str]:
+        sums = torch.stack([checksum(tensor) for tensor in named.values()])
+        highest, lowest = sums.clone(), sums.clone()
+        with self.communicating():
+            dist.all_reduce(highest, dist.ReduceOp.MAX, group or self.group)
+            dist.all_reduce(lowest, dist.ReduceOp.MIN, group or self.group)
+        return [name for name, differs in zip(named, highest != lowest) if differs]
 
     def max(self, number: int) -> int:
         value = torch.tensor(number)
@@ -113,12 +151,14 @@ class Joined(Ranks):
 
     def texts(self, text: str) -> list[str]:
         data = text.encode("utf-8")
-        own = torch.zeros(1 + self.max(len(data)), dtype=torch.int64)  # length, then bytes
-        own[0], own[1 : 1 + len(data)] = len(data), torch.tensor(list(data), dtype=torch.int64)
+        data = len(data).to_bytes(8, "little") + data
+        own = torch.zeros(self.max(len(data)), dtype=torch.uint8)
+        own[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         found = [torch.empty_like(own) for _ in range(self.size)]
         with self.communicating():
             dist.all_gather(found, own, self._words)
-        return [bytes(row[1 : 1 + row[0]].tolist()).decode("utf-8") for row in found]
+        rows = [row.numpy().tobytes() for row in found]
+        return [row[8 : 8 + int.from_bytes(row[:8], "little")].decode("utf-8") for row in rows]
 
     def from_first(self, text: str) -> str:
         return self.texts(text if self.is_first else "")[0]
@@ -126,7 +166,17 @@ class Joined(Ranks):
     def broadcast_(self, tensors: Sequence[Tensor]) -> None:
         with self.communicating():
             for tensor in tensors:
-                dist.broadcast(tensor, 0)
+                dist.broadcast(tensor, dist.get_global_rank(self.group, 0), self.group)
+
+    def within(self, group: Any, rank: int, size: int) -> Ranks:
+        own = copy.copy(self)
+        own.group, own.rank, own.size = group, rank, size
+        return own
+
+    def branch(self) -> Ranks:
+        own = copy.copy(self)
+        own._words = dist.new_group(backend="gloo", timeout=timedelta(seconds=_WRITING_S))
+        return own
 
     @contextmanager
     def first_alone(self) -> Iterator[None]:
@@ -150,10 +200,10 @@ class Joined(Ranks):
 
     def _missing(self) -> list[str]:
         """The ranks that do not answer any more."""
-        silent = set(range(self.size))
+        silent = set(range(self._place.size))
         end_s = time.monotonic() + _MISSING_WAIT_S
         try:
-            self._store.set(f"alive {self.rank}", "yes")
+            self._store.set(f"alive {self._place.rank}", "yes")
             while silent and time.monotonic() < end_s:
                 silent = {rank for rank in silent if not self._store.check([f"alive {rank}"])}
                 time.sleep(0.1)
@@ -170,6 +220,15 @@ class Joined(Ranks):
 
     def leave(self) -> None:
         dist.destroy_process_group()
+
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def checksum(tensor: Tensor) -> Tensor:
+    """The sum of the tensor's bits, read as integers: an int64 scalar on its device."""
+    bits = tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()])
+    return bits.sum(dtype=torch.int64)
 
 
 def join(device: torch.device, timeout_s: float) -> Ranks:

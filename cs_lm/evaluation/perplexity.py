@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cs_lm.data.batches import Batch
 from cs_lm.data.token_store import Tokens
-from cs_lm.distributed.ranks import ALONE, Ranks
+from cs_lm.distributed.ranks import ALONE, Ranks, wide_dtype
 from cs_lm.errors import UserError
 from cs_lm.models.base import LanguageModel, evaluating, next_token_loss
 from cs_lm.ops.reference import IGNORE_INDEX
@@ -165,8 +165,8 @@ def evaluate(
             new_targets = [row[1 + window.num_old :] for row, window in zip(rows, batch)]
             num_bytes += sum(int(byte_lengths[row].sum()) for row in new_targets)
     if ranks.size > 1:
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        sums = torch.tensor([loss_sum, num_tokens, num_bytes], dtype=wide, device=device)
+        sums = [loss_sum, num_tokens, num_bytes]
+        sums = torch.tensor(sums, dtype=wide_dtype(device), device=device)
         loss_sum, num_tokens, num_bytes = ranks.sum_(sums).tolist()
     return Evaluation(loss_sum, int(num_tokens), int(num_bytes))
 

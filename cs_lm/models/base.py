@@ -1,7 +1,7 @@
 """The base class of the language models, the next-token loss, and new key-value caches."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -16,6 +16,12 @@ from cs_lm.ops import reference
 from cs_lm.ops.activation_checkpoint import checkpoint_activations
 from cs_lm.ops.reference import IGNORE_INDEX, Ops, cross_entropy
 
+FinishLayer = Callable[[nn.Module], object]
+
+
+def leave_it(_layer: nn.Module) -> None:
+    """What is done with a new layer by default: nothing."""
+
 
 class LanguageModel(nn.Module):
     """Logits of every next token, given the tokens before it.
@@ -25,6 +31,7 @@ class LanguageModel(nn.Module):
 
     ops        the implementation of the operations: `ops.CLEAR` or `ops.fused.FAST`
     activation_checkpointing  keep only each block's input for backward, and compute the block again
+    finish_layer  called with each layer when it has its weights, before the next one has them
     first_row  place of the first row in the batch of which this process has a part; dropout masks
                are those of the whole batch
     Raises: UserError for an invalid config.

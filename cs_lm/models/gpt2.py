@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from cs_lm.config.model import GPT2Config
-from cs_lm.models.base import LanguageModel
+from cs_lm.models.base import FinishLayer, LanguageModel, leave_it
 from cs_lm.models.init import init_gpt2_, init_torch_default_
 from cs_lm.models.kv_cache import KVCache
 from cs_lm.models.layers import Embedding, LayerNorm, Linear, MultiHeadSelfAttention
@@ -79,6 +79,7 @@ class GPT2LM(LanguageModel):
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         activation_checkpointing: bool = False,
+        finish_layer: FinishLayer = leave_it,
     ):
         super().__init__(config, ops, activation_checkpointing)
         with torch.device("meta"):  # no memory yet: every matrix is drawn once, below
@@ -90,19 +91,26 @@ class GPT2LM(LanguageModel):
             self.lm_head = None if tied else Linear(config.d_model, config.vocab_size, ops=ops)
         self.make_tables(device)
         if torch.device(device or "cpu").type != "meta":
-            self.reset_parameters(generator, device or "cpu")
+            self.reset_parameters(generator, device or "cpu", finish_layer)
 
     def make_tables(self, device: torch.device | str | None = None) -> None:
         self.register_buffer("dropout_state", new_state(0, device))
 
     def reset_parameters(
-        self, generator: torch.Generator | None, device: torch.device | str
+        self,
+        generator: torch.Generator | None,
+        device: torch.device | str,
+        finish_layer: FinishLayer = leave_it,
     ) -> None:
         """Sets every parameter to a new initial value, in the order of the state dict."""
         config = self.config
-        for name, parameter in list(self.named_parameters()):
+        names = [name for name, _ in self.named_parameters()]
+        last_of = {next(n for n in names[::-1] if n.startswith(f"layers.{i}.")): layer
+                   for i, layer in enumerate(self.layers)}  # fmt: skip
+        for name in names:
             path, _, kind = name.rpartition(".")
             owner = self.get_submodule(path)
+            parameter = getattr(owner, kind)
             weight = torch.zeros_like(parameter, device=device)
             if isinstance(owner, LayerNorm):
                 weight.fill_(1.0 if kind == "weight" else 0.0)
@@ -111,6 +119,8 @@ class GPT2LM(LanguageModel):
             elif kind == "weight":
                 init_gpt2_(name, weight, config.num_layers, generator)
             setattr(owner, kind, nn.Parameter(weight))
+            if name in last_of:
+                finish_layer(last_of[name])
 
     def seed_dropout(self, seed: int) -> None:
         reseed(self.dropout_state, seed)

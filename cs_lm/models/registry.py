@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from cs_lm.config.model import ArchitectureConfig
-from cs_lm.models.base import LanguageModel
+from cs_lm.models.base import FinishLayer, LanguageModel, leave_it
 from cs_lm.models.gpt2 import GPT2LM
 from cs_lm.models.transformer import TransformerLM
 from cs_lm.models.weight_counts import WeightCounts, count_gpt2, count_transformer
@@ -74,6 +74,7 @@ def build_model(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
     activation_checkpointing: bool = False,
+    finish_layer: FinishLayer = leave_it,
 ) -> LanguageModel:
     """A model with new weights; see `TransformerLM` and `GPT2LM`."""
     model_class = ARCHITECTURES[config.architecture].model
@@ -83,4 +84,5 @@ def build_model(
         generator=generator,
         device=device,
         activation_checkpointing=activation_checkpointing,
+        finish_layer=finish_layer,
     )

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from cs_lm.config.model import ModelConfig
-from cs_lm.models.base import LanguageModel
+from cs_lm.models.base import FinishLayer, LanguageModel, leave_it
 from cs_lm.models.kv_cache import KVCache
 from cs_lm.models.layers import (
     DEFAULT,
@@ -102,14 +102,16 @@ class TransformerLM(LanguageModel):
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         activation_checkpointing: bool = False,
+        finish_layer: FinishLayer = leave_it,
     ):
         super().__init__(config, ops, activation_checkpointing)
         factory = Factory(generator, device)
         vocab_size, d_model = config.vocab_size, config.d_model
         self.token_embeddings = Embedding(vocab_size, d_model, factory=factory)
-        self.layers = nn.ModuleList(
-            TransformerBlock(config, ops, factory=factory) for _ in range(config.num_layers)
-        )
+        self.layers = nn.ModuleList()
+        for _ in range(config.num_layers):
+            self.layers.append(TransformerBlock(config, ops, factory=factory))
+            finish_layer(self.layers[-1])
         self.ln_final = RMSNorm(d_model, eps=config.norm_eps, ops=ops, factory=factory)
         self.lm_head = Linear(d_model, vocab_size, ops=ops, factory=factory)
         self.make_tables(device)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from cs_lm.distributed.ranks import Ranks
 from cs_lm.training.checkpoint import copied
 from cs_lm.training.checkpoint_manager import CheckpointManager
 
@@ -19,6 +20,9 @@ class BackgroundSaver:
 
     Only one save runs at a time: the next one waits for it. A failed save logs a warning and does
     not change `saved_step`.
+
+    ranks  each saves its parts, and all of them do the same; they need a channel of their own,
+           which training does not use. None: this process saves all of it
     """
 
     def __init__(
@@ -26,9 +30,10 @@ class BackgroundSaver:
         manager: CheckpointManager,
         saved_step: int = -1,
         before: Callable[[], None] = lambda: None,
+        ranks: Ranks | None = None,
     ):
         """before  called before each save: it syncs files that must be on the disk earlier"""
-        self._manager, self._before = manager, before
+        self._manager, self._before, self._ranks = manager, before, ranks
         self._thread: threading.Thread | None = None
         self.saved_step = self.asked_step = saved_step
         self.has_failed = False
@@ -76,6 +81,10 @@ class BackgroundSaver:
             self._thread.join()
             self._thread = None
 
+    def abandon(self) -> None:
+        """Does not wait for a save any more: another rank is lost, and it cannot end."""
+        self._thread = None
+
     def _start(self, function: Callable[..., None], *arguments: Any) -> None:
         self._thread = threading.Thread(target=function, args=arguments, name="save", daemon=True)
         self._thread.start()
@@ -84,7 +93,10 @@ class BackgroundSaver:
         step = content["iteration"]
         try:
             self._before()
-            self._manager.save(content)
+            if self._ranks is None:
+                self._manager.save(content)
+            else:
+                self._manager.save_parts(content, self._ranks)
             self.saved_step, self.has_failed = step, False
         except Exception as error:  # a failed save must not end the run
             self.has_failed, self.asked_step = True, self.saved_step

@@ -5,32 +5,41 @@ A file is written completely or not at all. Reading it runs no code from the fil
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
 
+from cs_lm.distributed.parts import Part
+from cs_lm.distributed.sharing import Sharing
 from cs_lm.errors import UserError
 from cs_lm.storage.atomic import atomic_open
 from cs_lm.storage.safe_load import check_archive, check_tensor
+from cs_lm.training.sharded_checkpoint import part_of
 
 PathOrFile = str | os.PathLike | BinaryIO
 FORMAT_VERSION = 1
 
 
 def checkpoint_content(
-    model: nn.Module, optimizer: torch.optim.Optimizer, iteration: int, **extras: Any
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    iteration: int,
+    sharing: Sharing | None = None,
+    **extras: Any,
 ) -> dict[str, Any]:
     """State dicts of model and optimizer, iteration, and extras (tensors and plain values).
 
     The tensors are those of the model and optimizer, not copies.
+    sharing  if processes save parts: the tensors are the parts of this process
     """
+    in_parts = sharing is not None and sharing.saves_parts
     return {
         "format_version": FORMAT_VERSION,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        "model": sharing.saved() if in_parts else model.state_dict(),
+        "optimizer": sharing.saved_moments() if in_parts else optimizer.state_dict(),
         "iteration": iteration,
         "extras": extras,
     }
@@ -40,6 +49,8 @@ def copied(content: Any) -> Any:
     """A deep copy of the content on the CPU, which later updates do not change."""
     if isinstance(content, Tensor):
         return content.detach().to("cpu", copy=True)
+    if isinstance(content, Part):
+        return content._replace(tensor=copied(content.tensor))
     if isinstance(content, dict):
         return {key: copied(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
@@ -66,9 +77,12 @@ def save_checkpoint(
         torch.save(content, file)
 
 
-def read_checkpoint(path_or_file: PathOrFile, device: str | torch.device = "cpu") -> dict[str, Any]:
+def read_checkpoint(
+    path_or_file: PathOrFile, device: str | torch.device = "cpu", mapped: bool = False
+) -> dict[str, Any]:
     """The content of a checkpoint: tensors and plain values only; no code from the file is run.
 
+    mapped  leave the numbers in the file until they are used
     Memory: at most the file's length, whatever tensor sizes the file declares.
     Raises: FileNotFoundError, or UserError for a file that is not one of our checkpoints.
     """
@@ -79,7 +93,7 @@ def read_checkpoint(path_or_file: PathOrFile, device: str | torch.device = "cpu"
     try:
         if isinstance(path_or_file, (str, os.PathLike)):  # a file object is not checked
             check_archive(path_or_file)
-        content = torch.load(path_or_file, map_location=device, weights_only=True)
+        content = torch.load(path_or_file, map_location=device, weights_only=True, mmap=mapped)
         _check_content(content)
     except Exception as error:  # the unpickler of torch.load can raise any exception
         shown = os.fspath(path_or_file) if isinstance(path_or_file, os.PathLike) else path_or_file
@@ -121,6 +135,30 @@ def restore(
             group.update(before, params=group["params"])
 
 
+def restore_parts(content: dict[str, Any], sharing: Sharing) -> None:
+    """Loads what this process holds of the model and the optimizer; settings stay.
+
+    content  with tensors, or `StoredTensor`s, of which only the needed parts are read
+    Raises: UserError for the state of another model.
+    """
+    held, optimizer = sharing.held(), sharing.optimizer
+    _check_names(held.keys() - content["model"].keys(), set())
+    _check_sharded_moments(content["optimizer"], sharing)
+    for name, part in held.items():
+        part.tensor.copy_(part_of(content["model"][name], part))
+    for number, parameter in sharing.numbered().items():
+        state = content["optimizer"]["state"].get(number)
+        if not state:
+            continue
+        place = sharing.place_of(parameter)
+        optimizer.state[parameter] = {
+            name: value
+            if isinstance(value, (int, float))
+            else part_of(value, place).to(parameter.device, copy=True)
+            for name, value in state.items()
+        }
+
+
 # ---- checks ----
 
 
@@ -151,12 +189,16 @@ def _tensors(content: Any) -> Iterator[Tensor]:
 
 def _check_shapes(state: dict[str, Any], model: nn.Module) -> None:
     own = model.state_dict()
-    wrong = sorted(map(str, state.keys() ^ own.keys()))
-    wrong += [
+    shapes = [
         name
         for name in state.keys() & own.keys()
         if getattr(state[name], "shape", None) != getattr(own[name], "shape", None)
     ]
+    _check_names(state.keys(), own.keys(), shapes)
+
+
+def _check_names(found: Set[str], own: Set[str], shapes: Sequence[str] = ()) -> None:
+    wrong = [*sorted(map(str, found ^ own)), *shapes]
     if wrong:
         raise UserError(
             f"checkpoint: {wrong[0]!r} and {len(wrong) - 1} other weights do not fit the model; "
@@ -166,23 +208,40 @@ def _check_shapes(state: dict[str, Any], model: nn.Module) -> None:
 
 def _check_moments(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
     """Checks the optimizer's state; only our AdamW declares the names that it must have."""
+    own = optimizer.param_groups
+    shapes = [p.shape for group in own for p in group["params"]]
     try:
-        sizes = [len(group["params"]) for group in state["param_groups"]]
-        own = optimizer.param_groups
-        if sizes != [len(group["params"]) for group in own]:
-            raise UserError("other groups of parameters")
         numbers = [i for group in state["param_groups"] for i in group["params"]]
-        parameters = [p for group in own for p in group["params"]]
-        for number, parameter in zip(numbers, parameters):
+    except (KeyError, TypeError):
+        numbers = []
+    _check_states(state, optimizer, [len(g["params"]) for g in own], zip(numbers, shapes))
+
+
+def _check_sharded_moments(state: dict[str, Any], sharing: Sharing) -> None:
+    shapes = ((n, sharing.place_of(p).whole) for n, p in sharing.numbered().items())
+    _check_states(state, sharing.optimizer, sharing.group_sizes(), shapes)
+
+
+def _check_states(
+    state: dict[str, Any],
+    optimizer: torch.optim.Optimizer,
+    group_sizes: Sequence[int],
+    shapes: Iterable[tuple[int, Sequence[int]]],
+) -> None:
+    """shapes  of the whole parameters, by number"""
+    try:
+        if [len(group["params"]) for group in state["param_groups"]] != list(group_sizes):
+            raise UserError("other groups of parameters")
+        for number, wanted in shapes:
             found = state["state"].get(number, {})
             names = getattr(optimizer, "state_names", found.keys())
             if found and found.keys() != set(names):
                 raise UserError(f"it has {sorted(found)}")
             for name, value in found.items():
-                is_number = not isinstance(value, Tensor) or not value.dim()
-                if is_number and not isinstance(value, (int, float, Tensor)):
+                shape = getattr(value, "shape", ())
+                if not len(shape) and not isinstance(value, (int, float, Tensor)):
                     raise UserError(f"{name} is {value!r}")
-                if not is_number and value.shape != parameter.shape:
+                if len(shape) and tuple(shape) != tuple(wanted):
                     raise UserError(f"{name} of another shape")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(

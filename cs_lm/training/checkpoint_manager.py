@@ -1,21 +1,40 @@
 """The checkpoints of a run. It keeps several, so that one damaged file does not end the run."""
 
+import json
 import logging
 import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from cs_lm.distributed.ranks import Ranks
 from cs_lm.errors import UserError
 from cs_lm.storage.atomic import WRITING, SyncingFile, replace_directory
-from cs_lm.storage.manifest import MANIFEST, HashingFile, check_file, read_manifest, write_manifest
+from cs_lm.storage.manifest import (
+    MANIFEST,
+    FileEntry,
+    HashingFile,
+    check_file,
+    read_manifest,
+    write_manifest,
+)
 from cs_lm.training.checkpoint import read_checkpoint
+from cs_lm.training.sharded_checkpoint import (
+    INDEX,
+    parts_of_state,
+    read_parts,
+    shard_name,
+    united,
+    wholly,
+    write_index,
+    write_shard,
+)
 
 STATE = "state.pt"
 FORMAT_VERSION = 1
@@ -37,8 +56,9 @@ class Best(NamedTuple):
 class CheckpointManager:
     """Checkpoint folders: the newest `step-00000080`, and `best-00000040` with the lowest loss.
 
-    Each has `state.pt` and a manifest with its length and checksum, written last. A folder gets
-    its name when all of it is on the disk. The best one is a hard link if the disk supports it.
+    Each has `state.pt`, or the files of sharded_checkpoint.py, and a manifest with their lengths
+    and checksums, written last. A folder gets its name when all of it is on the disk. The best one
+    is a hard link if the disk supports it.
 
     keep_last  number of newest checkpoints to keep, 2 or more
     """
@@ -62,9 +82,13 @@ class CheckpointManager:
     def path(self, step: int, kind: str = "step") -> Path:
         return self.folder / f"{kind}-{step:08d}"
 
-    def read(self, step: int, kind: str = "step") -> dict[str, Any]:
+    def read(
+        self, step: int, kind: str = "step", lazily: bool = False, verify: bool = True
+    ) -> dict[str, Any]:
         """The content of one checkpoint, after its checksum is verified.
 
+        lazily  tensors that stay in the files until they are used, and `StoredTensor`s
+        verify  False: check the length, not the checksum, which another process has verified
         Raises: FileNotFoundError, or UserError naming the damaged file.
         """
         path = self.path(step, kind)
@@ -75,15 +99,18 @@ class CheckpointManager:
                 f"{', '.join(map(str, have)) or 'none'}"
             )
         try:
-            self._verify(path, step)
-            content = read_checkpoint(path / STATE)
+            files, _ = self._verify(path, step, verify)
+            if files[0].name == STATE:
+                content = read_checkpoint(path / STATE, mapped=lazily)
+            else:
+                content = read_parts(path) if lazily else wholly(read_parts(path))
             if content["iteration"] != step:
                 raise UserError(f"it is of step {content['iteration']}")
         except (ValueError, OSError) as error:
             raise UserError(f"checkpoint: {str(path)!r} does not verify: {error}") from None
         return content
 
-    def read_newest(self, kinds: Sequence[str] = KINDS) -> dict[str, Any]:
+    def read_newest(self, kinds: Sequence[str] = KINDS, lazily: bool = False) -> dict[str, Any]:
         """The newest checkpoint that verifies; logs a warning for each that does not.
 
         Raises: FileNotFoundError if there is none, UserError if none verifies.
@@ -95,7 +122,7 @@ class CheckpointManager:
             )
         for step, kind in found:
             try:
-                return self.read(step, kind)
+                return self.read(step, kind, lazily)
             except ValueError as error:
                 _log.warning("SKIPPED %s", error)
         raise UserError(
@@ -110,20 +137,44 @@ class CheckpointManager:
 
         Raises: OSError if the disk cannot store it; the existing checkpoints stay unchanged.
         """
-        step = content["iteration"]
+        self.save_files(content["iteration"], lambda folder: [_write_state(folder, content)])
+
+    def save_files(self, step: int, write: Callable[[Path], list[FileEntry]]) -> None:
+        """As `save`; `write` writes the files into the folder and returns their entries."""
         with _writing_folder(self.path(step)) as writing:
-            with open(writing / STATE, "wb") as file:
-                syncing = SyncingFile(file)
-                hashing = HashingFile(syncing)
-                try:
-                    torch.save(content, hashing)
-                except RuntimeError as error:  # torch hides a disk error behind it
-                    raise hashing.error or error from None
-                syncing.sync()
             facts = {"format_version": FORMAT_VERSION, "iteration": step}
-            write_manifest(writing, [hashing.entry(STATE)], facts)
+            write_manifest(writing, write(writing), facts)
+        self._remove_old()
+
+    def _remove_old(self) -> None:
         for old in self.steps()[self.keep_last :]:
             _remove(self.path(old))
+
+    def save_parts(self, content: dict[str, Any], ranks: Ranks) -> None:
+        """As `save`, by all ranks together: each writes its parts. All of them must call it.
+
+        Raises: OSError at all ranks if one of them cannot write; the existing checkpoints stay.
+        """
+        step = content["iteration"]
+        writing = self.path(step).with_name(self.path(step).name + WRITING)
+        try:
+            _together(ranks, lambda: _make_empty(writing) if ranks.is_first else None)
+            written = _together(ranks, lambda: write_shard(writing, ranks.rank, content))
+            whole = united(content, _together(ranks, lambda: parts_of_state(content)))
+            _together(ranks, lambda: self._name(writing, whole, written, ranks))
+        except OSError:
+            if ranks.is_first:
+                shutil.rmtree(writing, ignore_errors=True)
+            raise
+
+    def _name(self, writing: Path, content: dict[str, Any], written: list, ranks: Ranks) -> None:
+        if not ranks.is_first:
+            return
+        index = write_index(writing, content, [table for _, table in written])
+        facts = {"format_version": FORMAT_VERSION, "iteration": content["iteration"]}
+        write_manifest(writing, [index, *(FileEntry(*entry) for entry, _ in written)], facts)
+        replace_directory(writing, self.path(content["iteration"]))
+        self._remove_old()
 
     def save_best(
         self, step: int, valid_loss: float, measured_on: dict[str, Any] | None = None
@@ -139,7 +190,8 @@ class CheckpointManager:
         files, facts = self._verify(source, step, completely=False)
         facts = {**facts, "valid_loss": valid_loss, "measured_on": measured_on}
         with _writing_folder(self.path(step, "best")) as writing:
-            _link(source / STATE, writing / STATE)
+            for entry in files:
+                _link(source / entry.name, writing / entry.name)
             write_manifest(writing, files, facts)
         for old in self.steps("best"):
             if old != step:
@@ -197,18 +249,51 @@ class CheckpointManager:
         files, facts = read_manifest(path)
         if facts.get("format_version") != FORMAT_VERSION or facts.get("iteration") != step:
             raise UserError(f"{str(path / MANIFEST)!r} is of another checkpoint or version")
-        if [entry.name for entry in files] != [STATE]:
+        names = [entry.name for entry in files]
+        if names != [STATE] and names != [INDEX, *map(shard_name, range(len(names) - 1))]:
             raise UserError(f"{str(path / MANIFEST)!r} names other files than {STATE}")
-        check_file(path, files[0], completely)
+        for entry in files:
+            check_file(path, entry, completely)
         return files, facts
+
+
+def _write_state(folder: Path, content: dict[str, Any]) -> FileEntry:
+    with open(folder / STATE, "wb") as file:
+        syncing = SyncingFile(file)
+        hashing = HashingFile(syncing)
+        try:
+            torch.save(content, hashing)
+        except RuntimeError as error:  # torch hides a disk error behind it
+            raise hashing.error or error from None
+        syncing.sync()
+    return hashing.entry(STATE)
+
+
+def _together(ranks: Ranks, work: Callable[[], Any]) -> list[Any]:
+    """What the work gives at each rank, as JSON values.
+
+    Raises: OSError at all ranks if it fails at one.
+    """
+    try:
+        found = {"done": work()}
+    except OSError as error:
+        found = {"failed": f"rank {ranks.rank}: {error}"}
+    every = [json.loads(text) for text in ranks.texts(json.dumps(found))]
+    if failed := [one["failed"] for one in every if "failed" in one]:
+        raise OSError(failed[0])
+    return [one["done"] for one in every]
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
 
 
 @contextmanager
 def _writing_folder(path: Path) -> Iterator[Path]:
     """A folder to write into. It gets its name if the block ends without an exception."""
     writing = path.with_name(path.name + WRITING)
-    shutil.rmtree(writing, ignore_errors=True)
-    writing.mkdir(parents=True)
+    _make_empty(writing)
     try:
         yield writing
         replace_directory(writing, path)

@@ -14,7 +14,13 @@ from cs_lm.data.pipeline import PreparedData
 from cs_lm.data.prefetch import steps_ahead
 from cs_lm.data.token_store import Tokens
 from cs_lm.device import resolve_device
+from cs_lm.distributed.data_parallel import DataParallel
+from cs_lm.distributed.fully_sharded import FullySharded
+from cs_lm.distributed.grid import Grid, grid_of
+from cs_lm.distributed.model_parallel import ModelParallel
 from cs_lm.distributed.ranks import ALONE, Ranks
+from cs_lm.distributed.sharded_moments import ShardedMoments
+from cs_lm.distributed.sharing import Sharing
 from cs_lm.errors import UserError
 from cs_lm.evaluation.perplexity import (
     EvalOptions,
@@ -32,7 +38,7 @@ from cs_lm.models.registry import build_model
 from cs_lm.models.stats import flops_per_token, num_parameters
 from cs_lm.ops.compile import CompileWithFallback
 from cs_lm.ops.fused import OPS
-from cs_lm.optim.param_groups import adamw_of
+from cs_lm.optim.param_groups import adamw_of, parameter_groups
 from cs_lm.training.malloc import keep_freed_memory
 from cs_lm.training.run_dir import RunFolder
 from cs_lm.training.step import under_autocast
@@ -62,6 +68,23 @@ def language_model_trainer(
     return Trainer(config, task, folder, checkpoint, weights, ranks)
 
 
+def _sharing_of(config: RunConfig, ranks: Ranks, grid: Grid, device: torch.device) -> Sharing:
+    if ranks.size == 1:
+        return Sharing()
+    if config.parallel == "fsdp":
+        recompute = config.activation_checkpointing
+        sharing = FullySharded(grid.data, device, config.replicas, recompute=recompute)
+    else:
+        sharing = (ShardedMoments if config.optimizer_sharding else DataParallel)(grid.data)
+    if grid.data.size == ranks.size and grid.context is None:
+        return sharing
+    model = build_model(config.model, device="meta")
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, config.optim.weight_decay)
+    order = [[names[id(parameter)] for parameter in group["params"]] for group in groups]
+    return ModelParallel(sharing, ranks, grid, config.model.num_layers, order)
+
+
 class LanguageModeling(Task):
     """Trains the model of the config on the text."""
 
@@ -72,19 +95,25 @@ class LanguageModeling(Task):
         device: torch.device,
         ranks: Ranks = ALONE,
     ):
-        self.config, self.data, self._ranks = config, data, ranks
-        world = ranks.world(device)
+        self.config, self.data = config, data
+        sizes = config.tensor_parallel, config.context_parallel, config.pipeline_parallel
+        grid = grid_of(ranks, *sizes)
+        self._rows, world = grid.rows, grid.rows.world(device)
         if world.device.type == "cpu":
             keep_freed_memory()
+        self.sharing = _sharing_of(config, ranks, grid, world.device)
         self.model = build_model(
             config.model,
             OPS[config.ops],
             generator=torch.Generator().manual_seed(config.seed),
             device=world.device,
-            activation_checkpointing=config.activation_checkpointing,
+            activation_checkpointing=config.activation_checkpointing and config.parallel != "fsdp",
+            finish_layer=self.sharing.finish_layer,
         )
+        self.sharing.take_model(self.model)
         self.model.first_row = world.share_of(config.batch_size).start
         self.optimizer = adamw_of(self.model, config.optim)
+        self.sharing.take(self.optimizer)
         self.num_steps = config.num_steps(len(data.train))
         self.tokens_per_step = config.tokens_per_step
         self.flops_per_token = flops_per_token(config.model, config.seq_length)
@@ -108,11 +137,12 @@ class LanguageModeling(Task):
             loss = CompileWithFallback(next_token_loss, warn_once)
             self.optimizer.compile(warn_once)
         self._loss = under_autocast(loss, world.device, config.dtype)
-        self._eval_loss = under_autocast(next_token_loss, world.device, config.dtype)
+        eval_loss = under_autocast(next_token_loss, world.device, config.dtype)
+        self._eval_loss = self.sharing.of_whole_rows(eval_loss)
         self._byte_lengths = token_byte_lengths(data.tokenizer.vocab)
 
     def batches_of_step(self, step: int) -> list[Batch]:
-        return self._ahead(step)
+        return [Batch(*self.sharing.part_of_batch(*batch)) for batch in self._ahead(step)]
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         return self._loss(model, batch)
@@ -128,7 +158,7 @@ class LanguageModeling(Task):
         options = EvalOptions(config.seq_length, config.batch_size, config.eval_tokens)
         lengths = self._byte_lengths
         return evaluate(
-            self.model, tokens, lengths, options, self._eval_loss, check_stop, self._ranks
+            self.model, tokens, lengths, options, self._eval_loss, check_stop, self._rows
         )
 
     def summary(self, found: dict[str, Any]) -> dict[str, Any]:

@@ -4,12 +4,13 @@ import json
 import math
 import shlex
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from cs_lm.distributed.sharing import Sharing
 from cs_lm.storage.atomic import atomic_write
 from cs_lm.training.step import accumulate_gradients
 from cs_lm.training.task import Task
@@ -64,9 +65,9 @@ class NonFiniteMonitor:
         return self._num_in_a_row > MAX_SKIPPED
 
 
-def are_finite(model: nn.Module) -> bool:
+def are_finite(parameters: Iterable[Tensor]) -> bool:
     """Whether all weights are finite. Waits for the device."""
-    return bool(torch.stack([p.isfinite().all() for p in model.parameters()]).all())
+    return bool(torch.stack([p.isfinite().all() for p in parameters]).all())
 
 
 def advice(folder: Path, on_nan: str, program: str) -> str:
@@ -82,24 +83,25 @@ def advice(folder: Path, on_nan: str, program: str) -> str:
     )
 
 
-def write_bad_step(path: Path, step: int, lr: float, task: Task) -> None:
+def write_bad_step(path: Path, step: int, lr: float, task: Task, sharing: Sharing) -> None:
     """Repeats a step's micro-batches; writes the loss and each layer's norms to a JSON file.
 
     step  counted from 0; the caller sets the step's random seed before
+    sharing  of the model; what is written is what this process has of it, from its rows
     Overwrites the gradients in the model; they must not be used afterwards.
     """
-    model = task.model
     batches = []
     for facts, batch in zip(task.describe_batches(step), task.batches_of_step(step)):
-        loss_sum, count = accumulate_gradients(model, [batch], task.loss)
+        loss_sum, count = accumulate_gradients(task.model, [batch], task.loss, sharing, joins=False)
+        sharing.collect_gradients()
         count = count.clamp(min=1)
         norms = {
             name: _shown(parameter.grad.norm() / count)
-            for name, parameter in model.named_parameters()
+            for name, parameter in sharing.parameters().items()
             if parameter.grad is not None
         }
         batches.append({**facts, "loss_nats": _shown(loss_sum / count), "grad_norms": norms})
-    norms = {name: _shown(parameter.norm()) for name, parameter in model.named_parameters()}
+    norms = {name: _shown(parameter.norm()) for name, parameter in sharing.parameters().items()}
     content = {"step": step + 1, "lr": lr, "batches": batches, "weight_norms": norms}
     atomic_write(path, json.dumps(content, indent=1).encode("utf-8"))
 

@@ -24,6 +24,7 @@ from cs_lm.tokenizer import BPETokenizer
 from cs_lm.training.checkpoint import checkpoint_content, restore
 from cs_lm.training.checkpoint_manager import KINDS, CheckpointManager
 from cs_lm.training.metrics_log import MetricsLog
+from cs_lm.training.sharded_checkpoint import StoredTensor
 
 _END_TOKENS = "end_tokens.json"
 _log = logging.getLogger("cs_lm")
@@ -139,15 +140,16 @@ class RunFolder:
         )
         self.checkpoints.save(content)
 
-    def read(self, which: str) -> dict[str, Any]:
+    def read(self, which: str, lazily: bool = False, verify: bool = True) -> dict[str, Any]:
         """The content of a checkpoint.
 
         which  "last": the newest that verifies; "best"; or the number of a step
+        lazily, verify  as `CheckpointManager.read` takes them
         Raises: FileNotFoundError or UserError when there is none. A step has no fallback.
         """
         self.require()
         if which == "last":
-            content = self.checkpoints.read_newest()
+            content = self.checkpoints.read_newest(lazily=lazily)
         elif which == "best":
             if not self.checkpoints.steps("best"):
                 _log.info(
@@ -161,7 +163,8 @@ class RunFolder:
         else:
             step = int(which)
             is_only_best = step in set(self.checkpoints.steps("best")) - {*self.checkpoints.steps()}
-            content = self.checkpoints.read(step, "best" if is_only_best else "step")
+            kind = "best" if is_only_best else "step"
+            content = self.checkpoints.read(step, kind, lazily, verify)
         _check_extras(content["extras"])
         return content
 
@@ -240,7 +243,7 @@ def saved_config(content: dict[str, Any]) -> RunConfig:
     """
     config = from_json(RunConfig, content["extras"]["config"])
     weights = content["model"].values()
-    tensors = [weight for weight in weights if isinstance(weight, torch.Tensor)]
+    tensors = [weight for weight in weights if isinstance(weight, (torch.Tensor, StoredTensor))]
     num_weights = sum(tensor.numel() for tensor in tensors if tensor.is_floating_point())
     problems = validate_all(config)
     if config.model.context_length > MAX_CONTEXT_LENGTH:

@@ -7,8 +7,9 @@ from torch import nn
 
 from cs_lm.config.fields import to_json
 from cs_lm.config.run import NOT_SAVED_SETTINGS, RunConfig
+from cs_lm.distributed.sharing import Sharing
 from cs_lm.optim.adamw import AdamW
-from cs_lm.training.checkpoint import checkpoint_content, restore
+from cs_lm.training.checkpoint import checkpoint_content, restore, restore_parts
 
 
 class TrainState:
@@ -19,14 +20,18 @@ class TrainState:
     elapsed_s       training time before the resume [s]
     """
 
-    def __init__(self, model: nn.Module, optimizer: AdamW):
-        self.model, self.optimizer = model, optimizer
+    def __init__(self, model: nn.Module, optimizer: AdamW, sharing: Sharing):
+        """sharing  how processes share the model; it has taken model and optimizer"""
+        self.model, self.optimizer, self._sharing = model, optimizer, sharing
         self.step, self.trained_tokens, self.elapsed_s = 0, 0, 0.0
         self._updates_before: set[int] = set()
 
     def load(self, checkpoint: dict[str, Any]) -> None:
         """Loads a checkpoint. Raises: UserError for a checkpoint of another model."""
-        restore(checkpoint, self.model, self.optimizer, keep_settings=True)
+        if self._sharing.ranks.size > 1:
+            restore_parts(checkpoint, self._sharing)
+        else:
+            restore(checkpoint, self.model, self.optimizer, keep_settings=True)
         self._updates_before = self.optimizer.num_updates()
         self.step = checkpoint["iteration"]
         self.trained_tokens = checkpoint["extras"]["trained_tokens"]
@@ -38,6 +43,7 @@ class TrainState:
             self.model,
             self.optimizer,
             self.step,
+            self._sharing,
             config=to_json(replace(config, **NOT_SAVED_SETTINGS)),
             elapsed_s=elapsed_s,
             trained_tokens=self.trained_tokens,

@@ -1,19 +1,16 @@
 """One update from one or more micro-batches."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cs_lm.distributed.data_parallel import ALL_OF_IT, Sharing
+from cs_lm.distributed.sharing import LossFunction, Sharing
 from cs_lm.models.base import next_token_loss
 from cs_lm.optim.adamw import AdamW
 from cs_lm.optim.clip import clip_gradients
-
-# (model, batch) -> sum of the losses in the batch, number of losses
-LossFunction = Callable[[Any, Any], tuple[Tensor, Tensor]]
 
 
 def autocast_context(device: torch.device, dtype: str) -> AbstractContextManager:
@@ -37,23 +34,20 @@ def accumulate_gradients(
     model: nn.Module,
     batches: Sequence[Any],
     loss: LossFunction = next_token_loss,
-    begin_backward: Callable[[bool], None] = lambda _: None,
+    sharing: Sharing | None = None,
+    joins: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Sum of the losses and their count; leaves the gradients of the sum in the parameters.
 
     Divide them by the count to get the gradients of the mean; it is known only at the end.
-    begin_backward  called before each backward pass with whether it is the last one
+    sharing  how several processes share the update; None: one process does all of it
+    joins    False: leave gradients of this process's rows, where the others are not needed
     """
-    for parameter in model.parameters():
-        parameter.grad = None
-    sums, counts = [], []
-    for number, batch in enumerate(batches, 1):
-        loss_sum, count = loss(model, batch)
-        begin_backward(number == len(batches))
-        loss_sum.backward()
-        sums.append(loss_sum.detach())
-        counts.append(count)
-    return torch.stack(sums).sum(), torch.stack(counts).sum()
+    if sharing is None:
+        sharing = Sharing()
+        sharing.take_model(model)
+    sharing.begin_update()
+    return sharing.accumulate(batches, loss, joins)
 
 
 def train_step(
@@ -64,7 +58,7 @@ def train_step(
     loss: LossFunction = next_token_loss,
     all_finite_so_far: Tensor | None = None,
     clipped_apart: Sequence[nn.Module] = (),
-    sharing: Sharing = ALL_OF_IT,
+    sharing: Sharing | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One update from one or more micro-batches, as if they were a single batch.
 
@@ -75,19 +69,25 @@ def train_step(
     all_finite_so_far  a bool on the device; it becomes False at a step that is not finite, and
                        then no later step updates anything
     clipped_apart      parts of the model with clipping of their own; none: the model as a whole
-    sharing            how several processes share the update
+    sharing            how several processes share the update, which has taken model and optimizer;
+                       None: one process does all of it
     """
-    sums = accumulate_gradients(model, batches, loss, sharing.begin_backward)
+    if sharing is None:
+        sharing = Sharing()
+        sharing.take_model(model)
+        sharing.take(optimizer)
+    with sharing.computing():
+        sums = accumulate_gradients(model, batches, loss, sharing)
     loss_sum, count = sharing.finish(*sums)
     count = count.clamp(min=1)
     mean_loss = loss_sum / count
     norms = [
-        clip_gradients(part.parameters(), max_norm, divide_by=count)
+        clip_gradients(sharing.clipped(part), max_norm, count, sharing.joint_norm)
         for part in clipped_apart or (model,)
     ]
     norm = norms[0] if len(norms) == 1 else torch.stack(norms).square().sum().sqrt()
     should_apply = mean_loss.isfinite() & norm.isfinite()
     if all_finite_so_far is not None:
         should_apply = all_finite_so_far.logical_and_(should_apply)
-    optimizer.step(should_apply=should_apply)
+    sharing.update(should_apply)
     return mean_loss, norm

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from cs_lm.distributed.sharing import Sharing
 from cs_lm.optim.adamw import AdamW
 from cs_lm.training.run_dir import RunFolder
 
@@ -22,6 +23,7 @@ class Task:
     num_steps         number of updates in the run
     tokens_per_step   for speeds and logs
     flops_per_token   of forward and backward
+    sharing           how several processes share the model; None: one process has all of it
     measure           identifies the data of evaluations, as JSON: only losses with equal measures
                       are compared. None: this task has no evaluation
     """
@@ -31,6 +33,7 @@ class Task:
     num_steps: int
     tokens_per_step: int
     flops_per_token: int
+    sharing: Sharing | None = None
     measure: dict[str, Any] | None = None
     program: str = "run_clm.py"  # what resumes a run of this kind, after "python"
 

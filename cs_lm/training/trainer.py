@@ -11,8 +11,8 @@ from torch import Tensor
 from cs_lm.config.fields import from_json
 from cs_lm.config.run import RunConfig
 from cs_lm.data.batches import step_seed
-from cs_lm.distributed.data_parallel import ALL_OF_IT, DataParallel
-from cs_lm.distributed.ranks import ALONE, Ranks
+from cs_lm.distributed.ranks import ALONE, RankLostError, Ranks
+from cs_lm.distributed.sharing import Sharing
 from cs_lm.errors import UserError
 from cs_lm.optim.schedule import learning_rate
 from cs_lm.training.async_checkpoint import BackgroundSaver
@@ -28,6 +28,7 @@ from cs_lm.training.nonfinite import (
 from cs_lm.training.other_ranks import NoReporter, NoSaver
 from cs_lm.training.reporter import Reporter
 from cs_lm.training.run_dir import RunFolder
+from cs_lm.training.sharded_checkpoint import part_of
 from cs_lm.training.signals import StopRequested, StopSignals
 from cs_lm.training.state import TrainState
 from cs_lm.training.step import train_step
@@ -35,6 +36,13 @@ from cs_lm.training.task import Task
 
 NOT_SAVED = 4  # exit status: the last step could not be saved
 _log = logging.getLogger("cs_lm")
+
+
+def _not_shared(task: Task) -> Sharing:
+    sharing = Sharing()
+    sharing.take_model(task.model)
+    sharing.take(task.optimizer)
+    return sharing
 
 
 class Trainer:
@@ -56,7 +64,8 @@ class Trainer:
         ranks: Ranks = ALONE,
     ):
         self.config, self.task, self.folder, self.ranks = config, task, folder, ranks
-        self.state = TrainState(task.saved_model, task.optimizer)
+        self.sharing = task.sharing or _not_shared(task)
+        self.state = TrainState(task.saved_model, task.optimizer, self.sharing)
         self.signals = StopSignals(ranks.max if ranks.size > 1 else None)
         self.monitor = NonFiniteMonitor()
         device = next(task.model.parameters()).device
@@ -71,8 +80,15 @@ class Trainer:
         if checkpoint is not None:
             self._load(checkpoint)
         elif weights is not None:
-            restore({"model": weights}, task.saved_model)
-        self.sharing = DataParallel(task.model, ranks) if ranks.size > 1 else ALL_OF_IT
+            self._begin_with(weights)
+        self.sharing.begin()
+
+    def _begin_with(self, weights: dict[str, Tensor]) -> None:
+        if self.ranks.size > 1:
+            for name, part in self.sharing.held().items():
+                part.tensor.copy_(part_of(weights[name], part))
+        else:
+            restore({"model": weights}, self.task.saved_model)
 
     def _load(self, checkpoint: dict[str, Any]) -> None:
         extras = checkpoint["extras"]
@@ -109,22 +125,32 @@ class Trainer:
             try:
                 self._begin()
                 return self._train()
+            except RankLostError:
+                if self.saver is not None and self.sharing.saves_parts:
+                    self.saver.abandon()
+                raise
             finally:
                 if self.saver is not None:
                     self.saver.wait()
                 self.reporter.close()
 
     def _begin(self) -> None:
+        if not self.sharing.can_generate:
+            _log.info("no samples: the model cannot write while its layers are shared")
+        by_all = self.ranks.branch() if self.sharing.saves_parts else None
+        resumed = self._is_resumed
         if not self.ranks.is_first:
             self.saver = NoSaver()
+            if by_all is not None:
+                saved = self.step if resumed else -1
+                self.saver = BackgroundSaver(self.folder.checkpoints, saved, ranks=by_all)
             return
-        resumed = self._is_resumed
         self.folder.checkpoints.discard_after(self.step)
         self.reporter.begin(self.step, self.state.elapsed_s, resumed)
         if not resumed:
             self.task.start(self.folder)
         self.saver = BackgroundSaver(
-            self.folder.checkpoints, self.step if resumed else -1, self.reporter.log.sync
+            self.folder.checkpoints, self.step if resumed else -1, self.reporter.log.sync, by_all
         )
         if not self._is_comparable:
             start_best_anew(self.folder.checkpoints)
@@ -189,7 +215,7 @@ class Trainer:
         samples = self._is_due(config.sample_interval, is_last)
         saves = self._is_due(config.save_interval, is_last) or evaluates or samples
         waits = reports or saves or bool(records)
-        saves |= self.saver.has_failed and reports
+        saves |= reports and self._is_any(self.saver.has_failed)
         if waits or self.ranks.size == 1:  # several ranks must find a bad step at the same time
             self._look_for_bad_steps(waits)
         if reports:
@@ -205,6 +231,10 @@ class Trainer:
                 self._evaluate()
             if samples:
                 self._sample()
+
+    def _is_any(self, own: bool) -> bool:
+        """Whether it is so at this process or, where all save together, at another one."""
+        return bool(self.ranks.max(own)) if self.sharing.saves_parts else own
 
     def _lost_to_ranks(self) -> dict[str, Any]:
         """Of the steps since the last call: seconds that a rank waited, on average.
@@ -223,7 +253,7 @@ class Trainer:
 
     def _compare_ranks(self) -> None:
         """Raises: UserError if weights or moments are not the same bits on all ranks."""
-        if names := self.sharing.differences(self.state.optimizer):
+        if names := self.sharing.differences():
             raise UserError(
                 f"training: after step {self.step}, {names[0]} and {len(names) - 1} other tensors "
                 f"are not equal on all {self.ranks.size} ranks: a processor or its memory is "
@@ -261,7 +291,7 @@ class Trainer:
         """Saves this step once. Raises: NonFiniteError for weights that are not finite."""
         if self.step == self.saver.asked_step:
             return
-        if not are_finite(self.task.model):
+        if self._is_any(not are_finite(self.sharing.parameters().values())):
             self.saver.wait()
             raise NonFiniteError(
                 f"training: a weight is not finite any more at step {self.step}; "
@@ -272,7 +302,8 @@ class Trainer:
         self.saver.save(self.state.content(self.config, elapsed_s, **self.task.save()))
 
     def _evaluate(self) -> None:
-        self.valid = self.task.evaluate(self.signals.check)
+        with self.sharing.computing():
+            self.valid = self.task.evaluate(self.signals.check)
         self._record("valid", **self.valid)
         best = " | best so far" if self._keep_if_best() else ""
         _log.info("step %d | %s%s", self.step, self.task.describe_evaluation(self.valid), best)
@@ -285,9 +316,11 @@ class Trainer:
         return is_best and self.saver.save_best(self.step, loss, measure)
 
     def _sample(self) -> None:
-        if not self.ranks.is_first:
+        is_needed = self.ranks.is_first or self.sharing.computes_together
+        if not is_needed or not self.sharing.can_generate:
             return
-        record, shown = self.task.sample(self.signals.check_alone)
+        with self.sharing.computing():
+            record, shown = self.task.sample(self.signals.check_alone)
         if record is not None:
             self._record("sample", **record)
         if shown:
@@ -322,6 +355,10 @@ class Trainer:
         """Saves the state after an unexpected exception, unless an update is incomplete."""
         if self.step == 0:
             return  # no work to lose; without a checkpoint, the same command works again
+        if self.sharing.saves_parts:  # without the others, there is only a part
+            self.saver.abandon()
+            _log.error("the ranks save together, so this step is not saved; %s", self.saver.kept)
+            return
         self.saver.wait()  # what is kept is known only when no save runs
         if self.state.is_within_update:
             _log.error(
@@ -347,7 +384,7 @@ class Trainer:
             path = self.folder.path / f"bad_step_{step + 1:08d}{whose}.json"
             with suppress(OSError):  # a full disk must not end the run
                 self._seed(step)
-                write_bad_step(path, step, self.lr, self.task)
+                write_bad_step(path, step, self.lr, self.task, self.sharing)
             _log.warning(
                 "step %d | loss or gradient is not finite: the step is skipped; details in %s",
                 step + 1,

@@ -39,14 +39,14 @@ def batches_of(num_rows, num_batches=2):
 def gradients(ranks, name, num_rows, bucket_bytes):
     """What a rank has after a backward pass over its rows of each batch, and a sum over ranks."""
     model = model_of(name)
-    sharing = GradientSum(model.parameters(), bucket_bytes)
+    sharing = DataParallel(ranks, bucket_bytes)
+    sharing.take_model(model)
     rows = ranks.world(torch.device("cpu")).share_of(num_rows)
     model.first_row = rows.start
     own = [Batch(*(x[rows] for x in batch)) for batch in batches_of(num_rows)]
-    sums = accumulate_gradients(model, own, begin_backward=sharing.begin_backward)
-    sharing.finish()
-    total = ranks.sum_(torch.stack([sums[0].double(), sums[1].double()]))
-    return total, {name: p.grad for name, p in model.named_parameters()}
+    total = sharing.finish(*accumulate_gradients(model, own, sharing=sharing))
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    return torch.stack([x.double() for x in total]), gradients
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -54,7 +54,7 @@ def gradients(ranks, name, num_rows, bucket_bytes):
 def test_gradients_are_those_of_one_process(pools, name, bucket_bytes):
     model, num_rows = model_of(name), 7
     sums = accumulate_gradients(model, batches_of(num_rows))
-    for pool in pools.values():
+    for pool in (pools[2], pools[3]):
         found = pool.run(gradients, name, num_rows, bucket_bytes)
         for total, of_rank in found:
             assert total.tolist() == pytest.approx([x.item() for x in sums], rel=1e-6)
@@ -64,9 +64,17 @@ def test_gradients_are_those_of_one_process(pools, name, bucket_bytes):
 
 
 def step_of(ranks, model, optimizer, batches, loss=next_token_loss):
-    sharing = DataParallel(model, ranks)
+    sharing = shared(ranks, model, optimizer)
     found = train_step(model, optimizer, batches, 1.0, loss, sharing=sharing)
-    return found, sharing.differences(optimizer)
+    return found, sharing.differences()
+
+
+def shared(ranks, model, optimizer):
+    sharing = DataParallel(ranks)
+    sharing.take_model(model)
+    sharing.take(optimizer)
+    sharing.begin()
+    return sharing
 
 
 def rows_of(ranks, model, num_rows):
@@ -102,15 +110,15 @@ def other_weights(ranks):
     )
     optimizer = AdamW(model.parameters())
     _, equal = step_of(ranks, model, optimizer, rows_of(ranks, model, 5))
-    sharing = DataParallel(model, ranks)
+    sharing = shared(ranks, model, optimizer)
     if ranks.rank == 1:
         moment = optimizer.state[model.ln_final.weight]["exp_avg"]
         moment.view(torch.int32)[3] ^= 1
-    return equal, sharing.differences(optimizer)
+    return equal, sharing.differences()
 
 
 def test_ranks_begin_with_equal_weights_and_one_bit_that_differs_is_found(pools):
-    for pool in pools.values():
+    for pool in (pools[2], pools[3]):
         assert pool.run(other_weights) == [([], ["exp_avg of ln_final.weight"])] * pool.size
 
 
@@ -129,6 +137,6 @@ def partly_frozen(ranks):
 
 
 def test_parameters_without_a_gradient_and_tied_ones(pools):
-    for pool in pools.values():
+    for pool in (pools[2], pools[3]):
         total = sum(range(1, pool.size + 1))
         assert pool.run(partly_frozen) == [[[1.0] * 3, None, None, [6.0 * total] * 3]] * pool.size

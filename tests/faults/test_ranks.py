@@ -31,11 +31,11 @@ RUN = [
 LAST = 60
 
 
-def start(size, *flags, of_rank=lambda _: ()):
+def start(size, *flags, of_rank=lambda _: (), parallel=("--parallel", "ddp")):
     """The processes of a run, as torchrun would start them."""
     port, command = free_port(), [sys.executable, str(ROOT / "run_clm.py")]
     variables = [launch_variables(rank, size, port) if size > 1 else {} for rank in range(size)]
-    parallel = ["--parallel", "ddp"] if size > 1 else []
+    parallel = parallel if size > 1 else ()
     return [
         subprocess.Popen(
             [*command, *parallel, *map(str, flags), *of_rank(rank)],
@@ -54,8 +54,8 @@ def finish(processes, timeout_s=120):
     return [process.returncode for process in processes], printed
 
 
-def train(size, *flags):
-    statuses, printed = finish(start(size, *flags))
+def train(size, *flags, **more):
+    statuses, printed = finish(start(size, *flags, **more))
     assert statuses == [0] * size, printed
     return printed
 
@@ -101,6 +101,43 @@ def test_a_run_is_the_same_on_any_number_of_ranks(work, quiet):
     assert_close(numbers(work / "run"), numbers(quiet)[: len(numbers(work / "run"))])
     train(3, "--resume", "--resume_step", 10, "--max_steps", 20, "--out_dir", "run")
     assert_close(numbers(work / "run"), numbers(quiet)[: len(numbers(work / "run"))])
+
+
+FSDP = ("--parallel", "fsdp")
+
+
+def test_a_killed_rank_leaves_the_last_checkpoint_in_parts(work):
+    processes = start(2, *RUN, "--out_dir", "run", "--max_steps", 100000, parallel=FSDP)
+    wait_for_step(work / "run", 25)
+    processes[1].kill()
+    statuses, printed = finish(processes)
+    assert statuses[0] == RANK_LOST and "rank 1 (process" in printed[0], printed
+    assert "the ranks save together, so this step is not saved" in printed[0]
+    last = RunFolder("run").checkpoints.steps()[0]
+    assert last % 10 == 0
+    train(2, "--resume", "--max_steps", last + 5, "--out_dir", "run", parallel=FSDP)
+    train(1, *RUN, "--max_steps", last + 5, "--out_dir", "one")
+    assert_close(numbers(work / "run"), numbers(work / "one"))
+
+
+# fmt: off
+SHAPE = [
+    "--corpus_path", "animals.txt", "--vocab_size", "300", "--d_model", "24", "--num_heads", "2",
+    "--d_ff", "40", "--num_layers", "3", "--max_seq_length", "16", "--seq_length", "16",
+    "--batch_size", "4", "--grad_accum", "3", "--device", "cpu", "--log_interval", "1",
+    "--eval_interval", "5", "--save_interval", "5", "--eval_tokens", "500", "--lr", "1e-3",
+    "--lr_min", "1e-3", "--warmup_ratio", "0", "--max_steps", "10",
+]
+# fmt: on
+
+
+def test_a_model_that_ranks_share_trains_like_one(work):
+    """On two stages; its checkpoint in parts goes on alone."""
+    train(1, *SHAPE, "--out_dir", "one")
+    flags = [*SHAPE[:-1], "5"]
+    train(2, *flags, "--pipeline_parallel", 2, "--optimizer_sharding", "--out_dir", "run")
+    train(1, "--resume", "--max_steps", 10, "--out_dir", "run")
+    assert_close(numbers(work / "run"), numbers(work / "one"))
 
 
 def wait_for_step(folder, step):

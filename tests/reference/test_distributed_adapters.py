@@ -14,12 +14,12 @@ NUM_ROWS, STEPS = 6, 4
 class Toy(nn.Module):
     """Has a tied weight, a frozen one and a buffer."""
 
-    def __init__(self, seed):
+    def __init__(self, seed, bias=True):
         super().__init__()
         torch.manual_seed(seed)
-        self.first, self.last = nn.Linear(5, 7), nn.Linear(7, 5, bias=False)
+        self.first, self.last = nn.Linear(5, 7, bias=bias), nn.Linear(7, 5, bias=False)
         self.last.weight = nn.Parameter(self.last.weight)
-        self.again = nn.Linear(5, 7)
+        self.again = nn.Linear(5, 7, bias=bias)
         self.again.weight = self.first.weight
         self.frozen = nn.Parameter(torch.tensor([2.0]), requires_grad=False)
         self.register_buffer("shift", torch.randn(5))
@@ -61,10 +61,40 @@ def test_ddp_learns_like_one_process(pools):
     model = Toy(seed=0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     learn(model, optimizer)
-    for pool in pools.values():
+    for pool in (pools[2], pools[3]):
         for found in pool.run(replicated):
             for name, wanted in model.state_dict().items():
                 close(found[name], wanted, DEEP)
+
+
+def sharded(ranks, compute_dtype):
+    """In another dtype the layers have no bias, which would stay float32."""
+    model = adapters.get_fsdp(Toy(ranks.rank, bias=compute_dtype is None), compute_dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    own = slice(ranks.rank * NUM_ROWS // ranks.size, (ranks.rank + 1) * NUM_ROWS // ranks.size)
+    learn(model, optimizer, own, lambda: adapters.fsdp_on_after_backward(model, optimizer))
+    shapes = {name: (p.shape, p.dtype, p.grad.shape, p.grad.dtype)
+              for name, p in model.module.named_parameters() if p.grad is not None}  # fmt: skip
+    return adapters.fsdp_gather_full_params(model), shapes
+
+
+@pytest.mark.parametrize("compute_dtype", (None, torch.bfloat16))
+def test_fsdp_learns_like_one_process(pools, compute_dtype):
+    """Each rank has its rows of the linear layers' weights, in float32, and all of the rest."""
+    model = Toy(seed=0, bias=compute_dtype is None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    learn(model, optimizer)
+    for pool in (pools[2], pools[3]):
+        found = pool.run(sharded, compute_dtype)
+        for whole, shapes in found:
+            for name, wanted in model.named_parameters(remove_duplicate=False):
+                close(whole[name], wanted.detach(), DEEP, compute_dtype)
+            for shape, dtype, grad_shape, grad_dtype in shapes.values():
+                assert shape == grad_shape and dtype == grad_dtype == torch.float32
+        rows = [shapes["first.weight"][0][0] for _, shapes in found]
+        assert sum(rows) == 7 and max(rows) == -(-7 // pool.size)
+        if compute_dtype is None:
+            assert all(shapes["first.bias"][0] == (7,) for _, shapes in found)
 
 
 def shared_updates(ranks):
@@ -86,7 +116,7 @@ def test_the_sharded_optimizer_makes_the_updates_of_the_whole_one(pools):
     optimizer = torch.optim.AdamW(groups, lr=0.1, weight_decay=0.1)
     learn(model, optimizer)
     whole = sum(len(state) for state in optimizer.state.values())
-    for pool in pools.values():
+    for pool in (pools[2], pools[3]):
         found = pool.run(shared_updates)
         assert sum(held for _, held in found) == whole
         for weights, held in found:
