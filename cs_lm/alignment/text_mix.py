@@ -78,10 +78,10 @@ class TextMix:
     ):
         length = run_config.seq_length
         rows = config.batch_size * config.grad_accum
-        count = round(config.pretraining_mix * rows)
-        if count < 1:
+        if config.pretraining_mix * rows < 0.5:
             what = f"got {config.pretraining_mix}, less than half a window of text an update"
-            raise UserError(Problem("--pretraining_mix", what, f"at least {1 / rows:.3g}"))
+            raise UserError(Problem("--pretraining_mix", what, f"at least {0.5 / rows:.3g}"))
+        count = max(1, round(config.pretraining_mix * rows))
         self._windows = BatchSource(text.train, count, length, config.seed, "random", world)
         self._valid, self._weight = text.valid, config.pretraining_weight
         self._options = EvalOptions(length, config.batch_size, config.eval_tokens)

@@ -78,11 +78,13 @@ def build_model(
 ) -> LanguageModel:
     """A model with new weights; see `TransformerLM` and `GPT2LM`."""
     model_class = ARCHITECTURES[config.architecture].model
+    # an architecture that cannot be made layer by layer need not know of it
+    more = {} if finish_layer is leave_it else {"finish_layer": finish_layer}
     return model_class(
         config,
         ops,
         generator=generator,
         device=device,
         activation_checkpointing=activation_checkpointing,
-        finish_layer=finish_layer,
+        **more,
     )

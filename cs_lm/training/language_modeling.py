@@ -33,7 +33,7 @@ from cs_lm.evaluation.perplexity import (
 from cs_lm.inference.decoding_config import DecodingConfig
 from cs_lm.inference.sampling import NotANumberError
 from cs_lm.inference.text import generate_text
-from cs_lm.models.base import next_token_loss
+from cs_lm.models.base import leave_it, next_token_loss
 from cs_lm.models.registry import build_model
 from cs_lm.models.stats import flops_per_token, num_parameters
 from cs_lm.ops.compile import CompileWithFallback
@@ -108,7 +108,7 @@ class LanguageModeling(Task):
             generator=torch.Generator().manual_seed(config.seed),
             device=world.device,
             activation_checkpointing=config.activation_checkpointing and config.parallel != "fsdp",
-            finish_layer=self.sharing.finish_layer,
+            finish_layer=self.sharing.finish_layer if ranks.size > 1 else leave_it,
         )
         self.sharing.take_model(self.model)
         self.model.first_row = world.share_of(config.batch_size).start

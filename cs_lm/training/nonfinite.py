@@ -83,13 +83,18 @@ def advice(folder: Path, on_nan: str, program: str) -> str:
     )
 
 
-def write_bad_step(path: Path, step: int, lr: float, task: Task, sharing: Sharing) -> None:
+def write_bad_step(
+    path: Path, step: int, lr: float, task: Task, sharing: Sharing | None = None
+) -> None:
     """Repeats a step's micro-batches; writes the loss and each layer's norms to a JSON file.
 
     step  counted from 0; the caller sets the step's random seed before
-    sharing  of the model; what is written is what this process has of it, from its rows
+    sharing  of the model; what is written is what this process has of it, from its rows. None: all
     Overwrites the gradients in the model; they must not be used afterwards.
     """
+    if sharing is None:
+        sharing = Sharing()
+        sharing.take_model(task.model)
     batches = []
     for facts, batch in zip(task.describe_batches(step), task.batches_of_step(step)):
         loss_sum, count = accumulate_gradients(task.model, [batch], task.loss, sharing, joins=False)
