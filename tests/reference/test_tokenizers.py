@@ -132,6 +132,7 @@ def test_merges_of_gpt2_are_found_again_from_ranks(gpt2, tmp_path):
     assert read.merges == gpt2.merges and read.fingerprint == gpt2.fingerprint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["gpt2", "ours"])
 def test_equal_ids_on_whole_books(which, gpt2, ours, corpora, tmp_path):
     """4 MB of text, with GPT-2's vocabulary and with one of ours."""

@@ -18,7 +18,7 @@ USER, END = "<|user|>", "<|end|>"
 CHAT = BPETokenizer(BYTES | {256: b"th", 257: b"<|"}, [(b"t", b"h"), (b"<", b"|")], [USER, END])
 
 
-@pytest.mark.parametrize("length", [50, 6_000])
+@pytest.mark.parametrize("length", [50, pytest.param(6_000, marks=pytest.mark.slow)])
 def test_threads_share_a_tokenizer(length):
     """Each thread has its own words: what is remembered of one must not come out of another."""
     before = sys.getswitchinterval()
