@@ -1,5 +1,6 @@
 """Errors that a user can cause and fix. A command prints them without a traceback."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 
@@ -27,6 +28,11 @@ class Problem(NamedTuple):
 def no_effect_without(where: str, other: str) -> Problem:
     """A flag that does nothing unless another one is given, too."""
     return Problem(where, f"has no effect without {other}", fix="add it, or leave it out")
+
+
+def missing(given: Mapping[str, object]) -> list[Problem]:
+    """A problem for each required flag whose value is empty."""
+    return [Problem(flag, "is missing", fix="name it") for flag, one in given.items() if not one]
 
 
 class UserError(ValueError):

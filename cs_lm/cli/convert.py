@@ -18,7 +18,7 @@ from cs_lm.cli._fit import check_writable
 from cs_lm.config.fields import not_positive, setting
 from cs_lm.config.flags import parse_config
 from cs_lm.config.shared import checkpoint_setting, validate_checkpoint
-from cs_lm.errors import Problem, UserError
+from cs_lm.errors import Problem, UserError, missing
 from cs_lm.training.convert import write_in_parts, write_single
 from cs_lm.training.run_dir import RunFolder
 
@@ -34,12 +34,7 @@ class ConvertConfig:
     num_parts: int | None = setting(None, "with --format parts: number of files; default: 2")
 
     def validate(self) -> list[Problem]:
-        required = {"--out_dir": self.out_dir, "--to": self.target}
-        found = [
-            Problem(flag, "is missing", fix="name it")
-            for flag, given in required.items()
-            if not given
-        ]
+        found = missing({"--out_dir": self.out_dir, "--to": self.target})
         if self.num_parts is not None and self.file_format != "parts":
             what = f"has no effect with --format {self.file_format}"
             found.append(Problem("--num_parts", what, fix="leave it out"))

@@ -13,7 +13,7 @@ from cs_lm.cli._errors import readable_errors
 from cs_lm.config.fields import setting
 from cs_lm.config.flags import parse_config
 from cs_lm.config.shared import checkpoint_setting, validate_checkpoint
-from cs_lm.errors import Problem
+from cs_lm.errors import Problem, missing
 from cs_lm.interop.export_weights import FORMATS, write_weights
 from cs_lm.training.run_dir import RunFolder, load_trained
 
@@ -33,12 +33,7 @@ class ExportConfig:
     )
 
     def validate(self) -> list[Problem]:
-        required = {"--out_dir": self.out_dir, "--to": self.target}
-        found = [
-            Problem(flag, "is missing", fix="name it")
-            for flag, given in required.items()
-            if not given
-        ]
+        found = missing({"--out_dir": self.out_dir, "--to": self.target})
         if self.shard_mb is not None and self.shard_mb < 1:
             found.append(Problem("--shard_mb", f"got {self.shard_mb}", "1 or more"))
         if self.shard_mb is not None and self.file_format == "tensorflow":

@@ -15,7 +15,7 @@ from cs_lm.config.data import DataConfig
 from cs_lm.config.fields import setting
 from cs_lm.config.flags import parse_config
 from cs_lm.config.run import RunConfig
-from cs_lm.errors import Problem, UserError
+from cs_lm.errors import Problem, UserError, missing
 from cs_lm.training.run_dir import RunFolder
 
 
@@ -27,12 +27,7 @@ class ImportConfig:
     merges_path: str | None = setting(None, "tokenizer's merges.txt, beside --vocab_path")
 
     def validate(self) -> list[Problem]:
-        required = {"--from": self.weights_path, "--out_dir": self.out_dir}
-        found = [
-            Problem(flag, "is missing", fix="name it")
-            for flag, given in required.items()
-            if not given
-        ]
+        found = missing({"--from": self.weights_path, "--out_dir": self.out_dir})
         if self.weights_path and not Path(self.weights_path).exists():
             found.append(
                 Problem("--from", f"got {self.weights_path!r}, which is not a file or folder")

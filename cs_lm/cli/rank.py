@@ -29,7 +29,7 @@ from cs_lm.config.fields import not_positive, setting
 from cs_lm.config.flags import parse_config
 from cs_lm.config.shared import checkpoint_setting, device_setting, validate_checkpoint
 from cs_lm.device import resolve_device
-from cs_lm.errors import Problem, UserError
+from cs_lm.errors import Problem, UserError, missing
 from cs_lm.inference.sampling import uniform_draws
 from cs_lm.storage.lock import locked
 from cs_lm.training.run_dir import RunFolder, load_trained
@@ -59,12 +59,7 @@ class RankConfig:
     device: str = device_setting()
 
     def validate(self) -> list[Problem]:
-        required = {"--from": self.source, "--prompts": self.prompts, "--out": self.out}
-        found = [
-            Problem(flag, "is missing", fix="name it")
-            for flag, value in required.items()
-            if not value
-        ]
+        found = missing({"--from": self.source, "--prompts": self.prompts, "--out": self.out})
         found += not_positive(self)
         counts = list(self.num_answers)
         if not 1 <= len(counts) <= 2 or counts != sorted(counts) or counts[0] < 2:

@@ -31,6 +31,15 @@ class Sharing:
     computes_together = False
     can_generate = True
 
+    @staticmethod
+    def alone(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> "Sharing":
+        """One process with all of the model, and of its optimizer where it makes updates."""
+        found = Sharing()
+        found.take_model(model)
+        if optimizer is not None:
+            found.take(optimizer)
+        return found
+
     def finish_layer(self, layer: nn.Module) -> None:
         """Called with each layer of a model when it has its initial weights."""
 

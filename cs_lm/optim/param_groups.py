@@ -25,6 +25,13 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
+def names_in_groups(model: nn.Module, weight_decay: float) -> list[list[str]]:
+    """The names of the parameters in each group, in the order of the optimizer's numbers."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, weight_decay)
+    return [[names[id(parameter)] for parameter in group["params"]] for group in groups]
+
+
 def adamw_of(model: nn.Module, optim: OptimConfig) -> AdamW:
     """The optimizer of all the model's parameters, with these settings."""
     groups = parameter_groups(model, optim.weight_decay)

@@ -9,6 +9,7 @@ import json
 import pickle
 import warnings
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from cs_lm.config.fields import from_json
 from cs_lm.config.run import RunConfig
 from cs_lm.errors import UserError
 from cs_lm.models.registry import build_model
-from cs_lm.optim.param_groups import parameter_groups
+from cs_lm.optim.param_groups import names_in_groups
 from cs_lm.storage.atomic import atomic_write
 from cs_lm.storage.json_file import read_json
 from cs_lm.training.run_dir import stage_of
@@ -123,9 +124,7 @@ def _names_in_optimizer(source: dict[str, Any]) -> list[str]:
     """The parameter of each number in the optimizer's state."""
     config = from_json(RunConfig, source["extras"]["config"])
     model = build_model(config.model, device="meta")
-    of_parameter = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = parameter_groups(model, config.optim.weight_decay)
-    return [of_parameter[id(p)] for group in groups for p in group["params"]]
+    return [*chain(*names_in_groups(model, config.optim.weight_decay))]
 
 
 def _key(path: str, names: Sequence[str]) -> str:

@@ -38,7 +38,7 @@ from cs_lm.models.registry import build_model
 from cs_lm.models.stats import flops_per_token, num_parameters
 from cs_lm.ops.compile import CompileWithFallback
 from cs_lm.ops.fused import OPS
-from cs_lm.optim.param_groups import adamw_of, parameter_groups
+from cs_lm.optim.param_groups import adamw_of, names_in_groups
 from cs_lm.training.malloc import keep_freed_memory
 from cs_lm.training.run_dir import RunFolder
 from cs_lm.training.step import under_autocast
@@ -79,9 +79,7 @@ def _sharing_of(config: RunConfig, ranks: Ranks, grid: Grid, device: torch.devic
     if grid.data.size == ranks.size and grid.context is None:
         return sharing
     model = build_model(config.model, device="meta")
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = parameter_groups(model, config.optim.weight_decay)
-    order = [[names[id(parameter)] for parameter in group["params"]] for group in groups]
+    order = names_in_groups(model, config.optim.weight_decay)
     return ModelParallel(sharing, ranks, grid, config.model.num_layers, order)
 
 

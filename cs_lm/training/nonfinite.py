@@ -92,9 +92,7 @@ def write_bad_step(
     sharing  of the model; what is written is what this process has of it, from its rows. None: all
     Overwrites the gradients in the model; they must not be used afterwards.
     """
-    if sharing is None:
-        sharing = Sharing()
-        sharing.take_model(task.model)
+    sharing = sharing or Sharing.alone(task.model)
     batches = []
     for facts, batch in zip(task.describe_batches(step), task.batches_of_step(step)):
         loss_sum, count = accumulate_gradients(task.model, [batch], task.loss, sharing, joins=False)

@@ -43,9 +43,7 @@ def accumulate_gradients(
     sharing  how several processes share the update; None: one process does all of it
     joins    False: leave gradients of this process's rows, where the others are not needed
     """
-    if sharing is None:
-        sharing = Sharing()
-        sharing.take_model(model)
+    sharing = sharing or Sharing.alone(model)
     sharing.begin_update()
     return sharing.accumulate(batches, loss, joins)
 
@@ -72,10 +70,7 @@ def train_step(
     sharing            how several processes share the update, which has taken model and optimizer;
                        None: one process does all of it
     """
-    if sharing is None:
-        sharing = Sharing()
-        sharing.take_model(model)
-        sharing.take(optimizer)
+    sharing = sharing or Sharing.alone(model, optimizer)
     with sharing.computing():
         sums = accumulate_gradients(model, batches, loss, sharing)
     loss_sum, count = sharing.finish(*sums)

@@ -38,13 +38,6 @@ NOT_SAVED = 4  # exit status: the last step could not be saved
 _log = logging.getLogger("cs_lm")
 
 
-def _not_shared(task: Task) -> Sharing:
-    sharing = Sharing()
-    sharing.take_model(task.model)
-    sharing.take(task.optimizer)
-    return sharing
-
-
 class Trainer:
     """Trains a task, from the first step or from a checkpoint.
 
@@ -64,7 +57,7 @@ class Trainer:
         ranks: Ranks = ALONE,
     ):
         self.config, self.task, self.folder, self.ranks = config, task, folder, ranks
-        self.sharing = task.sharing or _not_shared(task)
+        self.sharing = task.sharing or Sharing.alone(task.model, task.optimizer)
         self.state = TrainState(task.saved_model, task.optimizer, self.sharing)
         self.signals = StopSignals(ranks.max if ranks.size > 1 else None)
         self.monitor = NonFiniteMonitor()

@@ -15,7 +15,7 @@ from cs_lm.distributed.sharing import Sharing
 from cs_lm.models.base import next_token_loss
 from cs_lm.models.registry import build_model
 from cs_lm.ops.reference import IGNORE_INDEX
-from cs_lm.optim.param_groups import adamw_of, parameter_groups
+from cs_lm.optim.param_groups import adamw_of, names_in_groups
 from cs_lm.training.step import train_step
 
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -63,9 +63,7 @@ def sharing_of(kind, ranks):
 
 
 def order_of(config):
-    model = build_model(config, device="meta")
-    names = {id(p): name for name, p in model.named_parameters()}
-    return [[names[id(p)] for p in group["params"]] for group in parameter_groups(model, 0.1)]
+    return names_in_groups(build_model(config, device="meta"), 0.1)
 
 
 def shared(ranks, kind, shape):
