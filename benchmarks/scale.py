@@ -14,10 +14,12 @@ resume   the first batch of a run that goes on at step 1,000,000, beside that of
 """
 
 import argparse
+import atexit
 import collections
 import contextlib
 import functools
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -29,11 +31,15 @@ SHAPE = {"vocab_size": 2048, "context_length": 256, "d_model": 192, "num_heads":
          "num_layers": 4, "d_ff": 512}  # fmt: skip
 BATCH, LENGTH = 16, 256
 KINDS = ("ddp", "moments", "fsdp", "hybrid")
+# how many ranks share weights, positions, layers
+GRIDS = {"tensor": (2, 1, 1), "context": (1, 2, 1), "pipeline": (1, 1, 2),
+         "tensor x context": (2, 2, 1)}  # fmt: skip
 _WRAPPED = {
     "all_reduce": ("all_reduce",),
     "all_gather": ("all_gather", "all_gather_into_tensor", "all_gather_single"),
     "reduce_scatter": ("reduce_scatter_tensor", "reduce_scatter_single"),
     "broadcast": ("broadcast",),
+    "send": ("isend",),
 }
 
 
@@ -48,12 +54,24 @@ class Prepared:
         from cs_lm.data.batches import Batch
         from cs_lm.distributed.data_parallel import BUCKET_BYTES, DataParallel
         from cs_lm.distributed.fully_sharded import FullySharded
+        from cs_lm.distributed.grid import grid_of
+        from cs_lm.distributed.model_parallel import ModelParallel
         from cs_lm.distributed.sharded_moments import ShardedMoments
         from cs_lm.distributed.sharing import Sharing
         from cs_lm.models.registry import build_model
-        from cs_lm.optim.param_groups import adamw_of
+        from cs_lm.optim.param_groups import adamw_of, names_in_groups
 
         device, bucket_bytes = torch.device("cpu"), bucket_bytes or BUCKET_BYTES
+        config, of_rows = ModelConfig(**SHAPE), ranks
+
+        def model_parallel() -> ModelParallel:
+            nonlocal of_rows
+            grid = grid_of(ranks, *GRIDS[kind])
+            of_rows = grid.rows
+            order = names_in_groups(build_model(config, device="meta"), OptimConfig().weight_decay)
+            data = DataParallel(grid.data, bucket_bytes)
+            return ModelParallel(data, ranks, grid, config.num_layers, order)
+
         make = {
             "one": Sharing,
             "ddp": lambda: DataParallel(ranks, bucket_bytes),
@@ -61,19 +79,19 @@ class Prepared:
             "fsdp": lambda: FullySharded(ranks, device),
             "hybrid": lambda: FullySharded(ranks, device, replicas=2),
         }
-        self.sharing = make[kind]()
+        self.sharing = model_parallel() if kind in GRIDS else make[kind]()
         generator = torch.Generator().manual_seed(0)
         self.model = build_model(
-            ModelConfig(**SHAPE), generator=generator, finish_layer=self.sharing.finish_layer
+            config, generator=generator, finish_layer=self.sharing.finish_layer
         )
         self.sharing.take_model(self.model)
         self.optimizer = adamw_of(self.model, OptimConfig())
         self.sharing.take(self.optimizer)
         self.sharing.begin()
         ids = torch.randint(SHAPE["vocab_size"], (BATCH, LENGTH + 1), generator=generator)
-        rows = range(BATCH) if ranks is None else ranks.world(device).share_of(BATCH)
+        rows = range(BATCH) if ranks is None else of_rows.world(device).share_of(BATCH)
         ids = ids[rows.start : rows.stop]
-        self.batch = Batch(ids[:, :-1], ids[:, 1:])
+        self.batch = Batch(*self.sharing.part_of_batch(ids[:, :-1], ids[:, 1:]))
 
     def step(self) -> None:
         from cs_lm.training.step import train_step
@@ -87,7 +105,6 @@ class Prepared:
 @contextlib.contextmanager
 def counted() -> Iterator[dict[str, int]]:
     """Bytes of float32 payload by collective: of what is summed, and of a gathered whole."""
-    import torch
     import torch.distributed as dist
 
     counts: dict[str, int] = collections.Counter()
@@ -104,17 +121,19 @@ def counted() -> Iterator[dict[str, int]]:
     finally:
         for name, original in originals.items():
             setattr(dist, name, original)
-    assert torch.is_grad_enabled()
 
 
 def _counting(counts: dict[str, int], kind: str, original: Callable, *args, **named) -> Any:
     import torch
+    import torch.distributed as dist
 
     tensors = [x for x in (*args, *named.values()) if isinstance(x, torch.Tensor)]
     lists = [each for each in args if isinstance(each, list)]
     sizes = [x.nbytes for x in tensors] + [sum(x.nbytes for x in each) for each in lists]
     tensors += [one for each in lists for one in each]
-    if tensors[0].dtype == torch.float32:  # counters and checksums are of other kinds
+    group = named.get("group") or next((x for x in args if isinstance(x, dist.ProcessGroup)), None)
+    # counters and checksums are of other kinds, and a rank alone sends nothing
+    if tensors[0].dtype == torch.float32 and dist.get_world_size(group) > 1:
         counts[kind] += max(sizes)
     return original(*args, **named)
 
@@ -128,12 +147,36 @@ def wire(ranks: Any, kind: str) -> dict[str, int]:
 
 
 def wire_formula(kind: str, size: int) -> dict[str, float]:
-    """Bytes in an update, with P parameters, of which P_l in the layers and P_r in the root."""
+    """Bytes in an update at rank 0, with P parameters, of which P_r outside the layers.
+
+    A tensor-parallel rank has P / N of what is cut, and 2 L + 1 norms and the embedding as a whole.
+    """
     from cs_lm.config.model import ModelConfig
     from cs_lm.models.stats import num_parameters
 
     total = 4 * num_parameters(ModelConfig(**SHAPE))
     root = 4 * (2 * SHAPE["vocab_size"] * SHAPE["d_model"] + SHAPE["d_model"])
+    if kind in GRIDS:
+        tensor, context, stages = GRIDS[kind]
+        width, layers = SHAPE["d_model"], SHAPE["num_layers"]
+        rows = BATCH * LENGTH // context  # positions that a team computes
+        activations = 4 * rows * width
+        if stages > 1:  # rank 0 sends what its layers give, forward only
+            return {"send": activations}
+        whole = 4 * (SHAPE["vocab_size"] + 2 * layers + 1) * width
+        found = {"all_gather": 0, "reduce_scatter": 0, "all_reduce": 0}
+        if tensor > 1:
+            # each layer gathers before attention and feed-forward and adds up behind them, and
+            # backward does it the other way; so does the last norm
+            moves = 4 * layers * activations + activations
+            found = {"all_gather": moves, "reduce_scatter": moves, "all_reduce": 12 * rows + whole}
+        if context > 1:
+            # keys and values of the own heads, of all positions
+            moves = 2 * layers * activations * context / tensor
+            found["all_gather"] += moves
+            found["reduce_scatter"] += moves
+            found["all_reduce"] += (total - whole) / tensor + whole
+        return found
     if kind == "ddp":
         return {"all_reduce": total}
     if kind == "moments":
@@ -146,13 +189,14 @@ def wire_formula(kind: str, size: int) -> dict[str, float]:
 
 
 def show_wire(pools: Any) -> None:
-    for kind in KINDS:
-        for size in (4,) if kind == "hybrid" else (2, 3):
-            for found in pools(size).run(wire, kind)[:1]:
-                formula = wire_formula(kind, size)
-                ratios = {k: round(found.get(k, 0) / formula[k], 4) for k in formula}
-                print(json.dumps({"question": "bytes in an update / formula", "kind": kind,
-                                  "ranks": size, "bytes": found, "ratio": ratios}))  # fmt: skip
+    sizes = {kind: (4,) if kind == "hybrid" else (2, 3) for kind in KINDS}
+    sizes |= {kind: (math.prod(grid),) for kind, grid in GRIDS.items()}
+    for kind, size in ((kind, size) for kind, own in sizes.items() for size in own):
+        found, *_ = pools(size).run(wire, kind)
+        formula = wire_formula(kind, size)
+        ratios = {k: round(found.get(k, 0) / formula[k], 4) for k in formula}
+        print(json.dumps({"question": "bytes in an update / formula", "kind": kind,
+                          "ranks": size, "bytes": found, "ratio": ratios}))  # fmt: skip
 
 
 # ---- memory ----
@@ -237,6 +281,7 @@ def _pool_contestant(kind: str, bucket_bytes: int | None, delay_s: float) -> Cal
     from tests.ranks import RankPool
 
     pool = RankPool(2)
+    atexit.register(pool.close)
 
     def run() -> Found:
         return Found(step_s=max(pool.run(steps_in_pool, kind, bucket_bytes, delay_s)))

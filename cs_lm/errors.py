@@ -53,3 +53,9 @@ def missing_package(where: str, package: str, extra: str) -> Problem:
 
 class MissingError(UserError, FileNotFoundError):
     """A file that the user named does not exist."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out. torch raises a RuntimeError, without a subclass on the CPU."""
+    is_cpu = "alloc" in str(error) and "memory" in str(error)
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or is_cpu

@@ -9,17 +9,11 @@ import time
 from collections.abc import Callable, Sequence
 
 from cs_lm.distributed.launch import launched
-from cs_lm.errors import UserError
+from cs_lm.errors import UserError, is_out_of_memory
 from cs_lm.training.console import log_to, print_line
 from cs_lm.training.signals import StopRequested, raise_on_signal
 
 Main = Callable[[Sequence[str] | None], int]
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out. torch raises a RuntimeError, without a subclass on the CPU."""
-    is_cpu = "alloc" in str(error) and "memory" in str(error)
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or is_cpu
 
 
 def readable_errors(main: Main) -> Main:

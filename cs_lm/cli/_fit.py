@@ -5,10 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cs_lm.cli._errors import is_out_of_memory, print_error
+from cs_lm.cli._errors import print_error
 from cs_lm.cli._outputs import no_place
 from cs_lm.distributed.launch import is_first_rank
-from cs_lm.errors import UserError
+from cs_lm.errors import UserError, is_out_of_memory
 
 UNEXPECTED, NON_FINITE, RANK_LOST = 1, 3, 5  # exit status
 # How long the other ranks wait for rank 0 at the end, which may be saving [s].

@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from cs_lm.distributed.grid import Grid, Team
 from cs_lm.distributed.parts import Part, rows_of
 from cs_lm.distributed.pipeline import Pipeline, stage_layers
-from cs_lm.distributed.ranks import Ranks
+from cs_lm.distributed.ranks import Ranks, sum_into_parts
 from cs_lm.distributed.sharing import LossFunction, Norm, Sharing
 
 # ---- communication with gradients ----
@@ -43,7 +43,7 @@ def _summed_part(x: Tensor, group: Any, dim: int) -> Tensor:
     parts = [part.contiguous() for part in x.chunk(dist.get_world_size(group), dim)]
     stacked = torch.stack(parts)
     found = torch.empty_like(parts[0])
-    dist.reduce_scatter_tensor(found, stacked.view(-1, *found.shape[1:]), group=group)
+    sum_into_parts(found, stacked.view(-1, *found.shape[1:]), group)
     return found
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cs_lm.device import World
 from cs_lm.distributed.launch import Launched, launched
-from cs_lm.errors import Problem, UserError
+from cs_lm.errors import Problem, UserError, is_out_of_memory
 
 # Rank 0 may have to encode a large text while the others wait [s].
 _PREPARING_S = 24 * 3600.0
@@ -193,6 +193,8 @@ class Joined(Ranks):
         try:
             yield
         except RuntimeError as error:
+            if is_out_of_memory(error) or not _is_of_communication(error):
+                raise  # a fault of this rank, whatever the others wait for
             if lost := self._missing():
                 raise RankLostError(f"{', '.join(lost)} has ended or does not answer") from error
             first_line = str(error).partition("\n")[0]
@@ -222,7 +224,18 @@ class Joined(Ranks):
         dist.destroy_process_group()
 
 
+def _is_of_communication(error: RuntimeError) -> bool:
+    """Gloo raises plain RuntimeErrors, which name its files."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def sum_into_parts(own: Tensor, whole: Tensor, group: Any = None) -> None:
+    """`own` becomes this rank's rows, as many at each rank, of the sum of all ranks' `whole`."""
+    newer = getattr(dist, "reduce_scatter_single", None)  # the other name warns since torch 2.13
+    (newer or dist.reduce_scatter_tensor)(own, whole, group=group)
 
 
 def checksum(tensor: Tensor) -> Tensor:

@@ -140,3 +140,21 @@ def test_parameters_without_a_gradient_and_tied_ones(pools):
     for pool in (pools[2], pools[3]):
         total = sum(range(1, pool.size + 1))
         assert pool.run(partly_frozen) == [[[1.0] * 3, None, None, [6.0 * total] * 3]] * pool.size
+
+
+def own_fault(ranks):
+    """A fault of rank 1's own code, and one of its memory, beside ranks that are there."""
+    messages = []
+    if ranks.rank == 1:
+        for error in (RuntimeError("shapes do not fit"), torch.OutOfMemoryError("no memory")):
+            try:
+                with ranks.communicating():
+                    raise error
+            except RuntimeError as found:
+                messages.append(found is error)
+    ranks.texts("all are there")
+    return messages
+
+
+def test_a_fault_of_ones_own_is_not_told_as_a_lost_rank(pools):
+    assert pools[2].run(own_fault) == [[], [True, True]]
