@@ -16,7 +16,7 @@ from cs_lm.models.base import next_token_loss
 from cs_lm.models.registry import build_model
 from cs_lm.ops.reference import IGNORE_INDEX
 from cs_lm.optim.param_groups import adamw_of, names_in_groups
-from cs_lm.training.step import train_step
+from cs_lm.training.step import train_step, under_autocast
 
 pytestmark = pytest.mark.xdist_group("ranks")
 CPU = torch.device("cpu")
@@ -187,3 +187,27 @@ def test_updates_are_those_of_one_process(pools, alone, kind, shape, size):
     assert gradients.keys() == own_gradients.keys()
     for name, gradient in gradients.items():
         assert (gradient - own_gradients[name].tensor).abs().max() <= 1e-6, name
+
+
+def mixed(ranks, kind):
+    """Losses and norms of updates with bfloat16 products, and the dtypes of what a rank keeps."""
+    model, optimizer, sharing, rows = shared(ranks, kind, "transformer")
+    sharing.begin()
+    loss, found = under_autocast(next_token_loss, CPU, "bfloat16"), []
+    for step in range(STEPS):
+        batches = [Batch(*(x[rows] for x in batch)) for batch in batches_of(step)]
+        batches = [Batch(*sharing.part_of_batch(*batch)) for batch in batches]
+        found.append([x.item() for x in train_step(
+            model, optimizer, batches, 0.5, loss, sharing=sharing)])  # fmt: skip
+    tensors = sharing.optimized().values()
+    return found, {str(x.dtype) for x in tensors} | {str(x.grad.dtype) for x in tensors}
+
+
+@pytest.mark.parametrize("kind", ("ddp", "fsdp", "tensor", "pipeline"))
+def test_mixed_precision_computes_in_bfloat16_and_sums_in_float32(pools, alone, kind):
+    wanted, dtypes = mixed(None, "one")
+    for found, own in pools[2].run(mixed, kind):
+        assert own == dtypes == {"torch.float32"}
+        for one, other, exact in zip(found, wanted, alone["transformer"][0]):
+            assert one == pytest.approx(other, rel=2e-3)
+            assert one[0] != exact[0]  # the products are rounded
