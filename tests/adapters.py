@@ -355,15 +355,19 @@ def get_sharded_optimizer(params, optimizer_cls, **kwargs):
     return ShardedOptimizer(params, optimizer_cls, **kwargs)
 
 
+def _kept(ctx, q, k, v, output, log2_sums, is_causal):
+    ctx.save_for_backward(q, k, v, output, log2_sums / LOG2_E)
+    ctx.is_causal = is_causal
+    return output
+
+
 class _Attention(torch.autograd.Function):
     """q, k and v (B, T, D). Keeps the log-sum-exp of each row, natural logarithm, (B, T)."""
 
     @staticmethod
     def forward(ctx, q, k, v, is_causal=False):
         output, log2_sums = attention_forward(*(x[:, None] for x in (q, k, v)), None, is_causal)
-        ctx.save_for_backward(q, k, v, output[:, 0], log2_sums[:, 0, :, 0] / LOG2_E)
-        ctx.is_causal = is_causal
-        return output[:, 0]
+        return _kept(ctx, q, k, v, output[:, 0], log2_sums[:, 0, :, 0], is_causal)
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -378,3 +382,15 @@ class _Attention(torch.autograd.Function):
 
 def get_flashattention_autograd_function_pytorch():
     return _Attention
+
+
+def get_flashattention_autograd_function_triton():
+    """Needs triton, and CUDA tensors unless TRITON_INTERPRET=1."""
+    from cs_lm.ops.triton_attention import attention_forward as triton_forward
+
+    class TritonAttention(_Attention):
+        @staticmethod
+        def forward(ctx, q, k, v, is_causal=False):
+            return _kept(ctx, q, k, v, *triton_forward(q, k, v, is_causal), is_causal)
+
+    return TritonAttention

@@ -204,9 +204,6 @@ class RunConfig:
         stages = self.pipeline_parallel
         given = {"--tensor_parallel": tensor, "--context_parallel": context,
                  "--pipeline_parallel": stages}  # fmt: skip
-        if stages > 1 and self.parallel == "fsdp":
-            what = "cannot be used with --parallel fsdp"
-            found.append(Problem("--pipeline_parallel", what, fix="use --parallel ddp"))
         if stages > self.model.num_layers:
             need = f"at most --num_layers ({self.model.num_layers})"
             found.append(Problem("--pipeline_parallel", f"got {stages}", need))

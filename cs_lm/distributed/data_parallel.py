@@ -1,9 +1,7 @@
 """Data parallelism by hand: every rank has the whole model, and gradients are summed."""
 
 import itertools
-import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -118,7 +116,6 @@ class DataParallel(Sharing):
 
     def __init__(self, ranks: Ranks, bucket_bytes: int = BUCKET_BYTES):
         self.ranks, self._bucket_bytes = ranks, bucket_bytes
-        self._waited_s = 0.0
 
     def take_model(self, model: nn.Module) -> None:
         super().take_model(model)
@@ -135,18 +132,6 @@ class DataParallel(Sharing):
         with self.waiting():
             self._gradients.finish()
             return self.ranks.sums(loss_sum, count)
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around communication: counts its time, which is less than the device's on CUDA."""
-        start_s = time.perf_counter()
-        with self.ranks.communicating():
-            yield
-        self._waited_s += time.perf_counter() - start_s
-
-    def take_waited_s(self) -> float:
-        waited_s, self._waited_s = self._waited_s, 0.0
-        return waited_s
 
     def differences(self) -> list[str]:
         named = {}

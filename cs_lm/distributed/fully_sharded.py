@@ -7,7 +7,6 @@ lost.
 """
 
 import functools
-import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -54,7 +53,6 @@ class FullySharded(Sharing):
         self._is_first_replica = ranks.rank < shards
         self._shard_group = self._group("shard")
         self._replica_group = self._group("replicate") if replicas > 1 else None
-        self._waited_s = 0.0
 
     def _group(self, name: str) -> Any:
         mesh = self._mesh[name] if self._mesh.ndim > 1 else self._mesh
@@ -75,7 +73,7 @@ class FullySharded(Sharing):
         """Shards what is left of the model."""
         super().take_model(model)
         for layer in model.layers:
-            if not isinstance(layer, FSDPModule):
+            if not isinstance(layer, FSDPModule) and any(True for _ in layer.parameters()):
                 self.finish_layer(layer)
         self._shard_module(model)
         # nothing here changes a layer's output in place
@@ -126,10 +124,8 @@ class FullySharded(Sharing):
 
     def finish(self, loss_sum: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
         self.collect_gradients()
-        start_s = time.perf_counter()
-        sums = self.ranks.sums(loss_sum, count)
-        self._waited_s += time.perf_counter() - start_s
-        return sums
+        with self.waiting():  # inside the passes, torch communicates while it computes
+            return self.ranks.sums(loss_sum, count)
 
     def clipped(self, part: nn.Module) -> Iterable[Tensor]:
         inside = {id(module) for module in part.modules()}
@@ -181,11 +177,6 @@ class FullySharded(Sharing):
             parts = {name: part.tensor for name, part in self.held().items()}
             found += self.ranks.differing(parts, self._replica_group)
         return found
-
-    def take_waited_s(self) -> float:
-        """Only what is waited after backward: inside, torch communicates while it computes."""
-        waited_s, self._waited_s = self._waited_s, 0.0
-        return waited_s
 
 
 def _recompute_inside(layer: nn.Module) -> None:

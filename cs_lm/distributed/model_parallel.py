@@ -288,17 +288,21 @@ class ModelParallel(Sharing):
 
     def finish(self, loss_sum: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
         sums = self.data.finish(loss_sum, count)
-        if self._team is not None:
-            sums = self._stages.sums(*sums)
-        if self.tensor is not None:
-            whole = self._whole_gradients()
-            if whole:
-                flat = torch.cat([gradient.reshape(-1) for gradient in whole])
-                with self.ranks.communicating():
-                    dist.all_reduce(flat, group=self.tensor.group)
-                for gradient, part in zip(whole, flat.split([g.numel() for g in whole])):
-                    gradient.copy_(part.view_as(gradient))
+        with self.waiting():
+            if self._team is not None:
+                sums = self._stages.sums(*sums)
+            if self.tensor is not None:
+                self._sum_whole_gradients()
         return sums
+
+    def _sum_whole_gradients(self) -> None:
+        whole = self._whole_gradients()
+        if not whole:
+            return
+        flat = torch.cat([gradient.reshape(-1) for gradient in whole])
+        dist.all_reduce(flat, group=self.tensor.group)
+        for gradient, part in zip(whole, flat.split([g.numel() for g in whole])):
+            gradient.copy_(part.view_as(gradient))
 
     def _whole_gradients(self) -> list[Tensor]:
         """Gradients of weights that all ranks of the team have: each rank's is that of its part."""
@@ -388,7 +392,7 @@ class ModelParallel(Sharing):
         return self.data.differences()
 
     def take_waited_s(self) -> float:
-        return self.data.take_waited_s()
+        return super().take_waited_s() + self.data.take_waited_s()
 
 
 def _cut(linear: nn.Module, dim: int, rows: range) -> None:

@@ -4,7 +4,8 @@ No layer, no parameter and no config lives here. `from cs_lm import ops` gives t
 Read `reference` first. `fused` has faster versions of the same operations; `FAST` is their record.
 They use `manual_backward` (hand-derived gradients), `tiled_attention`, `few_rows` (products of
 generation), `log_probs` (of given tokens), `fused_block` (a whole Transformer block) and `autocast`
-(the dtype of a product). The other files are `dropout_mask`, `activation_checkpoint` and `compile`.
+(the dtype of a product). The other files are `dropout_mask`, `activation_checkpoint`, `compile` and
+`triton_attention` (a kernel for CUDA, which the harness asks for).
 """
 
 from cs_lm.ops.reference import (

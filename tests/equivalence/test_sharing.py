@@ -39,7 +39,7 @@ MODEL_PARALLEL = {
     "rows x tensor": (4, (2, 1, 1), "ddp"), "rows x context": (4, (1, 2, 1), "ddp"),
     "rows x pipeline": (4, (1, 1, 2), "ddp"), "fsdp x tensor": (4, (2, 1, 1), "fsdp"),
     "fsdp x context": (4, (1, 2, 1), "fsdp"), "moments x tensor": (4, (2, 1, 1), "moments"),
-    "moments x pipeline": (4, (1, 1, 2), "moments"),
+    "moments x pipeline": (4, (1, 1, 2), "moments"), "fsdp x pipeline": (4, (1, 1, 2), "fsdp"),
 }  # fmt: skip
 STEPS, ROWS = 3, 7
 OPTIM = OptimConfig(lr=2e-3, weight_decay=0.1)
@@ -153,7 +153,7 @@ CASES = [
     ("hybrid", "gpt2", 4), ("3 stages", "transformer", 3), ("tensor x context", "transformer", 4),
     ("tensor x pipeline", "transformer", 4), ("context x pipeline", "transformer", 4),
     ("rows x tensor", "transformer", 4), ("fsdp x tensor", "transformer", 4),
-    ("moments x pipeline", "transformer", 4),
+    ("moments x pipeline", "transformer", 4), ("fsdp x pipeline", "transformer", 4),
 ]  # fmt: skip
 QUICK = {("ddp", 3), ("moments", 3), ("fsdp", 2), ("fsdp recomputed", 2), ("3 stages", 3)}
 CASES = [

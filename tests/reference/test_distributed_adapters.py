@@ -1,5 +1,7 @@
 """The functions of an assignment's suite about many machines, against torch on one process."""
 
+import os
+
 import pytest
 import torch
 from torch import nn
@@ -127,15 +129,28 @@ def test_the_sharded_optimizer_makes_the_updates_of_the_whole_one(pools):
 
 @pytest.mark.parametrize("is_causal", (False, True))
 def test_attention_saves_one_log_sum_exp_a_row(is_causal):
+    check_attention(adapters.get_flashattention_autograd_function_pytorch(), is_causal)
+
+
+@pytest.mark.parametrize("is_causal", (False, True))
+def test_attention_in_triton(is_causal):
+    pytest.importorskip("triton", reason="needs triton, which torch for CUDA brings")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("needs CUDA, or TRITON_INTERPRET=1")
+    function = adapters.get_flashattention_autograd_function_triton()
+    check_attention(function, is_causal, device)
+
+
+def check_attention(function, is_causal, device="cpu"):
     generator = torch.Generator().manual_seed(1)
-    q, k, v, grad = (torch.randn(2, 96, 16, generator=generator) for _ in range(4))
+    q, k, v, grad = (torch.randn(2, 96, 16, generator=generator).to(device) for _ in range(4))
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    function = adapters.get_flashattention_autograd_function_pytorch()
     output = function.apply(*leaves, is_causal)
     saved = [x for x in output.grad_fn.saved_tensors if x.shape == (2, 96)]
     scores = q @ k.mT / 4
     if is_causal:
-        scores = scores.masked_fill(torch.ones(96, 96).triu(1).bool(), -torch.inf)
+        scores = scores.masked_fill(torch.ones(96, 96, device=device).triu(1).bool(), -torch.inf)
     assert len(saved) == 1
     close(saved[0], scores.logsumexp(-1), DEEP)
     wanted = scores.softmax(-1) @ v
