@@ -225,8 +225,10 @@ class Joined(Ranks):
 
 
 def _is_of_communication(error: RuntimeError) -> bool:
-    """Gloo raises plain RuntimeErrors, which name its files."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+    """Gloo raises plain RuntimeErrors, which name its files or what has happened."""
+    words = ("gloo", "connection", "broken pipe", "socket", "timed out", "timeout")
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or any(word in text for word in words)
 
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
