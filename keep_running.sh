@@ -14,6 +14,11 @@ if [ $# -lt 2 ] || [[ $1 == -* ]]; then
 fi
 folder="$1"
 shift
+arguments=("$@")
+set --
+for argument in "${arguments[@]}"; do # it is added here
+    [ "$argument" = --resume ] || set -- "$@" "$argument"
+done
 
 newest() { # the step of the newest checkpoint, or nothing
     find "$folder/checkpoints" -maxdepth 1 -name 'step-*' ! -name '*.*' 2>/dev/null | sort | tail -1

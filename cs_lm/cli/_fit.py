@@ -47,7 +47,9 @@ def _fit(make_trainer: Callable[[], Any]) -> int:
         print_error(error)
         return NON_FINITE
     except RankLostError as error:
-        print_error(error)
+        kept = f"; {trainer.saver.kept}" if is_first_rank() else ""  # it knows
+        fix = "start the same command again, with --resume if there is a checkpoint"
+        print_error(RankLostError(f"{error}{kept}; {fix}"))
         return RANK_LOST
     except Exception as error:
         if isinstance(error, UserError) or is_out_of_memory(error):

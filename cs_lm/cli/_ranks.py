@@ -60,10 +60,12 @@ def check_ranks(config: RunConfig, ranks: Ranks) -> None:
         what = f"got {' x '.join(map(str, counts))}"
         need = f"a product that divides {ranks.size}, the number of processes"
         where = "--tensor_parallel, --context_parallel, --pipeline_parallel"
-        raise UserError(Problem(where, what, need))
+        fix = f"lower one of them, or start {of_a_row} processes"
+        raise UserError(Problem(where, what, need, fix))
     if ranks.size // of_a_row > config.batch_size:
         what = f"got {config.batch_size}, which {ranks.size // of_a_row} processes share"
-        raise UserError(Problem("--batch_size", what, f"at least {ranks.size // of_a_row}"))
+        need = f"at least {ranks.size // of_a_row}"
+        raise UserError(Problem("--batch_size", what, need, "raise it, or start fewer processes"))
     if ranks.size % config.replicas:
         what = f"got {config.replicas}, which does not divide {ranks.size} processes"
         raise UserError(Problem("--replicas", what, fix="lower it, or start more processes"))

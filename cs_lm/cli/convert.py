@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cs_lm.cli._errors import readable_errors
 from cs_lm.cli._fit import check_writable
@@ -28,7 +29,7 @@ FORMATS = ("single", "parts", "dcp")
 @dataclass(frozen=True)
 class ConvertConfig:
     out_dir: str = setting("", "folder of the run, or one that was written as dcp; required")
-    checkpoint: str = checkpoint_setting()
+    checkpoint: str = checkpoint_setting("last")
     target: str = setting("", "folder to make; required", flag="--to")
     file_format: str = setting("single", "form of the copy", flag="--format", choices=FORMATS)
     num_parts: int | None = setting(None, "with --format parts: number of files; default: 2")
@@ -41,29 +42,43 @@ class ConvertConfig:
         return [*found, *not_positive(self), *validate_checkpoint(self.checkpoint)]
 
 
-@readable_errors
-def main(argv: Sequence[str] | None = None) -> int:
-    config = parse_config(ConvertConfig, "python -m cs_lm convert", __doc__, argv)
-    from cs_lm.training.dcp import SIDE_FILE, read_dcp, write_dcp  # takes a second to import
+def _write(content: dict[str, Any], config: ConvertConfig, target: Path) -> None:
+    from cs_lm.training.dcp import write_dcp
 
-    source, target = Path(config.out_dir), Path(config.target)
-    if target.exists() and any(target.iterdir()):
-        raise UserError(Problem("--to", f"{config.target!r} is there already", fix="name another"))
-    check_writable(target)
-    run = RunFolder(source)
-    content = (
-        read_dcp(source)
-        if (source / SIDE_FILE).is_file()
-        else run.read(config.checkpoint, lazily=True)
-    )
-    copy = RunFolder(target)
+    checkpoints = RunFolder(target).checkpoints
     if config.file_format == "dcp":
         target.mkdir(parents=True, exist_ok=True)
         write_dcp(content, target)
     elif config.file_format == "parts":
-        write_in_parts(content, copy.checkpoints, config.num_parts or 2)
+        write_in_parts(content, checkpoints, config.num_parts or 2)
     else:
-        write_single(content, copy.checkpoints)
+        write_single(content, checkpoints)
+
+
+@readable_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    config = parse_config(ConvertConfig, "python -m cs_lm convert", __doc__, argv)
+    from cs_lm.training.dcp import SIDE_FILE, read_dcp  # takes a second to import
+
+    source, target = Path(config.out_dir), Path(config.target)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(Problem("--to", f"{config.target!r} is there already", fix="name another"))
+    if target.resolve().is_relative_to(source.resolve()):
+        what = f"{config.target!r} is inside of --out_dir"
+        raise UserError(Problem("--to", what, fix="name another folder"))
+    check_writable(target)
+    if not (source / SIDE_FILE).is_file():
+        content = RunFolder(source).read(config.checkpoint, lazily=True)
+    else:
+        content = read_dcp(source)
+        if config.checkpoint not in ("last", str(content["iteration"])):
+            what = f"got {config.checkpoint}, but this export holds step {content['iteration']}"
+            raise UserError(Problem("--checkpoint", what, fix="leave it out"))
+    try:
+        _write(content, config, target)
+    except BaseException:
+        shutil.rmtree(target, ignore_errors=True)  # there was nothing in it
+        raise
     for name in ("tokenizer", "metrics.jsonl"):
         if (source / name).is_dir():
             shutil.copytree(source / name, target / name)

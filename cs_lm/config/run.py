@@ -211,7 +211,9 @@ class RunConfig:
             if count > 1 and self.parallel == "none":
                 found.append(no_effect_without(flag, "--parallel ddp or fsdp"))
             if count > 1 and not isinstance(self.model, ModelConfig):
-                found.append(Problem(flag, f"got {count}", "1 with --model gpt2-..."))
+                found.append(
+                    Problem(flag, f"got {count}", "1 with another --model than transformer")
+                )
             if count > 1 and self.replicas > 1:
                 found.append(Problem(flag, "cannot be used with --replicas", fix="leave one out"))
         parts = {

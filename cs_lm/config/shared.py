@@ -15,8 +15,8 @@ def device_setting() -> Any:
     )
 
 
-def checkpoint_setting() -> Any:
-    return setting("best", "which model of the run: best, last, or the step of a checkpoint")
+def checkpoint_setting(default: str = "best") -> Any:
+    return setting(default, "which model of the run: best, last, or the step of a checkpoint")
 
 
 def validate_run(out_dir: str | Sequence[str]) -> list[Problem]:

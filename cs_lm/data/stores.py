@@ -186,10 +186,13 @@ def join_parts(
         wanted = {"part": [index, count], "of": text.settings()}
         first = parts[0] if parts else part
         if part.source != json.loads(json.dumps(wanted)):
-            raise UserError(Problem("--join", f"{str(path)!r} is not of this text"))
+            what = f"{str(path)!r} is of another text or other --special_tokens"
+            fix = f"encode it again with --shard {index + 1}/{count} --overwrite"
+            raise UserError(Problem("--join", what, fix=fix))
         if part.fingerprint != tokenizer.fingerprint or part.chunk_size != first.chunk_size:
             what = f"{str(path)!r} was made with another tokenizer or --chunk_size"
-            raise UserError(Problem("--join", what))
+            fix = "give --join the flags of --shard, or encode that part again with --overwrite"
+            raise UserError(Problem("--join", what, fix=fix))
         part.verify_once()
         parts.append(part)
     return MemmapManager.join(parts, folder, text.describe(), replace)

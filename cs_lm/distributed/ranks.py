@@ -126,7 +126,7 @@ class Joined(Ranks):
         self.group = dist.group.WORLD
         self._words = dist.new_group(backend="gloo", timeout=timeout)
         self._store = dist.distributed_c10d._get_default_store()
-        self._num_waits = 0
+        self._num_waits, self._is_first_lost = 0, False
         where = f"process {os.getpid()} on {socket.gethostname()}"
         self.names = self.texts(f"rank {self.rank} ({where})")
 
@@ -211,11 +211,14 @@ class Joined(Ranks):
                 time.sleep(0.1)
         except RuntimeError:  # the store is where rank 0 is, or was
             silent = {0}
+        self._is_first_lost = self._is_first_lost or 0 in silent
         return [self.names[rank] for rank in sorted(silent)]
 
     def wait_for_first(self, at_most_s: float) -> None:
         if self.is_first:
             self._store.set("rank 0 has ended", "yes")
+            return
+        if self._is_first_lost:
             return
         with suppress(RuntimeError):  # too late, or its store is gone
             self._store.wait(["rank 0 has ended"], timedelta(seconds=at_most_s))

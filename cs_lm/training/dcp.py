@@ -20,7 +20,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from cs_lm.config.fields import from_json
 from cs_lm.config.run import RunConfig
-from cs_lm.errors import UserError
+from cs_lm.errors import Problem, UserError
 from cs_lm.models.registry import build_model
 from cs_lm.optim.param_groups import names_in_groups
 from cs_lm.storage.atomic import atomic_write
@@ -85,7 +85,7 @@ def check_metadata(folder: Path) -> None:
             _Careful(file).load()
     except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, TypeError) as error:
         what = f"{folder / '.metadata'} is no metadata of DCP ({error})"
-        raise UserError(f"--out_dir: {what}") from None
+        raise UserError(f"--out_dir: {what}; export it again") from None
 
 
 class _Careful(pickle.Unpickler):
@@ -107,8 +107,18 @@ class _ExportedTensor(StoredTensor):
 
     def read(self, start: Sequence[int], shape: Sequence[int]) -> Tensor:
         whole = {self._key: torch.empty(self.shape, dtype=self.dtype)}
-        with _alone():
-            dcp.load(whole, checkpoint_id=self._folder, no_dist=True)
+        try:
+            with _alone():
+                dcp.load(whole, checkpoint_id=self._folder, no_dist=True)
+        except (OSError, RuntimeError, dcp.CheckpointException) as error:
+            [reason] = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+            raise UserError(
+                Problem(
+                    "--out_dir",
+                    f"{str(self._folder)!r} has lost or damaged files ({reason})",
+                    fix="export it again",
+                )
+            ) from None
         return whole[self._key][tuple(slice(a, a + n) for a, n in zip(start, shape))]
 
     def pieces(self):

@@ -88,8 +88,34 @@ def test_a_metadata_file_with_code_in_it_is_refused(run, tmp_path, capsys):
     assert command(argv) == 2
 
 
+@pytest.mark.parametrize("damage", ("missing", "cut"))
+def test_a_damaged_export_leaves_nothing(run, tmp_path, capsys, damage):
+    there = convert(run / "short", tmp_path / "x", "--format", "dcp")
+    path = there / "__0_0.distcp"
+    content = path.read_bytes()
+    path.unlink()
+    if damage == "cut":
+        path.write_bytes(content[:1000])
+    argv = ["convert", "--out_dir", str(there), "--to", str(tmp_path / "y")]
+    assert command(argv) == 2
+    assert "lost or damaged files" in capsys.readouterr().err
+    path.write_bytes(content)
+    assert command([*argv, "--checkpoint", "33"]) == 2
+    assert "holds step 4" in capsys.readouterr().err
+    assert not (tmp_path / "y").exists()
+    assert command(argv) == 0
+
+
+def test_the_newest_checkpoint_is_converted(run, tmp_path):
+    assert last_checkpoint(convert(run / "long", tmp_path / "x"))["iteration"] == 8
+
+
 def test_mistakes_are_named(run, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    inside = str(run / "short" / "checkpoints" / "x")
     cases = [
+        (["--to", str(tmp_path / "file")], "is there already"),
+        (["--to", inside], "inside of --out_dir"),
         ([], "--to: is missing"),
         (["--to", str(run / "long")], "is there already"),
         (["--to", str(tmp_path / "x"), "--num_parts", "2"], "no effect with --format single"),

@@ -113,6 +113,7 @@ def test_a_killed_rank_leaves_the_last_checkpoint_in_parts(work):
     statuses, printed = finish(processes)
     assert statuses[0] == RANK_LOST and "rank 1 (process" in printed[0], printed
     assert "the ranks save together, so this step is not saved" in printed[0]
+    assert "is kept; start the same command again, with --resume" in printed[0]
     last = RunFolder("run").checkpoints.steps()[0]
     assert last % 10 == 0
     train(2, "--resume", "--max_steps", last + 5, "--out_dir", "run", parallel=FSDP)
