@@ -62,24 +62,18 @@ class Prepared:
         from cs_lm.optim.param_groups import adamw_of, names_in_groups
 
         device, bucket_bytes = torch.device("cpu"), bucket_bytes or BUCKET_BYTES
-        config, of_rows = ModelConfig(**SHAPE), ranks
-
-        def model_parallel() -> ModelParallel:
-            nonlocal of_rows
-            grid = grid_of(ranks, *GRIDS[kind])
-            of_rows = grid.rows
-            order = names_in_groups(build_model(config, device="meta"), OptimConfig().weight_decay)
-            data = DataParallel(grid.data, bucket_bytes)
-            return ModelParallel(data, ranks, grid, config.num_layers, order)
-
+        config, grid = ModelConfig(**SHAPE), grid_of(ranks, *GRIDS.get(kind, ()))
         make = {
             "one": Sharing,
-            "ddp": lambda: DataParallel(ranks, bucket_bytes),
+            "ddp": lambda: DataParallel(grid.data, bucket_bytes),
             "moments": lambda: ShardedMoments(ranks, bucket_bytes),
             "fsdp": lambda: FullySharded(ranks, device),
             "hybrid": lambda: FullySharded(ranks, device, replicas=2),
         }
-        self.sharing = model_parallel() if kind in GRIDS else make[kind]()
+        self.sharing = make["ddp" if kind in GRIDS else kind]()
+        if kind in GRIDS:
+            order = names_in_groups(build_model(config, device="meta"), OptimConfig().weight_decay)
+            self.sharing = ModelParallel(self.sharing, ranks, grid, config.num_layers, order)
         generator = torch.Generator().manual_seed(0)
         self.model = build_model(
             config, generator=generator, finish_layer=self.sharing.finish_layer
@@ -89,7 +83,7 @@ class Prepared:
         self.sharing.take(self.optimizer)
         self.sharing.begin()
         ids = torch.randint(SHAPE["vocab_size"], (BATCH, LENGTH + 1), generator=generator)
-        rows = range(BATCH) if ranks is None else of_rows.world(device).share_of(BATCH)
+        rows = range(BATCH) if ranks is None else grid.rows.world(device).share_of(BATCH)
         ids = ids[rows.start : rows.stop]
         self.batch = Batch(*self.sharing.part_of_batch(ids[:, :-1], ids[:, 1:]))
 
@@ -147,36 +141,14 @@ def wire(ranks: Any, kind: str) -> dict[str, int]:
 
 
 def wire_formula(kind: str, size: int) -> dict[str, float]:
-    """Bytes in an update at rank 0, with P parameters, of which P_r outside the layers.
-
-    A tensor-parallel rank has P / N of what is cut, and 2 L + 1 norms and the embedding as a whole.
-    """
+    """Bytes in an update, with P parameters, of which P_r outside the layers."""
     from cs_lm.config.model import ModelConfig
     from cs_lm.models.stats import num_parameters
 
     total = 4 * num_parameters(ModelConfig(**SHAPE))
     root = 4 * (2 * SHAPE["vocab_size"] * SHAPE["d_model"] + SHAPE["d_model"])
     if kind in GRIDS:
-        tensor, context, stages = GRIDS[kind]
-        width, layers = SHAPE["d_model"], SHAPE["num_layers"]
-        rows = BATCH * LENGTH // context  # positions that a team computes
-        activations = 4 * rows * width
-        if stages > 1:  # rank 0 sends what its layers give, forward only
-            return {"send": activations}
-        whole = 4 * (SHAPE["vocab_size"] + 2 * layers + 1) * width
-        found = {"all_gather": 0, "reduce_scatter": 0, "all_reduce": 0}
-        if tensor > 1:
-            # each layer gathers before attention and feed-forward and adds up behind them, and
-            # backward does it the other way; so does the last norm
-            moves = 4 * layers * activations + activations
-            found = {"all_gather": moves, "reduce_scatter": moves, "all_reduce": 12 * rows + whole}
-        if context > 1:
-            # keys and values of the own heads, of all positions
-            moves = 2 * layers * activations * context / tensor
-            found["all_gather"] += moves
-            found["reduce_scatter"] += moves
-            found["all_reduce"] += (total - whole) / tensor + whole
-        return found
+        return grid_formula(total, *GRIDS[kind])
     if kind == "ddp":
         return {"all_reduce": total}
     if kind == "moments":
@@ -186,6 +158,31 @@ def wire_formula(kind: str, size: int) -> dict[str, float]:
     if kind == "hybrid":
         found["all_reduce"] = total / (size / 2)  # the parts, between two replicas
     return found
+
+
+def grid_formula(total: int, tensor: int, context: int, stages: int) -> dict[str, float]:
+    """The same at rank 0 of ranks that share a model.
+
+    total  bytes of the parameters. A tensor-parallel rank has 1 / N of what is cut, and the
+           2 L + 1 norms and the embedding as a whole
+    """
+    width, layers = SHAPE["d_model"], SHAPE["num_layers"]
+    positions = BATCH * LENGTH // context  # that a team computes
+    activations = 4 * positions * width
+    if stages > 1:  # rank 0 sends what its layers give, forward only
+        return {"send": activations}
+    whole = 4 * (SHAPE["vocab_size"] + 2 * layers + 1) * width
+    moved = summed = 0.0
+    if tensor > 1:
+        # each layer gathers before attention and feed-forward and adds up behind them, and
+        # backward does it the other way; so does the last norm. The loss sums 3 numbers a position
+        moved += (4 * layers + 1) * activations
+        summed += 12 * positions + whole
+    if context > 1:
+        # keys and values of the own heads, of all positions
+        moved += 2 * layers * activations * context / tensor
+        summed += (total - whole) / tensor + whole
+    return {"all_gather": moved, "reduce_scatter": moved, "all_reduce": summed}
 
 
 def show_wire(pools: Any) -> None:

@@ -62,9 +62,10 @@ def check_ranks(config: RunConfig, ranks: Ranks) -> None:
         where = "--tensor_parallel, --context_parallel, --pipeline_parallel"
         fix = f"lower one of them, or start {of_a_row} processes"
         raise UserError(Problem(where, what, need, fix))
-    if ranks.size // of_a_row > config.batch_size:
-        what = f"got {config.batch_size}, which {ranks.size // of_a_row} processes share"
-        need = f"at least {ranks.size // of_a_row}"
+    share_rows = ranks.size // of_a_row
+    if share_rows > config.batch_size:
+        what = f"got {config.batch_size}, which {share_rows} processes share"
+        need = f"at least {share_rows}"
         raise UserError(Problem("--batch_size", what, need, "raise it, or start fewer processes"))
     if ranks.size % config.replicas:
         what = f"got {config.replicas}, which does not divide {ranks.size} processes"

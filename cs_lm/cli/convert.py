@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cs_lm.cli._errors import readable_errors
 from cs_lm.cli._fit import check_writable
@@ -42,26 +41,13 @@ class ConvertConfig:
         return [*found, *not_positive(self), *validate_checkpoint(self.checkpoint)]
 
 
-def _write(content: dict[str, Any], config: ConvertConfig, target: Path) -> None:
-    from cs_lm.training.dcp import write_dcp
-
-    checkpoints = RunFolder(target).checkpoints
-    if config.file_format == "dcp":
-        target.mkdir(parents=True, exist_ok=True)
-        write_dcp(content, target)
-    elif config.file_format == "parts":
-        write_in_parts(content, checkpoints, config.num_parts or 2)
-    else:
-        write_single(content, checkpoints)
-
-
 @readable_errors
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(ConvertConfig, "python -m cs_lm convert", __doc__, argv)
-    from cs_lm.training.dcp import SIDE_FILE, read_dcp  # takes a second to import
+    from cs_lm.training.dcp import SIDE_FILE, read_dcp, write_dcp  # takes a second to import
 
     source, target = Path(config.out_dir), Path(config.target)
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(Problem("--to", f"{config.target!r} is there already", fix="name another"))
     if target.resolve().is_relative_to(source.resolve()):
         what = f"{config.target!r} is inside of --out_dir"
@@ -74,8 +60,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.checkpoint not in ("last", str(content["iteration"])):
             what = f"got {config.checkpoint}, but this export holds step {content['iteration']}"
             raise UserError(Problem("--checkpoint", what, fix="leave it out"))
+    checkpoints = RunFolder(target).checkpoints
     try:
-        _write(content, config, target)
+        if config.file_format == "dcp":
+            target.mkdir(parents=True, exist_ok=True)
+            write_dcp(content, target)
+        elif config.file_format == "parts":
+            write_in_parts(content, checkpoints, config.num_parts or 2)
+        else:
+            write_single(content, checkpoints)
     except BaseException:
         shutil.rmtree(target, ignore_errors=True)  # there was nothing in it
         raise

@@ -176,18 +176,18 @@ def join_parts(
     """
     parts = []
     for index in range(count):
-        path = part_folder(folder, index, count)
+        path, shard = part_folder(folder, index, count), f"--shard {index + 1}/{count}"
         if not (path / MANIFEST).is_file():
             if TextPart(text, index, count, tokenizer.first_border).is_empty():
                 continue
-            how = f"encode it with --shard {index + 1}/{count}"
-            raise UserError(Problem("--join", f"{str(path)!r} is missing", fix=how))
+            what = f"{str(path)!r} is missing"
+            raise UserError(Problem("--join", what, fix=f"encode it with {shard}"))
         part = MemmapManager(path)
         wanted = {"part": [index, count], "of": text.settings()}
         first = parts[0] if parts else part
         if part.source != json.loads(json.dumps(wanted)):
             what = f"{str(path)!r} is of another text or other --special_tokens"
-            fix = f"encode it again with --shard {index + 1}/{count} --overwrite"
+            fix = f"encode it again with {shard} --overwrite"
             raise UserError(Problem("--join", what, fix=fix))
         if part.fingerprint != tokenizer.fingerprint or part.chunk_size != first.chunk_size:
             what = f"{str(path)!r} was made with another tokenizer or --chunk_size"

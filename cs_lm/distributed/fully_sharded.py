@@ -73,7 +73,7 @@ class FullySharded(Sharing):
         """Shards what is left of the model."""
         super().take_model(model)
         for layer in model.layers:
-            if not isinstance(layer, FSDPModule) and any(True for _ in layer.parameters()):
+            if not isinstance(layer, FSDPModule) and next(layer.parameters(), None) is not None:
                 self.finish_layer(layer)
         self._shard_module(model)
         # nothing here changes a layer's output in place

@@ -211,7 +211,7 @@ class Joined(Ranks):
                 time.sleep(0.1)
         except RuntimeError:  # the store is where rank 0 is, or was
             silent = {0}
-        self._is_first_lost = self._is_first_lost or 0 in silent
+        self._is_first_lost |= 0 in silent
         return [self.names[rank] for rank in sorted(silent)]
 
     def wait_for_first(self, at_most_s: float) -> None:
@@ -234,13 +234,13 @@ def _is_of_communication(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(word in text for word in words)
 
 
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
 def sum_into_parts(own: Tensor, whole: Tensor, group: Any = None) -> None:
     """`own` becomes this rank's rows, as many at each rank, of the sum of all ranks' `whole`."""
     newer = getattr(dist, "reduce_scatter_single", None)  # the other name warns since torch 2.13
     (newer or dist.reduce_scatter_tensor)(own, whole, group=group)
+
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def checksum(tensor: Tensor) -> Tensor:

@@ -89,14 +89,17 @@ def shared(ranks, kind, shape):
     return model, optimizer, sharing, slice(rows.start, rows.stop)
 
 
-def updates(model, optimizer, sharing, rows, steps, keep_gradients=lambda sharing: None):
+def updates(
+    model, optimizer, sharing, rows, steps,
+    keep_gradients=lambda sharing: None, loss_of=next_token_loss,
+):  # fmt: skip
     """Losses and norms of these steps; the gradients of the first one go to keep_gradients."""
     found = []
     for step in steps:
         model.seed_dropout(step)
         whole = [Batch(*(x[rows] for x in batch)) for batch in batches_of(step)]
         batches = [Batch(*sharing.part_of_batch(*batch)) for batch in whole]
-        loss, norm = train_step(model, optimizer, batches, 0.5, sharing=sharing)
+        loss, norm = train_step(model, optimizer, batches, 0.5, loss_of, sharing=sharing)
         if not found:
             keep_gradients(sharing)
         found.append((loss.item(), norm.item()))
@@ -193,12 +196,8 @@ def mixed(ranks, kind):
     """Losses and norms of updates with bfloat16 products, and the dtypes of what a rank keeps."""
     model, optimizer, sharing, rows = shared(ranks, kind, "transformer")
     sharing.begin()
-    loss, found = under_autocast(next_token_loss, CPU, "bfloat16"), []
-    for step in range(STEPS):
-        batches = [Batch(*(x[rows] for x in batch)) for batch in batches_of(step)]
-        batches = [Batch(*sharing.part_of_batch(*batch)) for batch in batches]
-        found.append([x.item() for x in train_step(
-            model, optimizer, batches, 0.5, loss, sharing=sharing)])  # fmt: skip
+    rounded = under_autocast(next_token_loss, CPU, "bfloat16")
+    found = updates(model, optimizer, sharing, rows, range(STEPS), loss_of=rounded)
     tensors = sharing.optimized().values()
     return found, {str(x.dtype) for x in tensors} | {str(x.grad.dtype) for x in tensors}
 
