@@ -12,10 +12,12 @@ import torch
 
 from cs_lm.config.fields import flat, to_json
 from cs_lm.config.run import RunConfig
+from cs_lm.data.pipes import with_pipes_kept
 from cs_lm.device import resolve_device
 from cs_lm.distributed.launch import launched
 from cs_lm.distributed.ranks import ALONE, Ranks, join
 from cs_lm.errors import Problem, UserError
+from cs_lm.tokenizer.corpus_files import is_pipe
 from cs_lm.training.console import log_to, print_line
 
 
@@ -50,6 +52,17 @@ def joined(config: RunConfig) -> Iterator[Ranks]:
         ranks.leave()  # an abrupt end of its threads can abort the process
         raise
     ranks.leave()
+
+
+def kept_for_ranks(config: RunConfig) -> RunConfig:
+    """The config with files in place of pipes. Raises: UserError if several processes have one."""
+    place = launched()
+    for name in ("corpus_path", "valid_path"):
+        if place is not None and place.size > 1 and any(map(is_pipe, getattr(config.data, name))):
+            what = f"is a pipe, which {place.size} processes cannot read"
+            fix = "save the text to a file, and name the file"
+            raise UserError(Problem(f"--{name}", what, fix=fix))
+    return with_pipes_kept(config)
 
 
 def check_ranks(config: RunConfig, ranks: Ranks) -> None:

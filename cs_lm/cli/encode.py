@@ -61,7 +61,11 @@ class EncodeConfig:
             found.append(Problem("--shard", f"got {self.shard!r}", need))
         if self.join is not None and self.join < 1:
             found.append(Problem("--join", f"got {self.join}", "1 or more"))
-        for flag, given in (("--shard", self.shard), ("--engine", self.engine != "ours")):
+        for flag, given in (
+            ("--shard", self.shard is not None),
+            ("--engine", self.engine != "ours"),
+            ("--num_workers", self.num_workers is not None),
+        ):
             if self.join is not None and given:
                 found.append(Problem(flag, "has no effect with --join", fix="leave it out"))
         if self.engine != "ours" and self.num_workers is not None:
@@ -128,7 +132,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                     )
                 )
             if config.join is not None:
-                store = join_parts(text, tokenizer, folder, config.join, config.overwrite)
+                is_given = config.chunk_size != EncodeConfig.chunk_size
+                size = config.chunk_size if is_given else None
+                store = join_parts(text, tokenizer, folder, config.join, config.overwrite, size)
             else:
                 options = EncodeOptions(
                     config.num_workers,

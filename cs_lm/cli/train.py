@@ -12,7 +12,7 @@ from cs_lm.cli._errors import readable_errors
 from cs_lm.cli._fit import check_writable, fit
 from cs_lm.cli._init_from import read_start
 from cs_lm.cli._progress import ProgressLine
-from cs_lm.cli._ranks import check_ranks, joined, log_of_rank
+from cs_lm.cli._ranks import check_ranks, joined, kept_for_ranks, log_of_rank
 from cs_lm.config.fields import flag_of, has_setting, replace, settings_of, value_of
 from cs_lm.config.flags import FlagParser, add_flags, config_from_flags, read_flags
 from cs_lm.config.model import ArchitectureConfig
@@ -20,7 +20,7 @@ from cs_lm.config.presets import DEFAULT_MODEL, model_names
 from cs_lm.config.run import NOT_SAVED_SETTINGS, RunConfig, named_run
 from cs_lm.data.corpus import check_corpora, label_of
 from cs_lm.data.pipeline import prepare
-from cs_lm.data.pipes import check_no_pipe, with_pipes_kept
+from cs_lm.data.pipes import check_no_pipe
 from cs_lm.device import resolve_device
 from cs_lm.distributed.launch import is_first_rank
 from cs_lm.distributed.ranks import ALONE, Ranks
@@ -67,7 +67,7 @@ def _main(argv: Sequence[str] | None) -> int:
     tokenizer = None if start is None else start.tokenizer
     if config.dry_run:
         return _print_dry_run(config, folder, tokenizer)
-    config = with_pipes_kept(config)
+    config = kept_for_ranks(config)
     weights = None if start is None else start.weights
     with joined(config) as ranks:
         check_ranks(config, ranks)
@@ -118,12 +118,15 @@ def _read(folder: RunFolder, step: int | None, ranks: Ranks) -> dict[str, Any]:
 
     Several ranks do not read all of it, but what they need later.
     """
-    checkpoint, lazily = None, ranks.size > 1
+    found, lazily = None, ranks.size > 1
     with ranks.first_alone():
         if ranks.is_first:
-            checkpoint = folder.read("last" if step is None else str(step), lazily)
-    of_first = ranks.from_first("" if checkpoint is None else str(checkpoint["iteration"]))
-    return folder.read(of_first, lazily, verify=False) if checkpoint is None else checkpoint
+            found = folder.find("last" if step is None else str(step), lazily)
+    of_first = ranks.from_first("" if found is None else f"{found.step} {found.kind}")
+    if found is not None:
+        return found.content
+    step, kind = of_first.split()
+    return folder.checkpoints.read(int(step), kind, lazily, verify=False)
 
 
 def _resume_locked(folder: RunFolder, namespace, given: dict[str, Any], ranks: Ranks) -> int:
@@ -142,7 +145,7 @@ def _resume_locked(folder: RunFolder, namespace, given: dict[str, Any], ranks: R
     tokenizer = folder.load_tokenizer()
     if config.dry_run:
         return _print_dry_run(config, folder, tokenizer)
-    config = with_pipes_kept(config)
+    config = kept_for_ranks(config)
     check_ranks(config, ranks)
     with ranks.first_alone():
         data = _prepared(config, tokenizer)

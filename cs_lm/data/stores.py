@@ -168,28 +168,35 @@ def part_folder(folder: str | Path, index: int, count: int) -> Path:
 
 
 def join_parts(
-    text: TextSource, tokenizer: BPETokenizer, folder: Path, count: int, replace: bool
+    text: TextSource,
+    tokenizer: BPETokenizer,
+    folder: Path,
+    count: int,
+    replace: bool,
+    chunk_size: int | None = None,
 ) -> MemmapManager:
     """The store of the text, from the stores of its parts; these stay.
 
+    chunk_size  that the parts must have; None: any, the same for all
     Raises: UserError for a part that is missing, damaged, or of another text or tokenizer.
     """
     parts = []
     for index in range(count):
         path, shard = part_folder(folder, index, count), f"--shard {index + 1}/{count}"
+        own = TextPart(text, index, count, tokenizer.first_border)
         if not (path / MANIFEST).is_file():
-            if TextPart(text, index, count, tokenizer.first_border).is_empty():
+            if own.is_empty():
                 continue
             what = f"{str(path)!r} is missing"
             raise UserError(Problem("--join", what, fix=f"encode it with {shard}"))
         part = MemmapManager(path)
-        wanted = {"part": [index, count], "of": text.settings()}
-        first = parts[0] if parts else part
-        if part.source != json.loads(json.dumps(wanted)):
+        if chunk_size is None:
+            chunk_size = part.chunk_size
+        if part.source != json.loads(json.dumps(own.describe())):
             what = f"{str(path)!r} is of another text or other --special_tokens"
             fix = f"encode it again with {shard} --overwrite"
             raise UserError(Problem("--join", what, fix=fix))
-        if part.fingerprint != tokenizer.fingerprint or part.chunk_size != first.chunk_size:
+        if part.fingerprint != tokenizer.fingerprint or part.chunk_size != chunk_size:
             what = f"{str(path)!r} was made with another tokenizer or --chunk_size"
             fix = "give --join the flags of --shard, or encode that part again with --overwrite"
             raise UserError(Problem("--join", what, fix=fix))

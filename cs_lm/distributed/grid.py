@@ -29,6 +29,7 @@ class Grid(NamedTuple):
     data     the ranks with the same weights: they sum their gradients
     rows     those of `data` that compute other rows: they share the batch
     row      those of `data` that compute other positions of the same rows
+    back     the members of `pipeline` in another group: gradients go to the stage before
     """
 
     data: Ranks
@@ -37,6 +38,7 @@ class Grid(NamedTuple):
     tensor: Team | None = None
     context: Team | None = None
     pipeline: Team | None = None
+    back: Team | None = None
 
 
 def grid_of(ranks: Ranks, tensor: int = 1, context: int = 1, pipeline: int = 1) -> Grid:
@@ -55,6 +57,7 @@ def grid_of(ranks: Ranks, tensor: int = 1, context: int = 1, pipeline: int = 1) 
         of_tensor if tensor > 1 else None,
         of_context if context > 1 else None,
         of_pipeline if pipeline > 1 else None,
+        _team(ranks, numbers, stages) if pipeline > 1 else None,
     )
 
 

@@ -171,7 +171,8 @@ class ModelParallel(Sharing):
     ):
         """order  the names of all parameters in each of the optimizer's groups"""
         self.data, self.ranks, self._order = data, ranks, order
-        self.tensor, self.context, self._team = grid.tensor, grid.context, grid.pipeline
+        self.tensor, self.context = grid.tensor, grid.context
+        self._team, self._back = grid.pipeline, grid.back
         self._row = grid.row  # the ranks with other positions of the same rows
         self._own_layers = range(num_layers)
         if self._team is not None:
@@ -197,7 +198,7 @@ class ModelParallel(Sharing):
         self.model = model
         self._cuts: dict[str, int] = {}  # of each weight that is cut, the dimension
         if self._team is not None:
-            self.pipeline = Pipeline(model, self._team)
+            self.pipeline = Pipeline(model, self._team, self._back)
         if self.tensor is not None:
             self._share_ends(model)
         if self.context is not None:
@@ -389,7 +390,21 @@ class ModelParallel(Sharing):
         return Part(part.tensor, tuple(start), tuple(whole))
 
     def differences(self) -> list[str]:
-        return self.data.differences()
+        found = self.data.differences()
+        if self.tensor is not None:
+            found += self.ranks.differing(self._whole(), self.tensor.group)
+        return found
+
+    def _whole(self) -> dict[str, Tensor]:
+        """Weights that are not cut, and their moments: the same at all ranks of the tensor team."""
+        found = {}
+        for name, parameter in self.optimized().items():
+            if name not in self._cuts:
+                found[name] = parameter
+                for key, value in self.optimizer.state.get(parameter, {}).items():
+                    if isinstance(value, Tensor):
+                        found[f"{key} of {name}"] = value
+        return found
 
     def take_waited_s(self) -> float:
         return super().take_waited_s() + self.data.take_waited_s()

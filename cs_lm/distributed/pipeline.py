@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cs_lm.distributed.grid import Team
-from cs_lm.distributed.parts import rows_of
 
 
 class Absent(nn.Module):
@@ -30,16 +29,26 @@ class Absent(nn.Module):
 
 
 def stage_layers(num_layers: int, team: Team) -> range:
-    """The layers of this rank."""
-    return rows_of(num_layers, team.rank, team.size)
+    """The layers of this rank: of n layers, each stage has n / size, rounded down or up."""
+    first, end = (num_layers * rank // team.size for rank in (team.rank, team.rank + 1))
+    return range(first, end)
+
+
+def _pass_on(hidden: Tensor, _weight: Tensor, targets: Tensor, _ignored: int) -> tuple:
+    """In place of the loss, where a later stage computes it."""
+    return hidden, targets.new_zeros(())
 
 
 class Pipeline:
     """This rank's stage of a model, and its neighbours."""
 
-    def __init__(self, model: nn.Module, team: Team):
-        """Takes the layers of other stages out of the model."""
-        self.model, self.team = model, team
+    def __init__(self, model: nn.Module, team: Team, back: Team):
+        """Takes the layers of other stages out of the model.
+
+        back  the same ranks: gradients go this way. With NCCL, a send waits for its receiver, and
+              holds up what its group sends or receives after it.
+        """
+        self.model, self.team, self._back = model, team, back
         self.is_first, self.is_last = team.rank == 0, team.rank == team.size - 1
         device = model.token_embeddings.weight.device
         own = stage_layers(len(model.layers), team)
@@ -51,7 +60,8 @@ class Pipeline:
             model.token_embeddings = Absent(device)
             model.embed = self._embed
         if not self.is_last:
-            model.ln_final, model.lm_head = Absent(device), Absent(device)
+            model.ln_final, model.lm_head = Absent(device), None
+            model.ops = model.ops._replace(linear_cross_entropy=_pass_on)
         self._sent: list[tuple[dist.Work, Tensor]] = []
 
     def _embed(self, token_ids: Tensor, positions: Tensor) -> tuple[Tensor, list[dict]]:
@@ -61,23 +71,23 @@ class Pipeline:
 
     # ---- neighbours ----
 
-    def _neighbour(self, step: int) -> int:
-        return dist.get_global_rank(self.team.group, self.team.rank + step)
-
-    def _send(self, tensor: Tensor, step: int) -> None:
+    def _send(self, tensor: Tensor, team: Team, step: int) -> None:
         tensor = tensor.detach().float().contiguous()
-        self._sent.append((dist.isend(tensor, self._neighbour(step), self.team.group), tensor))
+        neighbour = dist.get_global_rank(team.group, team.rank + step)
+        self._sent.append((dist.isend(tensor, neighbour, team.group), tensor))
+        # a neighbour is at most as many micro-batches behind as there are stages: older ones came
+        self._wait(2 * team.size)
 
-    def _receive(self, shape: Sequence[int], step: int) -> Tensor:
+    def _receive(self, shape: Sequence[int], team: Team, step: int) -> Tensor:
         device = next(self.model.parameters()).device
         tensor = torch.empty(tuple(shape), device=device)
-        dist.recv(tensor, self._neighbour(step), self.team.group)
+        dist.recv(tensor, dist.get_global_rank(team.group, team.rank + step), team.group)
         return tensor
 
-    def _wait(self) -> None:
-        for work, _ in self._sent:
+    def _wait(self, may_be_left: int = 0) -> None:
+        while len(self._sent) > may_be_left:
+            work, _ = self._sent.pop(0)
             work.wait()
-        self._sent.clear()
 
     # ---- passes ----
 
@@ -87,20 +97,21 @@ class Pipeline:
         """What was received, and the stage's output or, of the last stage, loss and count."""
         received = None
         if not self.is_first:
-            received = self._received = self._receive(shape, -1)
+            received = self._received = self._receive(shape, self.team, -1)
             received.requires_grad_(torch.is_grad_enabled())
-        found = loss(self.model, batch) if self.is_last else self.model.hidden_states(batch.inputs)
+        found = loss(self.model, batch)
         if not self.is_last:
-            self._send(found, 1)
+            found = found[0]
+            self._send(found, self.team, 1)
         return received, found
 
     def _backward(self, received: Tensor | None, found: Any) -> None:
         if self.is_last:
             found[0].backward()
         else:
-            found.backward(self._receive(found.shape, 1).to(found.dtype))
+            found.backward(self._receive(found.shape, self._back, 1).to(found.dtype))
         if received is not None:
-            self._send(received.grad, -1)
+            self._send(received.grad, self._back, -1)
 
     def train(
         self,

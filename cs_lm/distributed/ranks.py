@@ -183,10 +183,24 @@ class Joined(Ranks):
         self._num_waits += 1
         key = f"rank 0 is done {self._num_waits}"
         if not self.is_first:
+            self._wait_for(key)
+        is_done = "no"
+        try:
+            yield
+            is_done = "yes"
+        finally:
+            if self.is_first:
+                with suppress(RuntimeError):  # it must not hide what has failed
+                    self._store.set(key, is_done)
+
+    def _wait_for(self, key: str) -> None:
+        try:
             self._store.wait([key], timedelta(seconds=_PREPARING_S))
-        yield
-        if self.is_first:
-            self._store.set(key, "yes")
+            is_done = self._store.get(key) == b"yes"
+        except RuntimeError:  # the store was where rank 0 was
+            is_done = False
+        if not is_done:
+            raise UserError(f"{self.names[0]} could not prepare the run; its message says why")
 
     @contextmanager
     def communicating(self) -> Iterator[None]:

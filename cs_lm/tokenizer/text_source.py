@@ -218,8 +218,26 @@ class TextPart(TextSource):
         return [super().key(), self._index, self._count]
 
     def description(self) -> dict[str, Any]:
-        """What the part is a part of."""
-        return {"part": [self._index, self._count], "of": self.settings()}
+        """What the part is a part of, and the hash of its bytes, after it has been read."""
+        return self._described_part(self._own_digests)
+
+    def describe(self, sha256_of: Callable[[Path], str] | None = None) -> dict[str, Any]:
+        """`description` without decoding."""
+        digests = []
+        for number, first, until in self._ranges():
+            with opened(self.paths[number]) as file:
+                file.seek(first)
+                digest, left = hashlib.sha256(), until - first
+                while left and (block := file.read(min(left, BLOCK_BYTES))):
+                    digest.update(block)
+                    left -= len(block)
+                digests.append(digest.hexdigest())
+        return self._described_part(digests)
+
+    def _described_part(self, digests: Sequence[str]) -> dict[str, Any]:
+        together = hashlib.sha256("".join(digests).encode("ascii")).hexdigest()
+        part = [self._index, self._count]
+        return {"part": part, "sha256": together, "of": self.settings()}
 
     def is_empty(self) -> bool:
         """Whether a part has no text: a file that is not cut belongs to another one."""
@@ -231,7 +249,26 @@ class TextPart(TextSource):
         first = self._first_border(self._texts(begin, None)) if self._index else 0
         is_last = self._index + 1 == self._count
         more = 0 if is_last else self._first_border(self._texts(end, None))
-        yield from _without(self._texts(begin, end), self._texts(end, None), first, more)
+        yield from _without(self._own_texts(), self._texts(end, None), first, more)
+
+    def _own_texts(self) -> Iterator[str]:
+        self._digests = []
+        yield from self._texts(self._place(self._index), self._place(self._index + 1))
+        self._own_digests = self._digests.copy()
+
+    def _ranges(self) -> Iterator[tuple[int, int, int]]:
+        """What the part has of each file: its number, and the offsets of the begin and the end."""
+        return self._ranges_between(self._place(self._index), self._place(self._index + 1))
+
+    def _ranges_between(
+        self, begin: tuple[int, int], end: tuple[int, int] | None
+    ) -> Iterator[tuple[int, int, int]]:
+        last, stop = end or (len(self.paths), 0)
+        for number in range(begin[0], min(last + 1, len(self.paths))):
+            first = begin[1] if number == begin[0] else 0
+            until = stop if number == last else self._sizes[number]
+            if first < until:
+                yield number, first, until
 
     def _place(self, index: int) -> tuple[int, int]:
         """Number of a file and offset in it at which part `index` begins, roughly."""
@@ -253,12 +290,7 @@ class TextPart(TextSource):
 
     def _texts(self, begin: tuple[int, int], end: tuple[int, int] | None) -> Iterator[str]:
         """The text from one place to another one, with the separators of the files in it."""
-        last, stop = end or (len(self.paths), 0)
-        for number in range(begin[0], min(last + 1, len(self.paths))):
-            first = begin[1] if number == begin[0] else 0
-            until = stop if number == last else self._sizes[number]
-            if first >= until:
-                continue
+        for number, first, until in self._ranges_between(begin, end):
             has_text_before = any(self._sizes[:number])
             for text, begins in self._pieces_between(number, first, until):
                 if begins and has_text_before and self._separator:
@@ -271,17 +303,21 @@ class TextPart(TextSource):
         if not self._can_seek[number]:
             yield from self._pieces(path)
             return
+        digest = hashlib.sha256()
+
+        def note(block: memoryview) -> None:
+            digest.update(block)
+            self.bytes_read += len(block)
+
         with opened(path) as file:
             file.seek(first)
-            raw = io.BufferedReader(_Limited(RawReader(file, self._note), until - first))
+            raw = io.BufferedReader(_Limited(RawReader(file, note), until - first))
             parts = decoded(raw, repr(str(path)), self._encoding_errors, self._block_bytes)
             begins = first == 0
             for text in parts:
                 yield Piece(text, begins)
                 begins = False
-
-    def _note(self, block: memoryview) -> None:
-        self.bytes_read += len(block)
+        self._digests.append(digest.hexdigest())
 
 
 class _Limited(io.RawIOBase):

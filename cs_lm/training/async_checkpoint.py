@@ -43,14 +43,9 @@ class BackgroundSaver:
         self.asked_step = content["iteration"]
         self._start(self._save, copied(content))
 
-    def save_best(self, step: int, valid_loss: float, measured_on: dict[str, Any]) -> bool:
-        """Keeps that step's checkpoint as the best; returns False if the step is not saved."""
-        self.wait()
-        if self.saved_step == step:
-            self._start(self._save_best, step, valid_loss, measured_on)
-        else:
-            _log.warning("cannot keep step %d as the best checkpoint: its save failed", step)
-        return self.saved_step == step
+    def save_best(self, step: int, valid_loss: float, measured_on: dict[str, Any]) -> None:
+        """Keeps that step's checkpoint as the best, when its save has ended."""
+        self._start(self._save_best, self._thread, step, valid_loss, measured_on)
 
     def save_surely(self, save: Callable[[], None]) -> bool:
         """Calls `save` and waits, with retries; logs an error and returns False if all fail."""
@@ -81,6 +76,12 @@ class BackgroundSaver:
             self._thread.join()
             self._thread = None
 
+    def is_saving(self, wait_s: float) -> bool:
+        """Whether a save still runs after that time."""
+        if self._thread is not None:
+            self._thread.join(wait_s)
+        return self._thread is not None and self._thread.is_alive()
+
     def abandon(self) -> None:
         """Does not wait for a save any more: another rank is lost, and it cannot end."""
         self._thread = None
@@ -102,7 +103,18 @@ class BackgroundSaver:
             self.has_failed, self.asked_step = True, self.saved_step
             _log.warning("cannot save step %d (%s); %s; will retry", step, error, self.kept)
 
-    def _save_best(self, step: int, valid_loss: float, measured_on: dict[str, Any]) -> None:
+    def _save_best(
+        self,
+        before: threading.Thread | None,
+        step: int,
+        valid_loss: float,
+        measured_on: dict[str, Any],
+    ) -> None:
+        if before is not None:
+            before.join()
+        if self.saved_step != step:
+            _log.warning("cannot keep step %d as the best checkpoint: its save failed", step)
+            return
         try:
             self._manager.save_best(step, valid_loss, measured_on)
         except Exception as error:

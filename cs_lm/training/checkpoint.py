@@ -17,7 +17,7 @@ from cs_lm.distributed.sharing import Sharing
 from cs_lm.errors import UserError
 from cs_lm.storage.atomic import atomic_open
 from cs_lm.storage.safe_load import check_archive, check_tensor
-from cs_lm.training.sharded_checkpoint import part_of
+from cs_lm.training.sharded_checkpoint import check_content, part_of
 
 PathOrFile = str | os.PathLike | BinaryIO
 FORMAT_VERSION = 1
@@ -165,16 +165,7 @@ def restore_parts(content: dict[str, Any], sharing: Sharing) -> None:
 def _check_content(content: Any) -> None:
     if content["format_version"] != FORMAT_VERSION:
         raise UserError(f"format {content['format_version']}")
-    for key, kind in (
-        ("model", dict),
-        ("optimizer", dict),
-        ("extras", dict),
-        ("iteration", int),
-    ):
-        if not isinstance(content[key], kind):
-            raise UserError(f"{key} is not a {kind.__name__}")
-    if content["iteration"] < 0:
-        raise UserError("negative iteration")
+    check_content(content)
     for tensor in _tensors(content):
         check_tensor(tensor)
 

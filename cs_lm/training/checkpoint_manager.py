@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cs_lm.distributed.ranks import Ranks
+from cs_lm.distributed.ranks import RankLostError, Ranks
 from cs_lm.errors import UserError
 from cs_lm.storage.atomic import WRITING, SyncingFile, replace_directory
 from cs_lm.storage.manifest import (
@@ -51,6 +51,14 @@ class Best(NamedTuple):
     step: int
     loss: float
     measured_on: dict[str, Any] | None
+
+
+class Found(NamedTuple):
+    """A checkpoint: the step and kind of its folder, and its content."""
+
+    step: int
+    kind: str
+    content: dict[str, Any]
 
 
 class CheckpointManager:
@@ -115,6 +123,10 @@ class CheckpointManager:
 
         Raises: FileNotFoundError if there is none, UserError if none verifies.
         """
+        return self.find_newest(kinds, lazily).content
+
+    def find_newest(self, kinds: Sequence[str] = KINDS, lazily: bool = False) -> Found:
+        """As `read_newest`, with the step and the kind of what it has found."""
         found = sorted(((step, kind) for kind in kinds for step in self.steps(kind)), reverse=True)
         if not found:
             raise FileNotFoundError(
@@ -122,7 +134,7 @@ class CheckpointManager:
             )
         for step, kind in found:
             try:
-                return self.read(step, kind, lazily)
+                return Found(step, kind, self.read(step, kind, lazily))
             except ValueError as error:
                 _log.warning("SKIPPED %s", error)
         raise UserError(
@@ -158,11 +170,11 @@ class CheckpointManager:
         step = content["iteration"]
         writing = self.path(step).with_name(self.path(step).name + WRITING)
         try:
-            _together(ranks, lambda: _make_empty(writing) if ranks.is_first else None)
+            _together(ranks, lambda: _begin(writing, ranks), step)
             written = _together(ranks, lambda: write_shard(writing, ranks.rank, content))
             whole = united(content, _together(ranks, lambda: parts_of_state(content)))
             _together(ranks, lambda: self._name(writing, whole, written, ranks))
-        except OSError:
+        except Exception:
             if ranks.is_first:
                 shutil.rmtree(writing, ignore_errors=True)
             raise
@@ -269,19 +281,30 @@ def _write_state(folder: Path, content: dict[str, Any]) -> FileEntry:
     return hashing.entry(STATE)
 
 
-def _together(ranks: Ranks, work: Callable[[], Any]) -> list[Any]:
+def _together(ranks: Ranks, work: Callable[[], Any], same: Any = None) -> list[Any]:
     """What the work gives at each rank, as JSON values.
 
-    Raises: OSError at all ranks if it fails at one.
+    same  a value that has to be the same at all ranks
+    Raises: OSError at all ranks if it fails at one, whatever the reason.
     """
     try:
-        found = {"done": work()}
-    except OSError as error:
-        found = {"failed": f"rank {ranks.rank}: {error}"}
-    every = [json.loads(text) for text in ranks.texts(json.dumps(found))]
+        found = json.dumps({"done": work(), "same": same})
+    except RankLostError:
+        raise
+    except Exception as error:  # the others wait for the result of this one
+        found = json.dumps({"failed": f"rank {ranks.rank}: {error or type(error).__name__}"})
+    every = [json.loads(text) for text in ranks.texts(found)]
     if failed := [one["failed"] for one in every if "failed" in one]:
         raise OSError(failed[0])
+    values = [one["same"] for one in every]
+    if any(value != values[0] for value in values):
+        raise OSError(f"the ranks are at different steps: {', '.join(map(str, values))}")
     return [one["done"] for one in every]
+
+
+def _begin(writing: Path, ranks: Ranks) -> None:
+    if ranks.is_first:
+        _make_empty(writing)
 
 
 def _make_empty(folder: Path) -> None:

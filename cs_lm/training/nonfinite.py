@@ -3,6 +3,7 @@
 import json
 import math
 import shlex
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -44,16 +45,17 @@ class NonFiniteMonitor:
         event.record()
         self._under_way.append((step, flag, event))
 
-    def bad_steps(self, wait: bool = False) -> Iterator[int]:
-        """The steps that were not finite, among those known by now; `wait`: among all steps.
+    def bad_steps(self, wait_s: float = 0.0) -> Iterator[int]:
+        """The steps that were not finite, among those known by now or in that time.
 
+        Raises: TimeoutError if the device has not ended its steps in a time that is not 0.
         Meanwhile `are_too_many` counts up to the step that was yielded last.
         """
         while self._under_way:
             step, flag, event = self._under_way[0]
-            if event is not None and wait:
-                event.synchronize()
-            elif event is not None and not event.query():
+            if event is not None and not _ends(event, wait_s):
+                if wait_s:
+                    raise TimeoutError(f"the device has not ended step {step + 1} in {wait_s} s")
                 return
             self._under_way.popleft()
             self._num_in_a_row = 0 if flag else self._num_in_a_row + 1
@@ -63,6 +65,17 @@ class NonFiniteMonitor:
     @property
     def are_too_many(self) -> bool:
         return self._num_in_a_row > MAX_SKIPPED
+
+
+def _ends(event: torch.cuda.Event, wait_s: float) -> bool:
+    if wait_s == math.inf:
+        event.synchronize()
+    end_s = time.monotonic() + wait_s
+    while not event.query():
+        if time.monotonic() >= end_s:
+            return False
+        time.sleep(0.001)
+    return True
 
 
 def are_finite(parameters: Iterable[Tensor]) -> bool:

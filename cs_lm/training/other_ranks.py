@@ -54,7 +54,10 @@ class NoSaver:
     def save(self, content: dict[str, Any]) -> None:
         pass
 
-    def save_best(self, step: int, valid_loss: float, measured_on: dict[str, Any]) -> bool:
+    def save_best(self, step: int, valid_loss: float, measured_on: dict[str, Any]) -> None:
+        pass
+
+    def is_saving(self, wait_s: float) -> bool:
         return False
 
     def save_surely(self, save: Callable[[], None]) -> bool:

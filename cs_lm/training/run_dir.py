@@ -22,7 +22,7 @@ from cs_lm.storage.json_file import read_json
 from cs_lm.storage.lock import locked
 from cs_lm.tokenizer import BPETokenizer
 from cs_lm.training.checkpoint import checkpoint_content, restore
-from cs_lm.training.checkpoint_manager import KINDS, CheckpointManager
+from cs_lm.training.checkpoint_manager import KINDS, CheckpointManager, Found
 from cs_lm.training.metrics_log import MetricsLog
 from cs_lm.training.sharded_checkpoint import StoredTensor
 
@@ -140,33 +140,36 @@ class RunFolder:
         )
         self.checkpoints.save(content)
 
-    def read(self, which: str, lazily: bool = False, verify: bool = True) -> dict[str, Any]:
+    def read(self, which: str, lazily: bool = False) -> dict[str, Any]:
         """The content of a checkpoint.
 
         which  "last": the newest that verifies; "best"; or the number of a step
-        lazily, verify  as `CheckpointManager.read` takes them
         Raises: FileNotFoundError or UserError when there is none. A step has no fallback.
         """
+        return self.find(which, lazily).content
+
+    def find(self, which: str, lazily: bool = False) -> Found:
+        """As `read`, with the step and the kind of what it has found."""
         self.require()
         if which == "last":
-            content = self.checkpoints.read_newest(lazily=lazily)
+            found = self.checkpoints.find_newest(lazily=lazily)
         elif which == "best":
             if not self.checkpoints.steps("best"):
                 _log.info(
                     "there is no best checkpoint before the first validation; using the last one"
                 )
-                return self.read("last")
+                return self.find("last")
             try:
-                content = self.checkpoints.read_newest(["best"])
+                found = self.checkpoints.find_newest(["best"])
             except (ValueError, FileNotFoundError) as error:
                 raise type(error)(f"{error}; or try --checkpoint last") from None
         else:
             step = int(which)
             is_only_best = step in set(self.checkpoints.steps("best")) - {*self.checkpoints.steps()}
             kind = "best" if is_only_best else "step"
-            content = self.checkpoints.read(step, kind, lazily, verify)
-        _check_extras(content["extras"])
-        return content
+            found = Found(step, kind, self.checkpoints.read(step, kind, lazily))
+        _check_extras(found.content["extras"])
+        return found
 
     def ends(self) -> list[int]:
         """The steps of the "end" records in the log: there the run was complete."""

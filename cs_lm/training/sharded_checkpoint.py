@@ -228,6 +228,15 @@ class StoredTensor:
         return self.read((0,) * len(self.shape), self.shape)
 
 
+def check_content(content: Any) -> None:
+    """Raises: UserError or KeyError if it is not the content of a checkpoint."""
+    for key, kind in (("model", dict), ("optimizer", dict), ("extras", dict), ("iteration", int)):
+        if not isinstance(content[key], kind):
+            raise UserError(f"{key} is not a {kind.__name__}")
+    if content["iteration"] < 0:
+        raise UserError("negative iteration")
+
+
 def read_parts(folder: Path) -> dict[str, Any]:
     """The content of a checkpoint in parts, with a `StoredTensor` for each tensor.
 
@@ -241,6 +250,7 @@ def read_parts(folder: Path) -> dict[str, Any]:
             raise UserError(f"format {index['format_version']}")
         tensors = {path: _stored(folder, one) for path, one in index["tensors"].items()}
         content = decoded(index["content"], tensors)
+        check_content(content)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError, OSError) as error:
         raise UserError(
             f"checkpoint: cannot read {folder / INDEX} ({error}): it is damaged or of another kind"

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from contextlib import suppress
 from typing import Any
 
@@ -34,8 +35,16 @@ from cs_lm.training.state import TrainState
 from cs_lm.training.step import train_step
 from cs_lm.training.task import Task
 
+# After an error: how long to wait for the device, which may hang after a lost rank [s].
+_DEVICE_WAIT_S = 60.0
+# How long a rank waits for its saver before it tells the others that it is there [s].
+_SAVING_WAIT_S = 1.0
 NOT_SAVED = 4  # exit status: the last step could not be saved
 _log = logging.getLogger("cs_lm")
+
+
+class RanksDifferError(UserError):
+    """The weights or moments are not the same on all ranks; nobody knows which are right."""
 
 
 class Trainer:
@@ -159,8 +168,8 @@ class Trainer:
             return self._finish()
         except StopRequested as stop:
             return self._stop(stop)
-        except NonFiniteError:
-            raise
+        except (NonFiniteError, RanksDifferError):
+            raise  # what is saved already is better than the state now
         except Exception:
             self._rescue()
             raise
@@ -208,17 +217,19 @@ class Trainer:
         samples = self._is_due(config.sample_interval, is_last)
         saves = self._is_due(config.save_interval, is_last) or evaluates or samples
         waits = reports or saves or bool(records)
-        saves |= reports and self._is_any(self.saver.has_failed)
+        saves |= reports and bool(self.ranks.max(self.saver.has_failed))
         if waits or self.ranks.size == 1:  # several ranks must find a bad step at the same time
-            self._look_for_bad_steps(waits)
+            self._look_for_bad_steps(math.inf if waits else 0.0)
         if reports:
             loss, norm = self.loss.item(), self.norm.item()
             lost = self._lost_to_ranks()
             self.reporter.report(self.step, self.state.trained_tokens, loss, self.lr, norm, lost)
         with self.reporter.watch.pause():
-            if self._is_due(config.check_interval, is_last) or self.step == 1:
+            checks = self._is_due(config.check_interval, is_last) or self.step == 1
+            if checks and config.check_interval:
                 self._compare_ranks()
             if saves:
+                self._wait_for_savers()
                 self._save()
             if evaluates:
                 self._evaluate()
@@ -228,6 +239,11 @@ class Trainer:
     def _is_any(self, own: bool) -> bool:
         """Whether it is so at this process or, where all save together, at another one."""
         return bool(self.ranks.max(own)) if self.sharing.saves_parts else own
+
+    def _wait_for_savers(self) -> None:
+        """Until no rank is saving an earlier step: all wait, so that nobody is taken for lost."""
+        while self.ranks.max(self.saver.is_saving(_SAVING_WAIT_S)):
+            pass
 
     def _lost_to_ranks(self) -> dict[str, Any]:
         """Of the steps since the last call: seconds that a rank waited, on average.
@@ -245,12 +261,15 @@ class Trainer:
         }
 
     def _compare_ranks(self) -> None:
-        """Raises: UserError if weights or moments are not the same bits on all ranks."""
-        if names := self.sharing.differences():
-            raise UserError(
-                f"training: after step {self.step}, {names[0]} and {len(names) - 1} other tensors "
-                f"are not equal on all {self.ranks.size} ranks: a processor or its memory is "
-                "faulty, or the ranks do not run the same program; resume from an older checkpoint"
+        """Raises: RanksDifferError if weights or moments are not the same bits on all ranks."""
+        found = [json.loads(t) for t in self.ranks.texts(json.dumps(self.sharing.differences()))]
+        if names := sorted({name for of_rank in found for name in of_rank}):
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise RanksDifferError(
+                f"training: after step {self.step}, the ranks differ in {names[0]}{more}, which "
+                f"must be equal on all {self.ranks.size}: a processor or its memory is "
+                "faulty, or the ranks do not run the same program; this step is not saved; "
+                f"{self.saver.kept}: resume from it, or from an older one with --resume_step"
             )
 
     def _is_due(self, interval: int, is_last: bool) -> bool:
@@ -306,7 +325,9 @@ class Trainer:
             return False
         loss, measure = self.task.selected_by(self.valid), self.task.measure
         is_best = loss is not None and self.folder.checkpoints.is_better(loss, measure)
-        return is_best and self.saver.save_best(self.step, loss, measure)
+        if is_best:
+            self.saver.save_best(self.step, loss, measure)
+        return is_best
 
     def _sample(self) -> None:
         is_needed = self.ranks.is_first or self.sharing.computes_together
@@ -331,7 +352,7 @@ class Trainer:
         return 0
 
     def _stop(self, stop: StopRequested) -> int:
-        self._look_for_bad_steps(wait=True)
+        self._look_for_bad_steps(math.inf)
         if not self.saver.save_surely(self._save):
             return NOT_SAVED
         _log.info(
@@ -360,7 +381,7 @@ class Trainer:
             )
             return
         try:
-            self._look_for_bad_steps(wait=True)
+            self._look_for_bad_steps(_DEVICE_WAIT_S)
             if self.saver.save_surely(self._save):
                 _log.info(
                     "step %d of %d is saved: --resume goes on from it", self.step, self.num_steps
@@ -370,9 +391,9 @@ class Trainer:
 
     # ---- steps that are not finite ----
 
-    def _look_for_bad_steps(self, wait: bool) -> None:
+    def _look_for_bad_steps(self, wait_s: float) -> None:
         """Reports steps that were not finite. Raises: NonFiniteError if the run has to stop."""
-        for step in self.monitor.bad_steps(wait):
+        for step in self.monitor.bad_steps(wait_s):
             whose = "" if self.ranks.is_first else f"_rank{self.ranks.rank}"
             path = self.folder.path / f"bad_step_{step + 1:08d}{whose}.json"
             with suppress(OSError):  # a full disk must not end the run

@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import random
+import shutil
 
 import pytest
 
@@ -40,11 +41,11 @@ def files(tmp_path_factory):
     return folder
 
 
-def encode(files, store, *more, names=("0.txt",)):
+def encode(files, store, *more, names=("0.txt",), chunk_size="777"):
     return command([
         "encode", "--corpus_path", *(str(files / name) for name in names), "--store", str(store),
         "--vocab_path", str(files / "vocab.json"), "--merges_path", str(files / "merges.txt"),
-        "--special_tokens", END, "--chunk_size", "777", *more,
+        "--special_tokens", END, "--chunk_size", chunk_size, *more,
     ])  # fmt: skip
 
 
@@ -135,6 +136,23 @@ def test_an_engine_with_other_ids_is_refused(files, tmp_path, capsys, monkeypatc
     assert not (tmp_path / "x").exists()
 
 
+def test_a_text_that_changed_after_a_part_was_encoded_is_found(files, tmp_path, capsys):
+    """Also if its length is the same, in the first or the last byte of a part."""
+    names = ["0.txt", "packed.txt.gz", "1.txt"]
+    copies = shutil.copytree(files, tmp_path / "files")
+    for part in ("1/3", "2/3", "3/3"):
+        assert encode(copies, tmp_path / "x", "--shard", part, names=names) == 0
+    for name, at in (("0.txt", 0), ("1.txt", -1), ("packed.txt.gz", 9)):
+        content = (copies / name).read_bytes()
+        changed = bytearray(content)
+        changed[at] ^= 1
+        (copies / name).write_bytes(changed)
+        assert encode(copies, tmp_path / "x", "--join", "3", names=names) == 2
+        assert "is of another text" in capsys.readouterr().err
+        (copies / name).write_bytes(content)
+    assert encode(copies, tmp_path / "x", "--join", "3", names=names) == 0
+
+
 def test_mistakes_are_named(files, tmp_path, capsys):
     store = tmp_path / "x"
     assert encode(files, store, "--shard", "1/2") == 0
@@ -144,6 +162,7 @@ def test_mistakes_are_named(files, tmp_path, capsys):
         (["--join", "2", "--shard", "1/2"], "--shard: has no effect with --join"),
         (["--shard", "1/2"], "part-00001-of-00002' exists"),
         (["--join", "2"], "part-00002-of-00002' is missing; encode it with --shard 2/2"),
+        (["--join", "2", "--num_workers", "2"], "--num_workers: has no effect with --join"),
         (["--engine", "tokenizers", "--num_workers", "2"], "--num_workers: has no effect"),
     ]
     capsys.readouterr()
@@ -154,6 +173,8 @@ def test_mistakes_are_named(files, tmp_path, capsys):
     assert encode(files, store, "--shard", "2/2") == 0
     assert encode(files, store, "--join", "2", names=("1.txt",)) == 2
     assert "is of another text" in capsys.readouterr().err
+    assert encode(files, store, "--join", "2", chunk_size="778") == 2
+    assert "another tokenizer or --chunk_size" in capsys.readouterr().err
     first = MemmapManager(tmp_path / "x.part-00001-of-00002")
     path = first.folder / first.files[0].name
     path.write_bytes(path.read_bytes()[:-2] + b"\x01\x00")

@@ -8,8 +8,9 @@ from cs_lm.config.optim import OptimConfig
 from cs_lm.data.batches import Batch
 from cs_lm.distributed.data_parallel import DataParallel
 from cs_lm.distributed.fully_sharded import FullySharded
-from cs_lm.distributed.grid import grid_of
+from cs_lm.distributed.grid import Team, grid_of
 from cs_lm.distributed.model_parallel import ModelParallel
+from cs_lm.distributed.pipeline import stage_layers
 from cs_lm.distributed.sharded_moments import ShardedMoments
 from cs_lm.distributed.sharing import Sharing
 from cs_lm.models.base import next_token_loss
@@ -192,6 +193,28 @@ def test_updates_are_those_of_one_process(pools, alone, kind, shape, size):
         assert (gradient - own_gradients[name].tensor).abs().max() <= 1e-6, name
 
 
+def differing(ranks, kind):
+    """The names that are told when one bit of rank 1 is another one."""
+    model, _, sharing, _ = shared(ranks, kind, "transformer")
+    sharing.begin()
+    assert sharing.differences() == []
+    if ranks.rank == 1:
+        model.ln_final.weight.data.view(torch.int32)[3] ^= 1
+    return sharing.differences()
+
+
+@pytest.mark.parametrize("kind", ("ddp", "tensor"))
+def test_a_bit_that_differs_is_found(pools, kind):
+    assert pools[2].run(differing, kind) == [["ln_final.weight"]] * 2
+
+
+@pytest.mark.parametrize("size", (1, 2, 3, 5, 6))
+def test_each_stage_has_a_layer(size):
+    stages = [stage_layers(6, Team(None, rank, size)) for rank in range(size)]
+    assert [n for stage in stages for n in stage] == list(range(6))
+    assert all(len(stage) >= 6 // size for stage in stages)
+
+
 def mixed(ranks, kind):
     """Losses and norms of updates with bfloat16 products, and the dtypes of what a rank keeps."""
     model, optimizer, sharing, rows = shared(ranks, kind, "transformer")
@@ -207,6 +230,8 @@ def test_mixed_precision_computes_in_bfloat16_and_sums_in_float32(pools, alone, 
     wanted, dtypes = mixed(None, "one")
     for found, own in pools[2].run(mixed, kind):
         assert own == dtypes == {"torch.float32"}
+        if kind != "tensor":  # its ranks round their parts of a sum
+            assert found[0][0] == pytest.approx(wanted[0][0], rel=1e-6)
         for one, other, exact in zip(found, wanted, alone["transformer"][0]):
             assert one == pytest.approx(other, rel=2e-3)
             assert one[0] != exact[0]  # the products are rounded

@@ -31,15 +31,18 @@ RUN = [
 LAST = 60
 
 
-def start(size, *flags, of_rank=lambda _: (), parallel=("--parallel", "ddp")):
+def start(
+    size, *flags, of_rank=lambda _: (), parallel=("--parallel", "ddp"), program=("run_clm.py",)
+):
     """The processes of a run, as torchrun would start them."""
-    port, command = free_port(), [sys.executable, str(ROOT / "run_clm.py")]
+    path, *first = program
+    port, command = free_port(), [sys.executable, str(ROOT / path), *first]
     variables = [launch_variables(rank, size, port) if size > 1 else {} for rank in range(size)]
     parallel = parallel if size > 1 else ()
     return [
         subprocess.Popen(
             [*command, *parallel, *map(str, flags), *of_rank(rank)],
-            env={**os.environ, **own, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, **own, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -115,7 +118,7 @@ def test_a_killed_rank_leaves_the_last_checkpoint_in_parts(work):
     assert "the ranks save together, so this step is not saved" in printed[0]
     assert "is kept; start the same command again, with --resume" in printed[0]
     last = RunFolder("run").checkpoints.steps()[0]
-    assert last % 10 == 0
+    assert last % 5 == 0
     train(2, "--resume", "--max_steps", last + 5, "--out_dir", "run", parallel=FSDP)
     train(1, *RUN, "--max_steps", last + 5, "--out_dir", "one")
     assert_close(numbers(work / "run"), numbers(work / "one"))
@@ -194,6 +197,28 @@ def test_a_rank_that_does_not_answer_is_named(work):
     processes[1].kill()
     assert processes[0].returncode == RANK_LOST and "rank 1 (process" in output
     assert time.monotonic() - begun_s < 33
+
+
+HINDERED = "tests/faults/hindered_run.py"
+
+
+def test_no_rank_is_lost_while_another_one_saves(work, quiet):
+    """Each save takes longer than a rank may be silent, and a best one is kept after it."""
+    flags = ["--max_steps", 20, "--out_dir", "run", "--dist_timeout_s", 3]
+    train(2, *RUN, *flags, program=(HINDERED, "slow"))
+    found = numbers(work / "run")
+    assert found == numbers(quiet)[: len(found)] and found[-1][1] == 20
+    assert RunFolder("run").checkpoints.steps() == [20, 15]
+    assert RunFolder("run").checkpoints.best().step == 20
+
+
+def test_weights_that_differ_are_not_saved(work):
+    flags = ["--max_steps", 20, "--out_dir", "run", "--check_interval", 14]
+    statuses, printed = finish(start(2, *RUN, *flags, program=(HINDERED, "flip")))
+    assert statuses == [2, 2]
+    expected = "after step 14, the ranks differ in ln_final.weight, .* the checkpoint of step 10 is"
+    assert re.search(expected, printed[0]), printed[0]
+    assert RunFolder("run").checkpoints.steps()[0] == 10
 
 
 def test_settings_that_differ_are_named_once(work):

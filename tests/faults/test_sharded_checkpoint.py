@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -133,12 +134,16 @@ def _change(index, kind):
         index["format_version"] = 99
     elif kind == "rank":
         table["parts"][0][0] = "../../x"
+    else:  # the name of what is missing
+        pairs = index["content"]["dict"]
+        index["content"]["dict"] = [pair for pair in pairs if pair[0] != kind]
 
 
 @pytest.mark.parametrize(
     "kind",
-    ("outside", "beyond the file", "huge", "negative", "dtype", "kind", "version", "rank"),
-)
+    ("outside", "beyond the file", "huge", "negative", "dtype", "kind", "version", "rank",
+     "model", "optimizer", "extras", "iteration"),
+)  # fmt: skip
 def test_an_index_that_does_not_fit_is_refused(saved, kind):
     folder = CheckpointManager(saved).path(2)
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
@@ -148,22 +153,29 @@ def test_an_index_that_does_not_fit_is_refused(saved, kind):
         read_parts(folder)
 
 
-def failing_save(ranks, folder):
-    """One rank cannot write at step 5, and then nobody has saved; step 7 is saved by all."""
+def failing_save(ranks, folder, error):
+    """One rank cannot write at step 5, and then nobody has saved; step 7 is saved by all.
+
+    error  None: that rank is at another step
+    """
     manager, messages = CheckpointManager(folder), []
     branch = ranks.branch()
     for step in (5, 7):
         whole = torch.arange(10.0) + step
         part = row_part(whole, ranks.rank, ranks.size)
+        number = step
         if step == 5 and ranks.rank == 1:
-            part = Part(Broken(), part.start, part.whole)
+            if error is None:
+                number = 6
+            else:
+                part = Part(Broken(error), part.start, part.whole)
         try:
             manager.save_parts(
-                {"iteration": step, "format_version": 1, "model": {"x": part}, "extras": {},
+                {"iteration": number, "format_version": 1, "model": {"x": part}, "extras": {},
                  "optimizer": {}}, branch,
             )  # fmt: skip
-        except OSError as error:
-            messages.append(str(error))
+        except OSError as failed:
+            messages.append(str(failed))
     return messages
 
 
@@ -172,17 +184,45 @@ class Broken:
 
     dtype, shape = torch.float32, (4,)
 
+    def __init__(self, error):
+        self.error = error
+
     def detach(self):
-        raise OSError(28, "No space left on device")
+        raise self.error
 
 
-def test_a_rank_that_cannot_write_leaves_the_older_checkpoint(pools, saved):
-    for messages in pools[3].run(failing_save, saved):
-        assert len(messages) == 1 and "rank 1: " in messages[0] and "No space" in messages[0]
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [(OSError(28, "No space left on device"), "rank 1: .*No space"),
+     (ValueError("a surprise"), "rank 1: a surprise"),
+     (None, "the ranks are at different steps: 5, 6, 5")],
+    ids=("disk", "surprise", "step"),
+)  # fmt: skip
+def test_a_rank_that_cannot_write_leaves_the_older_checkpoint(pools, saved, error, shown):
+    for messages in pools[3].run(failing_save, saved, error):
+        assert len(messages) == 1 and re.search(shown, messages[0])
     manager = CheckpointManager(saved)
     assert manager.steps() == [7, 2]
     assert torch.equal(manager.read(7)["model"]["x"], torch.arange(10.0) + 7)
     assert {path.name for path in saved.iterdir()} == {"step-00000002", "step-00000007"}
+
+
+def preparing(ranks, fails):
+    """What each rank gets from `first_alone`, in which rank 0 fails."""
+    try:
+        with ranks.first_alone():
+            if fails and ranks.is_first:
+                raise UserError("the text is empty")
+    except UserError as error:
+        return str(error)
+    return "prepared"
+
+
+def test_no_rank_waits_for_a_first_one_that_has_failed(pools):
+    first, *others = pools[3].run(preparing, True)
+    assert first == "the text is empty"
+    assert all("rank 0 (" in one and "could not prepare" in one for one in others)
+    assert pools[3].run(preparing, False) == ["prepared"] * 3
 
 
 def test_a_best_one_in_parts_is_kept_and_read(saved):

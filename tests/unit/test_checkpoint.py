@@ -127,9 +127,11 @@ def test_background_saver_saves_the_state_of_its_moment(tmp_path):
     manager.save = lambda content: (may_write.wait(), save(content))
     saver.save(checkpoint_content(model, optimizer, 2))
     update(model, optimizer, 3)
+    saver.save_best(2, 1.5, {})
+    assert saver.is_saving(0.01) and manager.best() is None
     may_write.set()
     saver.wait()
-    assert saver.saved_step == 2
+    assert saver.saved_step == 2 and manager.best().step == 2 and not saver.is_saving(0)
     content = manager.read(2)
     for a, b in zip(before, content["model"].values()):
         assert torch.equal(a, b)
