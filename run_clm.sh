@@ -136,7 +136,7 @@ rlhf)
     run -m cs_lm rlhf "$@"
     ;;
 test)
-    set_up "ui,test,parity,corpora,serve${CS_LM_EXTRAS:+,$CS_LM_EXTRAS}"
+    set_up "ui,test,parity,corpora,serve,scaling${CS_LM_EXTRAS:+,$CS_LM_EXTRAS}"
     # two processes; tests of one xdist_group run one after the other
     exec "$venv/bin/python" -m pytest -n 2 --dist loadgroup "$@"
     ;;

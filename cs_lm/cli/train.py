@@ -3,6 +3,7 @@
 import difflib
 import importlib.util
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from cs_lm.cli._errors import readable_errors
 from cs_lm.cli._fit import check_writable, fit
-from cs_lm.cli._init_from import read_start
+from cs_lm.cli._init_from import Start, read_start
 from cs_lm.cli._progress import ProgressLine
 from cs_lm.cli._ranks import check_ranks, joined, kept_for_ranks, log_of_rank
 from cs_lm.config.fields import flag_of, has_setting, replace, settings_of, value_of
@@ -46,21 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None) -> int:
-    parser = FlagParser(prog="run_clm.py", description=DESCRIPTION)
-    add_flags(parser, RunConfig)
-    namespace = parser.parse_strictly(argv)
-    given, wrong_values = read_flags(namespace, RunConfig)
+    namespace, given, wrong_values = _read_words(argv)
     if given.get("resume"):
         return _resume(namespace, given, wrong_values)
-    start = None
-    if given.get("init_from") is None:
-        base = _named_base(given)
-    else:
-        start = read_start(given["init_from"])
-        base = start.base
-        whose = "--init_from has", "leave the flag out, or --init_from"
-        _refuse_what_cannot_change(base, given, whose, _FIXED_FROM_START)
-    config = config_from_flags(base, namespace, _problems_of_this_machine)
+    start = None if given.get("init_from") is None else read_start(given["init_from"])
+    config = _new_config(namespace, given, start)
     folder = RunFolder(config.out_dir or Path("runs") / label_of(config.data))
     check_writable(folder.path)
     folder.refuse_a_run()
@@ -79,6 +70,32 @@ def _main(argv: Sequence[str] | None) -> int:
             return fit(
                 lambda: _new_trainer()(config, data, folder, weights=weights, ranks=ranks), ranks
             )
+
+
+def config_of(words: Sequence[str]) -> RunConfig:
+    """The settings of a new run with these flags. Raises: UserError for wrong ones."""
+    namespace, given, _ = _read_words(words)
+    start = None if given.get("init_from") is None else read_start(given["init_from"])
+    return _new_config(namespace, given, start)
+
+
+def _read_words(
+    words: Sequence[str] | None,
+) -> tuple[Namespace, dict[str, Any], list[Problem]]:
+    parser = FlagParser(prog="run_clm.py", description=DESCRIPTION)
+    add_flags(parser, RunConfig)
+    namespace = parser.parse_strictly(words)
+    return namespace, *read_flags(namespace, RunConfig)
+
+
+def _new_config(namespace: Namespace, given: dict[str, Any], start: Start | None) -> RunConfig:
+    if start is None:
+        base = _named_base(given)
+    else:
+        base = start.base
+        whose = "--init_from has", "leave the flag out, or --init_from"
+        _refuse_what_cannot_change(base, given, whose, _FIXED_FROM_START)
+    return config_from_flags(base, namespace, _problems_of_this_machine)
 
 
 def _locked(folder: RunFolder, ranks: Ranks) -> AbstractContextManager[None]:
@@ -204,12 +221,13 @@ def _problems_of_this_machine(config: RunConfig) -> list[Problem]:
 
 
 def _print_dry_run(config: RunConfig, folder: RunFolder, tokenizer) -> int:
+    from cs_lm.scaling.run_time import predicted_seconds
     from cs_lm.training.estimate import report
 
     check_no_pipe(config)
     if not is_first_rank():
         return 0
-    print(report(config, folder.path, tokenizer))
+    print(report(config, folder.path, tokenizer, lambda n: predicted_seconds(config, n)))
     print("dry run: settings are fine, nothing was written")
     return 0
 

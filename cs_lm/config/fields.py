@@ -226,6 +226,6 @@ def _not_among_choices(config: Any) -> list[Problem]:
         choices, value = choices_of(each), getattr(config, each.name)
         if dataclasses.is_dataclass(value):
             found += _not_among_choices(value)
-        elif choices and value not in choices:
+        elif choices and value is not None and value not in choices:
             found.append(Problem(flag_of(each), f"got {value!r}", f"one of {', '.join(choices)}"))
     return found

@@ -50,7 +50,17 @@ class ModelConfig(ArchitectureConfig, architecture="transformer"):
         512, "longest sequence the model can see", "tokens", flag="--max_seq_length"
     )
     rope_theta: float = setting(100000.0, "base of the rotary angles", flag="--theta")
+    mup_base_width: int | None = setting(
+        None,
+        "muP: the best --lr of a model of this width is the best one of --d_model, too; keep the "
+        "head size and d_ff / d_model. None: no scaling",
+    )
     norm_eps: float = field(default=1e-5)
+
+    @property
+    def mup_scale(self) -> float:
+        """What muP multiplies the learning rates of matrices with: base width / width."""
+        return 1.0 if self.mup_base_width is None else self.mup_base_width / self.d_model
 
     def validate(self) -> list[Problem]:
         found = _validate_shape(self)

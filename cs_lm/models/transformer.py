@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from cs_lm.config.model import ModelConfig
 from cs_lm.models.base import FinishLayer, LanguageModel, leave_it
+from cs_lm.models.init import linear_std
 from cs_lm.models.kv_cache import KVCache
 from cs_lm.models.layers import (
     DEFAULT,
@@ -114,7 +115,19 @@ class TransformerLM(LanguageModel):
             finish_layer(self.layers[-1])
         self.ln_final = RMSNorm(d_model, eps=config.norm_eps, ops=ops, factory=factory)
         self.lm_head = Linear(d_model, vocab_size, ops=ops, factory=factory)
+        if config.mup_base_width is not None:
+            self._scale_head(config.mup_base_width)
         self.make_tables(device)
+
+    @torch.no_grad()
+    def _scale_head(self, base: int) -> None:
+        """muP: the head's weights are those of the base width, times base width / width.
+
+        Source: Yang et al. 2022, Tensor Programs V, table 3; optim/param_groups.py has the rest.
+        """
+        vocab_size, d_model = self.lm_head.weight.shape
+        wanted = linear_std(base, vocab_size) * base / d_model
+        self.lm_head.weight.mul_(wanted / linear_std(d_model, vocab_size))
 
     def make_tables(self, device: torch.device | str | None = None) -> None:
         frequencies = rope_frequencies(self.config)

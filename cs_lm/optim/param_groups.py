@@ -11,6 +11,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Matrices with weight decay; embedding tables, gains and biases without.
 
     An embedding table that is also the head (tied) gets no weight decay.
+    With muP (`ModelConfig.mup_base_width`), the learning rate of matrices is scaled by base width /
+    width, and their weight decay by the inverse, so that both together decay as at the base width.
+    Source: Yang et al. 2022, Tensor Programs V, table 3, Adam.
     """
     tables = {id(module.weight) for module in model.modules() if isinstance(module, Embedding)}
 
@@ -19,8 +22,10 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
     decayed = [p for p in model.parameters() if is_decayed(p)]
     not_decayed = [p for p in model.parameters() if not is_decayed(p)]
+    scale = getattr(getattr(model, "config", None), "mup_scale", 1.0)
+    of_width = {} if scale == 1.0 else {"lr_scale": scale}
     return [
-        {"params": decayed, "weight_decay": weight_decay},
+        {"params": decayed, "weight_decay": weight_decay / scale, **of_width},
         {"params": not_decayed, "weight_decay": 0.0},
     ]
 

@@ -1,6 +1,7 @@
 """Estimates of a run's steps, FLOPs, memory and disk space, without training (--dry_run)."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 from cs_lm.config.run import RunConfig
@@ -10,7 +11,7 @@ from cs_lm.models.registry import ARCHITECTURES, SavedActivations
 from cs_lm.models.stats import FLOAT_BYTES, count_weights, flops_per_token, num_parameters
 from cs_lm.optim.schedule import learning_rate
 from cs_lm.tokenizer import BPETokenizer
-from cs_lm.training.console import format_bytes
+from cs_lm.training.console import format_bytes, format_duration
 
 
 def saved_activations(config: RunConfig) -> SavedActivations:
@@ -65,9 +66,15 @@ def memory_bytes(config: RunConfig) -> int:
     return int(FLOAT_BYTES * (state + copies + positions * per_position))
 
 
-def report(config: RunConfig, out_dir: Path, tokenizer: BPETokenizer | None = None) -> str:
+def report(
+    config: RunConfig,
+    out_dir: Path,
+    tokenizer: BPETokenizer | None = None,
+    seconds_of: Callable[[float], float | None] = lambda tokens: None,
+) -> str:
     """The estimates as a table of text.
 
+    seconds_of  time that training on so many tokens takes; None: not known
     tokenizer  the one of the resumed run or of --init_from; None: it is made from the corpus
     """
     model = config.model
@@ -103,6 +110,9 @@ def report(config: RunConfig, out_dir: Path, tokenizer: BPETokenizer | None = No
             f"{about}{format_bytes(id_bytes * all_tokens)} for the token store",
         ),
     ]
+    seconds = seconds_of(trained)
+    if seconds is not None:
+        rows.append(("time", f"roughly {format_duration(seconds)}, if nothing else runs here"))
     warmup, end = (
         round(config.optim.warmup_ratio * steps),
         round(config.optim.warmfix_ratio * steps),

@@ -48,6 +48,7 @@ OUR_FLAGS = {
     "--valid_path",
     "--valid_fraction",
     "--encoding_errors",
+    "--mup_base_width",
     "--replicas",
     "--tensor_parallel",
     "--context_parallel",
@@ -182,6 +183,9 @@ CONFIGS = {
     "chat": "cs_lm.cli.chat.ChatConfig",
     "compare": "cs_lm.cli.compare.CompareConfig",
     "rlhf": "cs_lm.cli.rlhf.RLHFConfig",
+    "plan": "cs_lm.cli.plan.PlanConfig",
+    "sweep": "cs_lm.cli.sweep.SweepConfig",
+    "scaling-law": "cs_lm.cli.scaling_law.ScalingLawConfig",
 }
 MAY_BE_NEGATIVE = ("frequency_penalty", "presence_penalty", "length_penalty")
 FROZEN = Path(__file__).with_name("flags.txt")

@@ -29,9 +29,10 @@ _TABLE = {
     "evaluation": "config ops models distributed data tokenizer inference",
     "training": _ALL_BELOW,
     "alignment": f"{_ALL_BELOW} training",
+    "scaling": f"{_ALL_BELOW} training",
     "reports": "config storage",
     "serving": "config ops models inference tokenizer alignment reports",
-    "cli": f"{_ALL_BELOW} interop training alignment reports serving",
+    "cli": f"{_ALL_BELOW} interop training alignment scaling reports serving",
 }
 MAY_IMPORT = {wing: set(others.split()) for wing, others in _TABLE.items()}
 # Belongs to no wing: it names the public things of all of them.
