@@ -60,6 +60,9 @@ class ScalingLawConfig:
         ):
             wrong = [one for one in values if one is not None and not 0 < one < math.inf]
             found += [Problem(flag, f"got {one}", "a number above 0") for one in wrong]
+        for flag, value in (("--least_flops", self.least_flops), ("--seed", self.seed)):
+            if not 0 <= value < math.inf:
+                found.append(Problem(flag, f"got {value}", "0 or more"))
         if (self.at_size is None) != (self.at_tokens is None):
             flags = ("--at_size", "--at_tokens")
             found.append(no_effect_without(*(flags if self.at_tokens is None else flags[::-1])))

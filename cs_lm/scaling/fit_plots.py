@@ -67,7 +67,8 @@ def plot_frontier(
 
 
 def _band(axes, compute: np.ndarray, intervals: Sequence, color: str, label: str) -> None:
-    axes.plot(compute, [one.value for one in intervals], color=color, label=label)
+    style = "-" if color == "C0" else "--"
+    axes.plot(compute, [one.value for one in intervals], style, color=color, label=label)
     low, high = [one.low for one in intervals], [one.high for one in intervals]
     axes.fill_between(compute, low, high, color=color, alpha=_BAND, lw=0)
 

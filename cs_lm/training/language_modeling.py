@@ -15,7 +15,6 @@ from cs_lm.data.prefetch import steps_ahead
 from cs_lm.data.token_store import Tokens
 from cs_lm.device import resolve_device
 from cs_lm.distributed.data_parallel import DataParallel
-from cs_lm.distributed.fully_sharded import FullySharded
 from cs_lm.distributed.grid import Grid, grid_of
 from cs_lm.distributed.model_parallel import ModelParallel
 from cs_lm.distributed.ranks import ALONE, Ranks
@@ -72,6 +71,8 @@ def _sharing_of(config: RunConfig, ranks: Ranks, grid: Grid, device: torch.devic
     if ranks.size == 1:
         return Sharing()
     if config.parallel == "fsdp":
+        from cs_lm.distributed.fully_sharded import FullySharded  # takes a second to import
+
         recompute = config.activation_checkpointing
         sharing = FullySharded(grid.data, device, config.replicas, recompute=recompute)
     else:
