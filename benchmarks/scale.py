@@ -6,7 +6,7 @@ All ranks are processes of this machine that talk by gloo; nothing here is about
 
 wire     bytes that each collective gets in an update, counted by wrapping torch.distributed's
          functions, beside the formulas
-memory   bytes of weights, gradients and moments that a rank keeps, beside the formulas
+memory   bytes of weights, gradients and moments that a rank keeps, beside what cs-lm plan says
 time     two ranks of one thread beside one process of two threads, in turns
 overlap  an update whose collectives take some time longer, with buckets that travel during
          backward, and with one that travels after it
@@ -213,14 +213,14 @@ def kept(ranks: Any, kind: str) -> int:
 def show_memory(pools: Any) -> None:
     from cs_lm.config.model import ModelConfig
     from cs_lm.models.stats import num_parameters
+    from cs_lm.scaling.meshes import FLOAT32, Mesh, state_bytes
 
     total = num_parameters(ModelConfig(**SHAPE))
     for kind in KINDS:
         for size in (4,) if kind == "hybrid" else (2, 3):
-            formula = {
-                "ddp": 16 * total, "moments": 8 * total + 8 * total / size,
-                "fsdp": 16 * total / size, "hybrid": 16 * total / (size / 2),
-            }[kind]  # fmt: skip
+            replicas, sharding = (2, "fsdp") if kind == "hybrid" else (1, kind)
+            mesh = Mesh(size // replicas, sharding=sharding)
+            formula = sum(state_bytes(total, mesh, FLOAT32))
             found = pools(size).run(kept, kind)
             print(json.dumps({"question": "bytes of weights, gradients, moments at a rank",
                               "kind": kind, "ranks": size, "most": max(found),

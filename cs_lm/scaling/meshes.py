@@ -24,7 +24,18 @@ from cs_lm.scaling.devices import CPU, Device
 RECOMPUTE = ("none", "selective", "full")
 SHARDING = ("ddp", "moments", "fsdp")
 _HALF = 2  # bytes of a bfloat16 number
-_WEIGHT, _GRADIENT, _OPTIMIZER = 2, 2, 12  # bytes a parameter
+
+
+class Precision(NamedTuple):
+    """Bytes a parameter."""
+
+    weight: int
+    gradient: int
+    optimizer: int
+
+
+MIXED = Precision(2, 2, 12)  # a float32 copy and two moments
+FLOAT32 = Precision(4, 4, 8)  # as this program keeps them, also with --dtype bfloat16
 
 
 class Shape(NamedTuple):
@@ -159,7 +170,7 @@ def cost(shape: Shape, mesh: Mesh, device: Device, batch_rows: int) -> Cost:
         bubble_s,
         stages_s,
         gradients_s,
-        *state_bytes(shape, mesh),
+        *state_bytes(shape.parameters, mesh),
         activation_bytes(shape, mesh, micro_batches),
         shape.model_flops(tokens) / (of_all * device.peak_flops),
         flops / of_all,
@@ -184,7 +195,7 @@ def _data_bytes(shape: Shape, mesh: Mesh, micro_batches: float) -> float:
     share = (size - 1) / size
     found = 2 * share * own * 4
     if mesh.sharding == "fsdp":
-        found = share * own * (4 + 2 * _WEIGHT)
+        found = share * own * (4 + 2 * _HALF)
     if mesh.context > 1:  # keys and values forward and again backward, their gradients
         heads = shape.num_kv_heads / shape.num_heads / mesh.tensor
         keys = 2 * _HALF * shape.seq_length * mesh.micro_batch * shape.d_model * heads
@@ -198,11 +209,13 @@ def _link_of_data(mesh: Mesh, device: Device) -> float:
     return device.link if is_one_machine else device.network
 
 
-def state_bytes(shape: Shape, mesh: Mesh) -> tuple[float, float, float]:
+def state_bytes(
+    parameters: float, mesh: Mesh, precision: Precision = MIXED
+) -> tuple[float, float, float]:
     """Bytes a device for weights, gradients and optimizer."""
-    own = shape.parameters / (mesh.tensor * mesh.pipeline)
+    own = parameters / (mesh.tensor * mesh.pipeline)
     parts = mesh.data * mesh.context
-    weights, gradients, optimizer = _WEIGHT * own, _GRADIENT * own, _OPTIMIZER * own
+    weights, gradients, optimizer = (size * own for size in precision)
     if mesh.sharding in ("moments", "fsdp"):
         optimizer /= parts
     if mesh.sharding == "fsdp":
