@@ -126,6 +126,8 @@ lecture)
         --out_dir runs/lecture
     ;;
 distributed)
+    [[ "${CS_LM_PROCESSES:-2}" =~ ^[1-9][0-9]*$ ]] ||
+        fail "CS_LM_PROCESSES: got '$CS_LM_PROCESSES', need 1 or more; it is the number of processes"
     set_up ui
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
     launcher=(-m torch.distributed.run --standalone --nproc_per_node "${CS_LM_PROCESSES:-2}")

@@ -69,13 +69,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_in_parts(content, checkpoints, config.num_parts or 2)
         else:
             write_single(content, checkpoints)
+        for name in ("tokenizer", "metrics.jsonl"):
+            if (source / name).is_dir():
+                shutil.copytree(source / name, target / name)
+            elif (source / name).is_file():
+                shutil.copyfile(source / name, target / name)
     except BaseException:
         shutil.rmtree(target, ignore_errors=True)  # there was nothing in it
         raise
-    for name in ("tokenizer", "metrics.jsonl"):
-        if (source / name).is_dir():
-            shutil.copytree(source / name, target / name)
-        elif (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
     print(f"wrote step {content['iteration']} to {config.target} ({config.file_format})")
     return 0

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import threading
 import time
 
@@ -184,3 +185,14 @@ def test_an_export_is_read_when_it_is_used(run, tmp_path):
     part = content["model"]["token_embeddings.weight"].read((3, 0), (2, 16))
     wanted = last_checkpoint(run / "short")["model"]["token_embeddings.weight"]
     assert torch.equal(part, wanted[3:5])
+
+
+def test_a_disk_that_fills_up_at_the_end_leaves_nothing(run, tmp_path, capsys, monkeypatch):
+    def full(*_paths, **_more):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    argv = ["convert", "--out_dir", str(run / "short"), "--to", str(tmp_path / "y")]
+    assert command(argv) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert not (tmp_path / "y").exists()

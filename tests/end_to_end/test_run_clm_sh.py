@@ -57,3 +57,15 @@ def test_a_text_of_one_s_own_goes_by_its_own_name(tmp_path):
     assert "--out_dir" not in words_of(tmp_path, "distributed", "--corpus_path", "x.txt")
     assert "--out_dir" in words_of(tmp_path, "characters", "--corpus_path", "x.txt")
     assert words_of(tmp_path, "-h")[-1] == "-h"
+
+
+@pytest.mark.parametrize("number", ["x", "0", "-1", "2.5"])
+def test_a_number_of_processes_that_is_none(number):
+    found = subprocess.run(
+        ["bash", ROOT / "run_clm.sh", "distributed"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CS_LM_PROCESSES": number},
+    )
+    assert found.returncode == 2
+    assert found.stderr.startswith(f"error: CS_LM_PROCESSES: got '{number}', need 1 or more")
