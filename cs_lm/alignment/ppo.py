@@ -99,7 +99,7 @@ class ProximalPolicyOptimization(PolicyTask):
         scale = 1.0 if config.value_lr is None else config.value_lr / optim.lr
         groups = [
             *parameter_groups(self.policy, optim.weight_decay),
-            *(group | {"lr_scale": scale} for group in of_value),
+            *(group | {"lr_scale": scale * group.get("lr_scale", 1.0)} for group in of_value),
         ]
         self.optimizer = AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
         self.kl: KLController = FixedKL(config.kl_coef)

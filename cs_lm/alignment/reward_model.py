@@ -44,6 +44,7 @@ class ScalarModel(nn.Module):
         device: torch.device | str | None = None,
     ):
         super().__init__()
+        self.config = config
         self.trunk = build_model(config, ops, generator=generator, device=device)
         self.trunk.lm_head = None  # no logits
         self.head = Linear(config.d_model, 1, bias=True, ops=ops)

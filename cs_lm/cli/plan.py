@@ -16,6 +16,7 @@ from cs_lm.config.fields import setting
 from cs_lm.config.flags import parse_config
 from cs_lm.config.presets import model_names, named_model
 from cs_lm.errors import Problem, UserError, no_effect_without
+from cs_lm.models.stats import num_parameters
 from cs_lm.scaling.compute_table import GPT3_TABLE
 from cs_lm.scaling.devices import CPU, DEVICES, Device, device_named
 from cs_lm.scaling.laws import (
@@ -89,16 +90,40 @@ class PlanConfig:
             found.append(no_effect_without("--hours", "--num_devices"))
         if self.money is not None and self.price is None:
             found.append(no_effect_without("--money", "--price"))
-        if not self.plans_a_run and self.tokens is not None:
-            found.append(no_effect_without("--tokens", "--model or --parameters"))
-        if self.plans_a_run and self.served_tokens is not None:
-            found.append(no_effect_without("--served_tokens", "a budget"))
+        found += self._without_effect()
         if self.parameters is not None and self.num_devices is not None:
             what = "needs --model: how devices share a model depends on its shape"
             found.append(Problem("--num_devices", what, fix="leave it out, or name a model"))
         if not 0 < self.mfu <= 1:
             found.append(Problem("--mfu", f"got {self.mfu}", "above 0, at most 1"))
         return found
+
+    def _without_effect(self) -> list[Problem]:
+        """Flags that change nothing in what is asked for."""
+        by_speed = self.hours is not None or self.money is not None
+        has_mesh = self.model is not None and self.num_devices is not None
+        used = {
+            "tokens": (self.plans_a_run, "--model or --parameters"),
+            "served_tokens": (not self.plans_a_run and self.show is None, "a budget"),
+            "price": (self.money is not None or self.plans_a_run, "--money, --model, --parameters"),
+            "num_devices": (self.hours is not None or self.plans_a_run, "--hours or --model"),
+            "device_kind": (
+                by_speed or self.plans_a_run,
+                "--hours, --money, --model, --parameters",
+            ),
+            "mfu": (by_speed or (self.plans_a_run and not has_mesh), "a budget of hours or money"),
+            "seq_length": (self.model is not None, "--model"),
+            **{
+                name: (has_mesh, "--model and --num_devices")
+                for name in ("batch_tokens", "overhead", "machine_years", "save_s", "restart_s")
+            },
+        }
+        fields = PlanConfig.__dataclass_fields__
+        return [
+            no_effect_without(f"--{name}", other)
+            for name, (has_effect, other) in used.items()
+            if not has_effect and getattr(self, name) != fields[name].default
+        ]
 
     @property
     def plans_a_run(self) -> bool:
@@ -130,13 +155,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _of_a_budget(config: PlanConfig) -> Iterator[str]:
     flops = _flops_of(config)
+    if not flops < 1e40:
+        raise UserError(Problem("--flops", f"got {flops:g}", "a budget below 1e40 FLOPs"))
     yield f"budget: {flops:.3g} FLOPs = {flops / PF_DAY:.3g} PF-days"
     rows = [("law", "parameters", "tokens", "tokens a parameter", "loss", "source")]
     for name, (optimum, source) in LAWS.items():
         rows.append(_row(name, optimum(flops), source))
     if config.served_tokens is not None:
-        loss = CORRECTED.optimum(flops).loss
-        served = for_serving(CORRECTED, loss, config.served_tokens)
+        served = for_serving(CORRECTED, flops, config.served_tokens)
         rows.append(_row("corrected, and serving", served, "Sardana 2024"))
     yield text_table(rows)
     yield (
@@ -181,7 +207,9 @@ def _of_a_run(config: PlanConfig) -> Iterator[str]:
     if config.model is not None:
         model = named_model(config.model)
         shape = shape_of(model, config.seq_length or model.context_length)
-    parameters = config.parameters if shape is None else shape.parameters
+        parameters = num_parameters(model)
+    else:
+        parameters = config.parameters
     tokens = config.tokens or 20 * parameters
     flops = training_flops(parameters, tokens) if shape is None else shape.model_flops(tokens)
     rows = [
@@ -194,13 +222,13 @@ def _of_a_run(config: PlanConfig) -> Iterator[str]:
             "checkpoint",
             f"{format_bytes(14 * parameters)}: weights in bfloat16, optimizer in float32",
         ),
-        ("token store", format_bytes((2 if tokens and _fits_16_bits(shape) else 4) * tokens)),
+        ("token store", format_bytes((2 if _fits_16_bits(shape) else 4) * tokens)),
     ]
     yield text_table(rows, has_head=False)
     if config.num_devices is None:
         hours = flops / (config.mfu * device.peak_flops) / 3600
         yield (
-            f"{hours:,.0f} hours of a {device.name} at {config.mfu:.0%} of its peak; "
+            f"{_time(hours)} of one {device.name} at {config.mfu:.0%} of its peak; "
             "add --num_devices to plan a mesh"
         )
         if config.price is not None:
@@ -273,22 +301,32 @@ def _of_time(config: PlanConfig, device: Device, best: Cost, steps: float) -> It
     hours = steps * best.seconds / 3600
     num_machines = math.ceil(config.num_devices / device.per_machine)
     risk = failures(num_machines, config.machine_years, config.save_s, config.restart_s)
-    with_failures = hours / max(0.01, 1 - risk.lost)
+    if risk.lost >= 1:
+        yield (
+            f"a failure every {_time(risk.hours_between)}: with saves of {config.save_s:g} s and "
+            f"restarts of {config.restart_s:g} s, the run never ends"
+        )
+        return
+    with_failures = hours / (1 - risk.lost)
     energy = energy_kwh(config.num_devices, device.watts, config.overhead, with_failures)
     yield (
         f"{steps:,.0f} steps, {hours / 24:.3g} days; with failures {with_failures / 24:.3g} days, "
-        f"{amount(with_failures * config.num_devices)} device-hours, {energy / 1000:,.3g} MWh"
+        f"{amount(with_failures * config.num_devices)} device-hours, {energy / 1000:,.0f} MWh"
     )
     yield (
-        f"a failure every {_time(risk.hours_between)}: save every {risk.save_every_s / 60:.3g} "
-        f"min; {risk.lost:.1%} of the time goes to saves, repeated work and restarts"
+        f"a failure every {_time(risk.hours_between)}: save every {_time(risk.save_every_s / 3600)}"
+        f"; {risk.lost:.1%} of the time goes to saves, repeated work and restarts"
     )
     if config.price is not None:
         yield f"price: {amount(with_failures * config.num_devices * config.price)}"
 
 
 def _time(hours: float) -> str:
-    return f"{hours / HOURS_A_YEAR:.3g} years" if hours > HOURS_A_YEAR else f"{hours:.3g} h"
+    if hours < 1:
+        return f"{60 * hours:.3g} min"
+    if hours > HOURS_A_YEAR:
+        return f"{hours / HOURS_A_YEAR:,.3g} years"
+    return f"{hours:.3g} h" if hours < 100 else f"{hours:,.0f} h"
 
 
 # ---- tables ----
@@ -316,7 +354,8 @@ def _runs() -> Iterator[str]:
              "fitted" if one.is_fitted else "")
         )  # fmt: skip
     yield text_table(rows)
-    yield "sources: cs_lm/scaling/published_runs.py; fitted: the efficiency of products is from it"
+    yield "fitted: the efficiency of products is from this row"
+    yield "sources, and what is assumed: cs_lm/scaling/published_runs.py"
 
 
 def _devices() -> Iterator[str]:

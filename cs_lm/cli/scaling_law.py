@@ -24,6 +24,7 @@ from cs_lm.scaling.fits import (
     Interval,
     IsoflopFit,
     ParametricFit,
+    best_of_each,
     fit_isoflop,
     fit_parametric,
 )
@@ -77,7 +78,10 @@ class ScalingLawConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(ScalingLawConfig, "python -m cs_lm scaling-law", __doc__, argv)
     every = [point for path in config.data for point in read_points(path, config.size)]
-    points = [one for one in every if one.flops >= config.least_flops]
+    points = best_of_each([one for one in every if one.flops >= config.least_flops])
+    if len(points) < len(every):
+        print(f"{len(every) - len(points)} of {len(every)} runs left out: too little compute, or "
+              "another run with the same size and tokens is better\n")  # fmt: skip
     parametric = fit_parametric(points, config.num_samples, config.seed)
     isoflop = None
     try:

@@ -25,7 +25,14 @@ from cs_lm.models.stats import flops_per_token, num_parameters
 from cs_lm.scaling.coordinate_check import HEAD_SIZE, coordinate_check, plot_changes, slopes
 from cs_lm.scaling.sweep import PlannedRun, Spec, planned_runs, read_spec, spec_of
 from cs_lm.scaling.sweep_plots import plot_sweep
-from cs_lm.scaling.sweep_results import ranked, results_of, table, write_results
+from cs_lm.scaling.sweep_results import (
+    Result,
+    ranked,
+    result_of,
+    results_of,
+    table,
+    write_results,
+)
 from cs_lm.scaling.sweep_runs import DONE, SweepFolder, command_of, train_runs
 from cs_lm.scaling.text_table import text_table
 
@@ -83,13 +90,16 @@ class SweepConfig:
         if self.spec is not None or by_flags or self.resume:
             what = "cannot be used with --spec, --flags, --vary, --budgets or --resume"
             found.append(Problem("--coordinate_check", what, fix="leave them out"))
+        if self.dry_run or self.num_jobs != SweepConfig.num_jobs:
+            flag = "--dry_run" if self.dry_run else "--num_jobs"
+            found.append(Problem(flag, "has no effect with --coordinate_check", fix="leave it out"))
         widths = self.coordinate_check
         if len(set(widths)) < 2 or any(one < HEAD_SIZE or one % HEAD_SIZE for one in widths):
             need = f"two or more multiples of {HEAD_SIZE}"
             got = f"got {' '.join(map(str, widths))}"
             found.append(Problem("--coordinate_check", got, need))
-        if not 0 < self.lr < 10:
-            found.append(Problem("--lr", f"got {self.lr}", "above 0, below 10"))
+        if not 1e-6 <= self.lr <= 10:
+            found.append(Problem("--lr", f"got {self.lr}", "1e-6 to 10"))
         return found
 
 
@@ -104,13 +114,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.dry_run:
         print(_described(runs))
         return 0
-    if not config.resume:
-        folder.write_spec(spec)
-    try:
-        train_runs(runs, folder, config.num_jobs, _told(runs, folder))
-    finally:
-        results = results_of(runs, folder)
-        write_results(results, folder.results)
+    with folder.lock():
+        if not config.resume:
+            _refuse_a_sweep(folder)  # that began meanwhile
+            folder.write_spec(spec)
+        try:
+            train_runs(runs, folder, config.num_jobs, _told(runs, folder))
+        finally:
+            results = results_of(runs, folder)
+            write_results(results, folder.results)
+    return _shown(config, folder, runs, results)
+
+
+def _shown(
+    config: SweepConfig,
+    folder: SweepFolder,
+    runs: Sequence[PlannedRun],
+    results: Sequence[Result],
+) -> int:
     print(table(results))
     print(f"results  {folder.results}")
     _plot(results, folder.path)
@@ -120,7 +141,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"best     {best[0].run.name}: {command_of(best[0].run, own)}")
     num_failed = sum(one.state.startswith("failed") for one in results)
     if num_failed:
-        print(f"{num_failed} runs failed: see {folder.path / 'logs'}; --resume tries them again")
+        logs = folder.path / "logs"
+        print(f"{num_failed} of {len(runs)} runs failed: see {logs}; --resume tries them again")
     return 1 if num_failed else 0
 
 
@@ -148,19 +170,26 @@ def _spec(config: SweepConfig, folder: SweepFolder) -> Spec:
             what = f"{config.out_dir!r} holds no sweep"
             raise UserError(Problem("--resume", what, fix="name its folder, or leave --resume out"))
         return folder.read_spec()
-    if folder.exists() and not config.dry_run:
-        what = f"{config.out_dir!r} holds a sweep already"
-        raise UserError(Problem("--out_dir", what, fix="add --resume, or name another folder"))
+    if not config.dry_run:
+        _refuse_a_sweep(folder)
     if config.spec is not None:
         return read_spec(config.spec)
     vary = {}
     for one in config.vary:
         name, _, values = one.partition("=")
+        if name in vary:
+            raise UserError(Problem("--vary", f"names {name} twice", fix="give all values at once"))
         vary[name.removeprefix("--")] = [_value(text) for text in values.split(",")]
     content: dict[str, Any] = {"vary": vary, "flags": _flags(config.flags or "")}
     if config.budgets:
         content["isoflop"] = {"budgets": list(config.budgets)}
     return spec_of(content)
+
+
+def _refuse_a_sweep(folder: SweepFolder) -> None:
+    if folder.exists():
+        what = f"{str(folder.path)!r} holds a sweep already"
+        raise UserError(Problem("--out_dir", what, fix="add --resume, or name another folder"))
 
 
 def _value(text: str) -> Any:
@@ -176,9 +205,15 @@ def _flags(text: str) -> dict[str, Any]:
     """The flags of a command line as a table."""
     found: dict[str, Any] = {}
     name = None
-    for word in shlex.split(text):
+    try:
+        words = shlex.split(text)
+    except ValueError as error:  # a quotation that does not end
+        raise UserError(Problem("--flags", f"got {text!r} ({error})")) from None
+    for word in words:
         if word.startswith("--"):
             name, has_value, value = word[2:].partition("=")
+            if name in found:
+                raise UserError(Problem("--flags", f"has --{name} twice", fix="give it once"))
             found[name] = [_value(value)] if has_value else []
         elif name is None:
             raise UserError(Problem("--flags", f"got {word!r}, which belongs to no flag"))
@@ -194,14 +229,17 @@ def _flags(text: str) -> dict[str, Any]:
 def _told(runs: Sequence[PlannedRun], folder: SweepFolder):
     """Prints each run as it ends, and keeps the table up to date."""
 
+    results = results_of(runs, folder)
+    places = {run.name: place for place, run in enumerate(runs)}
+    ended = {one.run.name for one in results if one.state in ("done", "diverged")}
+
     def on_end(run: PlannedRun, status: int) -> None:
-        results = results_of(runs, folder)
+        own = results[places[run.name]] = result_of(run, folder, status)
         write_results(results, folder.results)
-        own = next(one for one in results if one.run is run)
-        ended = sum(one.state not in ("waiting", "begun") for one in results)
+        ended.add(run.name)
         shown = "" if own.loss is None else f", loss {own.loss:.4f}"
         took = "" if own.seconds is None else f" ({own.seconds:.0f} s)"
-        print(f"[{ended}/{len(runs)}] {run.name}: {own.state}{shown}{took}", flush=True)
+        print(f"[{len(ended)}/{len(runs)}] {run.name}: {own.state}{shown}{took}", flush=True)
         if status != DONE:
             print(f"  its output: {folder.log(run.name)}", flush=True)
 

@@ -1,5 +1,6 @@
 """Which parameters get weight decay, and the optimizer of a run."""
 
+import torch
 from torch import Tensor, nn
 
 from cs_lm.config.optim import OptimConfig
@@ -22,12 +23,18 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
     decayed = [p for p in model.parameters() if is_decayed(p)]
     not_decayed = [p for p in model.parameters() if not is_decayed(p)]
-    scale = getattr(getattr(model, "config", None), "mup_scale", 1.0)
+    scale = getattr(getattr(model, "config", None), "mup_scale", 1.0)  # of GPT-2: none
     of_width = {} if scale == 1.0 else {"lr_scale": scale}
     return [
         {"params": decayed, "weight_decay": weight_decay / scale, **of_width},
         {"params": not_decayed, "weight_decay": 0.0},
     ]
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Each group gets it times its own "lr_scale", if it has one."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def names_in_groups(model: nn.Module, weight_decay: float) -> list[list[str]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from cs_lm.config.model import ModelConfig
 from cs_lm.config.optim import OptimConfig
 from cs_lm.models.registry import build_model
-from cs_lm.optim.param_groups import adamw_of
+from cs_lm.optim.param_groups import adamw_of, set_learning_rate
 from cs_lm.scaling.figures import figure_of, save
 from cs_lm.training.step import train_step
 
@@ -61,8 +61,7 @@ def _changes(
     )  # fmt: skip
     model = build_model(config, generator=torch.Generator().manual_seed(seed))
     optimizer = adamw_of(model, OptimConfig(lr=lr, lr_min=0.0))
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_scale", 1.0)
+    set_learning_rate(optimizer, lr)
     random = torch.Generator().manual_seed(seed + 1)
     ids = torch.randint(_VOCAB, (_ROWS, _LENGTH + 1), generator=random)
     before = _activations(model, ids[:, :-1])

@@ -19,6 +19,7 @@ _LEVEL = 0.95
 _STARTS = [
     (a, b, e) for a in (0.15, 0.35, 0.7) for b in (0.15, 0.35, 0.7) for e in (0.3, 0.7, 0.95)
 ]
+_TINY, _FAR = 1e-300, 690.0  # a small number, and the log of a large one
 _SAME_BUDGET = 0.05  # relative difference of compute within which runs are of one budget
 
 
@@ -40,8 +41,10 @@ def interval_of(value: float, samples: Sequence[float], widen: float = 1.0) -> I
     """
     tail = 100 * (1 - _LEVEL) / 2
     low, high = map(float, np.percentile(samples, (tail, 100 - tail)))
-    low, high = min(low, value) / value, max(high, value) / value
-    return Interval(value, value * low**widen, value * high**widen)
+    middle = math.log(value)
+    low, high = (middle + widen * (math.log(max(end, _TINY)) - middle) for end in (low, high))
+    low, high = max(min(low, middle), -_FAR), min(max(high, middle), _FAR)
+    return Interval(value, min(value, math.exp(low)), max(value, math.exp(high)))
 
 
 def _widening(num_points: int, num_constants: int) -> float:
@@ -93,12 +96,13 @@ class ParametricFit(NamedTuple):
 def fit_parametric(points: Sequence[Point], num_samples: int = 200, seed: int = 0) -> ParametricFit:
     """Minimises Huber's loss of log L from many starts; the bootstrap draws runs anew.
 
-    Raises: UserError for fewer than 6 runs, or runs of one size or one number of tokens.
+    Exponents are between 0.001 and 3, and E is at most the lowest loss.
+    Raises: UserError for fewer than 8 runs, or runs of one size or one number of tokens.
     """
     columns = np.array(points, dtype=np.float64).reshape(-1, 4)
     log_n, log_d, log_loss = np.log(columns[:, 0]), np.log(columns[:, 1]), np.log(columns[:, 3])
-    if len(columns) < 6 or np.ptp(log_n) < 0.1 or np.ptp(log_d) < 0.1:
-        need = "6 or more runs, of several sizes and several numbers of tokens"
+    if len(columns) < 8 or np.ptp(log_n) < 0.1 or np.ptp(log_d) < 0.1:
+        need = "8 or more runs, of several sizes and several numbers of tokens"
         raise UserError(f"scaling-law: got {len(columns)} runs, need {need}")
     best, theta = math.inf, None
     for start in _starts(log_n, log_d, log_loss):
@@ -151,9 +155,15 @@ def _minimised(
         a, b, e = np.exp(terms - np.logaddexp.reduce(terms))
         return np.stack([a, b, e, -log_n * a, -log_d * b], axis=1)
 
+    # E is at least a millionth of the lowest loss: its interval is one of ratios
+    highest = float(log_loss.min())
+    low = np.array([-50.0, -50.0, highest - 14, 1e-3, 1e-3])
+    high = np.array([200.0, 200.0, highest, 3.0, 3.0])
+    inside = np.clip(start, low + 1e-6, high - 1e-6)
     return _optimizers().least_squares(
-        residuals, start, slopes, x_scale="jac", loss="huber", f_scale=DELTA, max_nfev=400
-    )
+        residuals, inside, slopes, (low, high), x_scale="jac", loss="huber", f_scale=DELTA,
+        max_nfev=400,
+    )  # fmt: skip
 
 
 # ---- minima of equal compute ----
@@ -211,6 +221,16 @@ def _on_line(line: tuple[float, float], flops: float) -> float:
     return math.exp(line[0] + line[1] * math.log(flops))
 
 
+def best_of_each(points: Sequence[Point]) -> list[Point]:
+    """Of runs with equal size and tokens, the one with the lowest loss: the best settings."""
+    found: dict[tuple[float, float], Point] = {}
+    for point in points:
+        key = point.size, point.tokens
+        if key not in found or point.loss < found[key].loss:
+            found[key] = point
+    return list(found.values())
+
+
 def budgets_of(points: Sequence[Point]) -> dict[float, list[Point]]:
     """The runs by their compute; budgets that differ by rounding are one."""
     found: dict[float, list[Point]] = {}
@@ -229,15 +249,20 @@ def fit_isoflop(points: Sequence[Point], num_samples: int = 200, seed: int = 0) 
     The bootstrap adds residuals, drawn anew, to each parabola.
     Source: Hoffmann et al. 2022, section 3.2. Raises: UserError for too few runs.
     """
-    usable = {flops: own for flops, own in budgets_of(points).items() if len(own) >= 4}
+    budgets = budgets_of(points)
+    usable = {flops: own for flops, own in budgets.items() if len({p.size for p in own}) >= 4}
     parabolas = {flops: _parabola(own) for flops, own in usable.items()}
     curved = {flops: one for flops, one in parabolas.items() if one[0] > 0}
     if len(curved) < 2:
         need = "2 budgets or more with 4 sizes or more each, around a minimum"
-        raise UserError(f"scaling-law: got {len(curved)} such budgets, need {need}")
+        raise UserError(f"scaling-law: got {len(curved)} of them, need {need}")
     minima = [_minimum(flops, curved[flops], usable[flops]) for flops in curved]
     inside = [one for one in minima if one.is_inside]
-    inside = inside if len(inside) >= 2 else minima
+    if len(inside) < 2:
+        raise UserError(
+            f"scaling-law: {len(inside)} of {len(minima)} budgets have their minimum among their "
+            "runs, need 2 or more; train smaller or larger models with the same compute"
+        )
     random = np.random.Generator(np.random.PCG64(seed))
     samples, loss_samples = [], []
     for _ in range(num_samples):
@@ -246,6 +271,8 @@ def fit_isoflop(points: Sequence[Point], num_samples: int = 200, seed: int = 0) 
         if len(drawn) >= 2:
             samples.append(_line(drawn))
             loss_samples.append(_loss_law(drawn))
+    if len(samples) < num_samples / 2:
+        raise UserError("scaling-law: the minima are not certain; train more runs around them")
     return IsoflopFit(minima, curved, _line(inside), samples, _loss_law(inside), loss_samples)
 
 
@@ -300,6 +327,7 @@ def _loss_law(minima: Sequence[Minimum]) -> tuple[float, float, float]:
         math.log(losses.mean() - 0.5 * losses.min()),
         max(0.01, -2 * slope),
     ]
+    start[2] = min(max(start[2], 0.01), 1.9)
     bounds = ([0.0, -np.inf, 1e-4], [losses.min(), np.inf, 2.0])
     floor, log_k, power = _optimizers().least_squares(residuals, start, bounds=bounds).x
     return float(floor), float(math.exp(log_k + power * middle)), float(power)

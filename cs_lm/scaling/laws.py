@@ -6,7 +6,8 @@ of them a loss. Sources, with the names in the code:
 KAPLAN         Kaplan et al. 2020, Scaling laws for neural language models, table 6
 APPROACH_1..3  Hoffmann et al. 2022, Training compute-optimal large language models ("Chinchilla"),
                tables 3 and A3. The paper prints the pairs; the two constants of each power law here
-               are fitted to them, and meet all rows within rounding but those of 67 B parameters
+               are fitted to them, and meet all rows within rounding but those of 67 B parameters,
+               and one number of tokens at 280 B that does not fit its own FLOPs
 PARAMETRIC     its equation 10: constants as the text rounds them, and as in its TeX source
 CORRECTED      Besiroglu et al. 2024, Chinchilla scaling: a replication attempt: the same equation
                fitted again to the data in the paper's figures
@@ -123,21 +124,23 @@ LAWS: dict[str, tuple[Callable[[float], Optimum], str]] = {
 }
 
 
-def for_serving(
-    law: Parametric, loss: float, served_tokens: float, most_parameters: float = 1e14
-) -> Optimum:
-    """The model that reaches the loss with the least compute of training and of serving together.
+def for_serving(law: Parametric, flops: float, served_tokens: float) -> Optimum:
+    """The model as good as the best one of that training compute [FLOPs], but with the least
+    compute of training and serving together.
 
     A served token costs 2 N FLOPs. The more tokens are served, the smaller the model and the longer
     its training. Source: Sardana et al. 2024, Beyond Chinchilla-optimal, equation 4.
     """
+
+    best = law.optimum(flops)
+    loss = best.loss
 
     def cost(log_n: float) -> float:
         n = math.exp(log_n)
         return 6 * n * law.tokens_for(loss, n) + 2 * n * served_tokens
 
     low = math.log((law.A / (loss - law.E)) ** (1 / law.alpha)) + 1e-9  # smaller ones never do
-    parameters = math.exp(_lowest(cost, low, math.log(most_parameters)))
+    parameters = math.exp(_lowest(cost, low, math.log(best.parameters) + 1e-6))
     return Optimum(parameters, law.tokens_for(loss, parameters), loss)
 
 

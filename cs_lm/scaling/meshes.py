@@ -39,7 +39,11 @@ FLOAT32 = Precision(4, 4, 8)  # as this program keeps them, also with --dtype bf
 
 
 class Shape(NamedTuple):
-    """What decides the cost of a model. num_kv_heads: heads of keys and values."""
+    """What decides the cost of a model.
+
+    num_kv_heads  heads of keys and values
+    num_tables    tables of embeddings: 2 if the head has one of its own
+    """
 
     num_layers: int
     d_model: int
@@ -49,6 +53,7 @@ class Shape(NamedTuple):
     vocab_size: int
     is_gated: bool
     seq_length: int
+    num_tables: int = 1
 
     @property
     def in_layers(self) -> float:
@@ -59,7 +64,12 @@ class Shape(NamedTuple):
 
     @property
     def parameters(self) -> float:
-        """With one table of embeddings; norms and biases are too few to count."""
+        """Norms, biases and tables of positions are too few to count."""
+        return self.in_layers + self.num_tables * self.vocab_size * self.d_model
+
+    @property
+    def in_products(self) -> float:
+        """Weights of matrix products: all but the table that tokens are looked up in."""
         return self.in_layers + self.vocab_size * self.d_model
 
     @property
@@ -69,7 +79,7 @@ class Shape(NamedTuple):
 
     def model_flops(self, tokens: float) -> float:
         """Of training on the tokens, without what is computed again."""
-        return (6 * self.parameters + 3 * self.attention_flops) * tokens
+        return (6 * self.in_products + 3 * self.attention_flops) * tokens
 
     def hardware_flops(self, tokens: float, recompute: str) -> float:
         """And with what is computed again in the backward pass."""
@@ -89,6 +99,7 @@ def shape_of(config: ArchitectureConfig, seq_length: int) -> Shape:
         config.vocab_size,
         isinstance(config, ModelConfig),
         seq_length,
+        1 if getattr(config, "tied_head", False) else 2,
     )
 
 
@@ -159,8 +170,9 @@ def cost(shape: Shape, mesh: Mesh, device: Device, batch_rows: int) -> Cost:
     bubble = (p - 1) / (mesh.parts * micro_batches)
     bubble_s = (compute_s + tensor_s) * bubble
     activations = _HALF * shape.seq_length / c * b * shape.d_model
-    stages_s = 0.0 if p == 1 else 2 * mesh.parts * micro_batches * activations / t / device.network
-    gradients_s = _data_bytes(shape, mesh, micro_batches) / _link_of_data(mesh, device)
+    link = _link_between_machines(mesh, device)
+    stages_s = 0.0 if p == 1 else 2 * mesh.parts * micro_batches * activations / t / link
+    gradients_s = _data_bytes(shape, mesh, micro_batches) / link
     seconds = compute_s + tensor_s + bubble_s + stages_s + gradients_s
     of_all = seconds * mesh.num_devices
     return Cost(
@@ -189,13 +201,16 @@ def _tensor_bytes(shape: Shape, mesh: Mesh) -> float:
 
 
 def _data_bytes(shape: Shape, mesh: Mesh, micro_batches: float) -> float:
-    """For sums of gradients in float32 and, sharded, gathers of weights; of contexts, keys, too."""
+    """For sums of gradients in float32 and, among contexts, gathers of keys and values.
+
+    With fsdp, each micro-batch gathers the weights forward and backward, and sums its gradients.
+    """
     size = mesh.data * mesh.context
     own = shape.parameters / (mesh.tensor * mesh.pipeline)
     share = (size - 1) / size
     found = 2 * share * own * 4
     if mesh.sharding == "fsdp":
-        found = share * own * (4 + 2 * _HALF)
+        found = micro_batches * share * own * (4 + 2 * _HALF)
     if mesh.context > 1:  # keys and values forward and again backward, their gradients
         heads = shape.num_kv_heads / shape.num_heads / mesh.tensor
         keys = 2 * _HALF * shape.seq_length * mesh.micro_batch * shape.d_model * heads
@@ -204,7 +219,7 @@ def _data_bytes(shape: Shape, mesh: Mesh, micro_batches: float) -> float:
     return found
 
 
-def _link_of_data(mesh: Mesh, device: Device) -> float:
+def _link_between_machines(mesh: Mesh, device: Device) -> float:
     is_one_machine = mesh.num_devices <= device.per_machine
     return device.link if is_one_machine else device.network
 

@@ -32,19 +32,23 @@ def read_points(path: str | Path, size: str = "parameters") -> list[Point]:
     Raises: UserError naming the file and what is wrong in it.
     """
     if not Path(path).is_file():
-        raise MissingError(Problem("--data", f"{str(path)!r} does not exist"))
+        what = "is a folder; name a file in it" if Path(path).is_dir() else "does not exist"
+        raise MissingError(Problem("--data", f"{str(path)!r} {what}"))
     is_json = Path(path).suffix.lower() == ".json"
     try:
         rows = list(_json_rows(path) if is_json else _csv_rows(path))
         found = [_point(row, size) for row in rows]
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        what = f"{str(path)!r} cannot be read ({error})"
+    except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError, OSError,
+            RecursionError, csv.Error) as error:  # fmt: skip
+        what = f"{str(path)!r} cannot be read ({type(error).__name__}: {error})"
         need = "results.csv of a sweep, or a JSON list of objects"
         raise UserError(Problem("--data", what, need)) from None
     for number, point in enumerate(found, 1):
         if not all(0 < value < math.inf for value in point):
             what = f"{str(path)!r}: row {number} is {tuple(point)}"
             raise UserError(Problem("--data", what, "numbers above 0"))
+    if not found:
+        raise UserError(Problem("--data", f"{str(path)!r} has no run that has ended"))
     return found
 
 

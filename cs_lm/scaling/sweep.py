@@ -22,6 +22,7 @@ A value of [vary] that is a table sets several flags at once.
 import itertools
 import json
 import math
+import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -35,9 +36,14 @@ from cs_lm.models.stats import flops_per_token, num_parameters
 
 Settings = dict[str, Any]
 ConfigOf = Callable[[list[str]], RunConfig]
+BUDGET = "budget"  # the column of the compute that a run of equal compute gets [FLOPs]
+# names of columns in the table of results
+RESERVED = ("run", "state", "parameters", "trained_tokens", "flops", "epochs", "loss", "best",
+            "bits_per_byte", "seconds", BUDGET, "settings", "isoflop")  # fmt: skip
 TOKENS = "tokens"  # the setting that stands for --max_steps and --num_epochs
 MAX_RUNS = 10_000
 MIN_STEPS = 20  # of a run of equal compute: with fewer, its loss says nothing
+_LENGTHS = (TOKENS, "max_steps", "num_epochs")
 _RATIOS = "tokens_per_parameter"
 _EPOCHS = 1e6  # so many that --max_steps decides
 _OWN_FLAGS = ("out_dir", "resume", "resume_step", "dry_run")
@@ -85,7 +91,7 @@ def read_spec(path: str | Path) -> Spec:
     try:
         text = Path(path).read_text(encoding="utf-8")
         content = json.loads(text) if Path(path).suffix == ".json" else tomllib.loads(text)
-    except (json.JSONDecodeError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(Problem("--spec", f"{str(path)!r} cannot be read ({error})")) from None
     return spec_of(content)
 
@@ -123,12 +129,20 @@ def spec_of(content: Any) -> Spec:
         wrong.append(Problem("--spec", f"[isoflop] budgets: got {budgets!r}", need))
     for name, values in parts["vary"].items():
         wrong += _problems_of(name, values, is_random=bool(random))
+    wrong += [problem for table in _tables(parts) for problem in _strange_values(table)]
+    if wrong:
+        raise UserError(*wrong)
     for name in _OWN_FLAGS:
         if any(name in each for each in _tables(parts)):
             wrong.append(Problem("--spec", f"{name}: the sweep sets it", fix="leave it out"))
-    if isoflop and any(TOKENS in each or "max_steps" in each for each in _tables(parts)):
-        what = "tokens or max_steps: with [isoflop], the compute sets them"
+    named = {name for each in _tables(parts) for name in each}
+    of_length = [name for name in _LENGTHS if name in named]
+    if of_length and isoflop:
+        what = f"{of_length[0]}: with [isoflop], the compute sets it"
         wrong.append(Problem("--spec", what, fix="leave it out"))
+    elif TOKENS in of_length and len(of_length) > 1:
+        what = f"{TOKENS} and {of_length[1]} say the same"
+        wrong.append(Problem("--spec", what, fix="leave one of them out"))
     if not parts["vary"] and not isoflop:
         wrong.append(Problem("--spec", "varies nothing", fix="name settings under [vary]"))
     if wrong:
@@ -152,11 +166,14 @@ def _unknown(part: str, table: Settings, known: tuple[str, ...]) -> list[Problem
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) < 1e300
 
 
 def _problems_of(name: str, values: Any, is_random: bool) -> list[Problem]:
-    where = f"[vary] {name}: got {values!r}"
+    where = f"[vary] {name}: got {str(values)[:80]}"
+    if not re.fullmatch(r"[A-Za-z][\w-]*", name) or name in RESERVED:
+        what = f"[vary] {name}: is no name of a setting or of a group of them"
+        return [Problem("--spec", what, fix="use letters, digits and _; some words are taken")]
     if isinstance(values, dict):
         if not is_random:
             return [Problem("--spec", where, "a list; a range is for [random]")]
@@ -164,14 +181,25 @@ def _problems_of(name: str, values: Any, is_random: bool) -> list[Problem]:
         is_range = _is_number(low) and _is_number(high) and low < high
         if not is_range or set(values) - {"low", "high", "log"}:
             return [Problem("--spec", where, "low and high, and log = true for even ratios")]
+        if type(values.get("log", False)) is not bool:
+            return [Problem("--spec", where, "log = true or log = false")]
         if values.get("log", False) and low <= 0:
             return [Problem("--spec", where, "low above 0, because of log")]
         return []
     if not isinstance(values, list) or not values:
         return [Problem("--spec", where, "a list of values")]
-    if len({json.dumps(one, sort_keys=True) for one in values}) < len(values):
+    if len({repr(one) for one in values}) < len(values):
         return [Problem("--spec", where, "each value once")]
     return []
+
+
+def _strange_values(table: Settings) -> Iterator[Problem]:
+    """Values that no flag can have."""
+    for name, value in table.items():
+        for one in value if isinstance(value, list) else [value]:
+            if not isinstance(one, (str, bool, dict)) and not _is_number(one):
+                what = f"{name}: got {str(one)[:80]}"
+                yield Problem("--spec", what, "numbers, texts, true, false or tables")
 
 
 # ---- the runs ----
@@ -191,7 +219,8 @@ def planned_runs(spec: Spec, config_of: ConfigOf) -> list[PlannedRun]:
                 name = f"{len(found):03d}-{_label(varied)}"
                 found.append(PlannedRun(name, varied, words, config_of(words)))
         except UserError as error:
-            wrong += [f"{_label(settings)}: {problem}" for problem in error.args]
+            whose = f"{_label(settings)}: " if settings else ""
+            wrong += [f"{whose}{problem}" for problem in error.args]
     if wrong:
         raise UserError(*dict.fromkeys(wrong))
     if not found:
@@ -241,7 +270,7 @@ def _with_compute(
         low, high = spec.ratios
         is_wanted = low <= tokens / num_parameters(config.model) <= high
         if steps >= MIN_STEPS and is_wanted:
-            yield {"flops": budget, **settings}, _for_steps(flags, steps)
+            yield {BUDGET: budget, **settings}, _for_steps(flags, steps)
 
 
 def _flat(settings: Settings) -> Settings:

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from cs_lm.scaling.figures import figure_of, save
-from cs_lm.scaling.sweep import shown_value
+from cs_lm.scaling.sweep import BUDGET, shown_value
 from cs_lm.scaling.sweep_results import Result, ranked, setting_names
 
-COMPUTE = "flops"  # the setting of runs of equal compute
 _LOG_RATIO = 8  # values that differ by more are drawn on a logarithmic axis
 
 
@@ -22,7 +21,7 @@ def plot_sweep(results: Sequence[Result], folder: Path) -> list[Path]:
     paths = [_against(done, name, varied, folder / f"loss-{name}.png") for name in varied]
     if len(varied) > 1:
         paths.append(_side_by_side(done, varied, folder / "settings.png"))
-    if COMPUTE in varied:
+    if BUDGET in varied:
         paths.append(_isoflop(done, folder / "isoflop.png"))
     return paths
 
@@ -136,9 +135,9 @@ def _colors(low: float, high: float):
 
 def _isoflop(done: Sequence[Result], path: Path) -> Path:
     figure, axes = figure_of()
-    for number, budget in enumerate(_values(done, COMPUTE)):
+    for number, budget in enumerate(_values(done, BUDGET)):
         own = sorted(
-            (one.parameters, one.loss) for one in done if one.run.settings[COMPUTE] == budget
+            (one.parameters, one.loss) for one in done if one.run.settings[BUDGET] == budget
         )
         axes.plot(*zip(*own), "o-", ms=4, color=f"C{number}", label=f"{budget:.2g} FLOPs")
     axes.set_xscale("log")

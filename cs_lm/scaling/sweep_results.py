@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from cs_lm.models.stats import flops_per_token, num_parameters
 from cs_lm.scaling.sweep import PlannedRun, shown_value
 from cs_lm.scaling.sweep_runs import DIVERGED, DONE, SweepFolder
+from cs_lm.scaling.text_table import text_table
 from cs_lm.storage.atomic import atomic_write
 from cs_lm.training.metrics_log import MetricsLog
 
@@ -44,10 +45,11 @@ _NUMBERS = Result._fields[2:]
 
 def results_of(runs: Sequence[PlannedRun], folder: SweepFolder) -> list[Result]:
     statuses = folder.statuses()
-    return [_result_of(run, folder, statuses.get(run.name)) for run in runs]
+    return [result_of(run, folder, statuses.get(run.name)) for run in runs]
 
 
-def _result_of(run: PlannedRun, folder: SweepFolder, status: int | None) -> Result:
+def result_of(run: PlannedRun, folder: SweepFolder, status: int | None) -> Result:
+    """status: the exit status of its last try, if there was one."""
     records = list(MetricsLog(folder.run(run.name).metrics).records(warn=False))
     valid = [r for r in records if r["kind"] == "valid" and r.get("loss_nats") is not None]
     train = [r for r in records if r["kind"] == "train"]
@@ -115,8 +117,7 @@ def table(results: Sequence[Result], at_most: int = 20) -> str:
         ]
         for one in [*best[:at_most], *others]
     ]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    lines = ["  ".join(f"{c:>{w}}" for c, w in zip(row, widths)).rstrip() for row in rows]
+    lines = [text_table(rows)]
     if len(best) > at_most:
         lines.append(f"({len(best) - at_most} more in the file of results)")
     return "\n".join(lines)

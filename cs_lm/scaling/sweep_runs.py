@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from cs_lm.errors import Problem, UserError
 from cs_lm.scaling.sweep import PlannedRun, Spec, spec_of
 from cs_lm.storage.atomic import atomic_write
 from cs_lm.storage.json_file import read_json
-from cs_lm.storage.lock import locked
+from cs_lm.storage.lock import FileLock, acquire, locked
 from cs_lm.training.run_dir import RunFolder
 from cs_lm.training.signals import StopRequested, StopSignals
 
@@ -65,8 +66,25 @@ class SweepFolder:
         return found
 
     def note(self, name: str, status: int) -> None:
-        with open(self._states, "ab") as file:
-            file.write(json.dumps({"run": name, "status": status}).encode("utf-8") + b"\n")
+        line = json.dumps({"run": name, "status": status}).encode("utf-8") + b"\n"
+        with open(self._states, "a+b") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read() == b"\n" else b"\n" + line  # a crash has cut the last
+            file.write(line)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """While entered, no other process works on the sweep. Raises: UserError if one does."""
+        with locked(self.path / "lock") as is_ours:
+            if not is_ours:
+                what = f"another process works on {str(self.path)!r}"
+                raise UserError(Problem("--out_dir", what, fix="wait for it, or stop it"))
+            yield
+
+    def training(self, name: str) -> FileLock | None:
+        """The right to train a run, which its process keeps; None while another one has it."""
+        return acquire(self.path / "locks" / name)
 
 
 def command_of(run: PlannedRun, out_dir: Path) -> str:
@@ -83,16 +101,12 @@ def train_runs(
     """Trains those that have not ended yet, `num_jobs` at a time.
 
     on_end  called with each run that ends, and its exit status
-    Raises: StopRequested after a signal, when all runs have saved their work;
-    UserError when another process works on the sweep.
+    Raises: StopRequested after a signal, when all runs have saved their work.
     """
     statuses = folder.statuses()
     waiting = [run for run in runs if statuses.get(run.name) not in (DONE, DIVERGED)]
     running: dict[str, tuple[PlannedRun, subprocess.Popen]] = {}
-    with locked(folder.path / "lock") as is_ours, StopSignals() as signals:
-        if not is_ours:
-            what = f"another process works on {str(folder.path)!r}"
-            raise UserError(Problem("--out_dir", what, fix="wait for it, or stop it"))
+    with StopSignals() as signals:
         try:
             while waiting or running:
                 signals.check()
@@ -105,23 +119,24 @@ def train_runs(
 
 
 def _start_some(waiting: list, running: dict, folder: SweepFolder, num_jobs: int) -> None:
+    left_over = 0  # runs of an earlier sweep that was killed; they were not
     for run in list(waiting):
-        if len(running) >= num_jobs:
+        if len(running) + left_over >= num_jobs:
             return
-        if is_training(folder.run(run.name)):  # an earlier sweep was killed, its run was not
+        lock = folder.training(run.name)
+        if lock is None:
+            left_over += 1
             continue
         waiting.remove(run)
-        running[run.name] = run, _started(run, folder, num_jobs)
+        try:
+            running[run.name] = run, _started(run, folder, num_jobs, lock)
+        finally:
+            lock.close()  # the run has it now
 
 
-def is_training(folder: RunFolder) -> bool:
-    if not folder.path.is_dir():
-        return False
-    with locked(folder.path / "lock") as is_free:
-        return not is_free
-
-
-def _started(run: PlannedRun, folder: SweepFolder, num_jobs: int) -> subprocess.Popen:
+def _started(
+    run: PlannedRun, folder: SweepFolder, num_jobs: int, lock: FileLock
+) -> subprocess.Popen:
     own = folder.run(run.name)
     words = ["--resume"] if own.exists() else run.words
     path = folder.log(run.name)
@@ -136,6 +151,7 @@ def _started(run: PlannedRun, folder: SweepFolder, num_jobs: int) -> subprocess.
             stderr=subprocess.STDOUT,
             env=environment,
             start_new_session=True,  # Ctrl-C is for the sweep, which tells its runs
+            pass_fds=lock.descriptors if os.name == "posix" else (),
         )
 
 

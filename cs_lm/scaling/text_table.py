@@ -24,6 +24,6 @@ def _is_number(text: str) -> bool:
 def amount(number: float) -> str:
     """Three digits and a prefix: 70.1 B, 1.4 T; B for billions, as models are named."""
     for limit, prefix in ((1e15, ""), (1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
-        if number >= limit:
+        if number >= 0.9995 * limit:  # three digits of it round up
             return f"{number:.3g}" if limit == 1e15 else f"{number / limit:.3g}{prefix}"
     return f"{number:.3g}"

@@ -32,6 +32,11 @@ class FileLock:
     def __init__(self, number: int | None, path: Path, is_real: bool):
         self._number, self._path, self.is_real = number, path, is_real
 
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """For a process that is started now: it holds the lock, too, until it ends."""
+        return () if self._number is None else (self._number,)
+
     def close(self, remove: bool = False) -> None:
         """Releases the lock.
 

@@ -15,6 +15,7 @@ from cs_lm.data.batches import step_seed
 from cs_lm.distributed.ranks import ALONE, RankLostError, Ranks
 from cs_lm.distributed.sharing import Sharing
 from cs_lm.errors import UserError
+from cs_lm.optim.param_groups import set_learning_rate
 from cs_lm.optim.schedule import learning_rate
 from cs_lm.training.async_checkpoint import BackgroundSaver
 from cs_lm.training.best_measure import is_comparable, start_best_anew
@@ -177,8 +178,7 @@ class Trainer:
     def _one_step(self) -> None:
         config, state = self.config, self.state
         self.lr = learning_rate(state.step, self.num_steps, config.optim)
-        for group in state.optimizer.param_groups:
-            group["lr"] = self.lr * group.get("lr_scale", 1.0)
+        set_learning_rate(state.optimizer, self.lr)
         state.begin_update()
         self._seed(state.step)
         self.loss, self.norm = train_step(

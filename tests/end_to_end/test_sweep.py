@@ -11,7 +11,7 @@ import time
 import pytest
 
 from cs_lm.cli.commands import main as command
-from cs_lm.storage.lock import locked
+from cs_lm.scaling.sweep_runs import SweepFolder
 from cs_lm.training.run_dir import RunFolder
 from tests.end_to_end.conftest import ROOT, write_corpus
 
@@ -108,6 +108,39 @@ def test_a_sweep_that_was_stopped_goes_on(work, number):
 
 
 @pytest.mark.slow
+def test_a_run_whose_sweep_was_killed_is_waited_for(work, monkeypatch):
+    """Also if it has not got as far as to lock its folder."""
+    flags = [*FLAGS, "--max_steps", "3"]
+    process = start("--flags", " ".join(flags), "--vary", "lr=1e-3,1e-2")
+    logs = work / "s" / "logs"
+    wait_for(lambda: list(logs.glob("*.log")))
+    process.kill()
+    process.communicate(timeout=60)
+    assert not list((work / "s" / "runs").glob("*/lock"))  # it is still importing
+    assert command(["sweep", "--out_dir", "s", "--resume", "--num_jobs", "2"]) == 0
+    assert {row["state"] for row in rows()} == {"done"}
+
+
+def test_states_after_a_crash(tmp_path):
+    folder = SweepFolder(tmp_path)
+    folder.note("a", 0)
+    with open(tmp_path / "states.jsonl", "ab") as file:
+        file.write(b'{"run": "b", "sta')
+    folder.note("c", 3)
+    folder.note("a", 1)
+    assert folder.statuses() == {"a": 1, "c": 3}
+
+
+def test_a_sweep_that_began_meanwhile_is_kept(work, capsys):
+    folder = SweepFolder("s")
+    folder.path.mkdir()
+    with folder.lock():
+        assert sweep(vary=["--vary", "lr=1e-3"]) == 2
+    assert "another process works on 's'" in capsys.readouterr().err
+    assert not folder.exists() and not folder.results.exists()
+
+
+@pytest.mark.slow
 def test_runs_that_fail_and_two_at_once(work, capsys):
     """A run that fails does not end the sweep, and its output is named."""
     # a text that is too short: the flags are right, but each run fails
@@ -117,10 +150,9 @@ def test_runs_that_fail_and_two_at_once(work, capsys):
     capsys.readouterr()
     assert command(["sweep", "--out_dir", "s", "--spec", "x.json"]) == 1
     shown = capsys.readouterr().out
-    assert "2 runs failed" in shown and "failed with status 2" in shown
+    assert "2 of 2 runs failed" in shown and "failed with status 2" in shown
     assert {row["state"] for row in rows()} == {"failed with status 2"}
-    with locked(work / "s" / "lock") as is_ours:
-        assert is_ours
+    with SweepFolder("s").lock():
         assert command(["sweep", "--out_dir", "s", "--resume"]) == 2
     assert "another process works on 's'" in capsys.readouterr().err
 
@@ -138,6 +170,11 @@ def test_mistakes_are_named(work, capsys):
         (["--coordinate_check", "64"], "need two or more multiples of 16"),
         (["--coordinate_check", "64", "128", "--resume"], "cannot be used with"),
         (["--lr", "3"], "--lr: has no effect without --coordinate_check"),
+        (["--coordinate_check", "64", "128", "--dry_run"], "--dry_run: has no effect with"),
+        (["--vary", "lr=1", "lr=2"], "--vary: names lr twice"),
+        (["--vary", "lr=1", "--flags", "--seed 1 --seed 2"], "--flags: has --seed twice"),
+        (["--vary", "lr=1", "--flags", "--prompt 'x"], "No closing quotation"),
+        (["--spec", "."], "--spec: '.' cannot be read"),
     ):
         assert command(["sweep", "--out_dir", "s", *argv]) == 2
         error = capsys.readouterr().err
@@ -151,11 +188,13 @@ def test_plan(capsys):
         (["--num_devices", "64", "--hours", "720"], "budget: "),
         (["--money", "1e5", "--price", "2", "--served_tokens", "1e13"], "serving 10 T tokens"),
         (["--model", "gpt3-175B", "--num_devices", "1024", "--device_kind", "A100"], "meshes fit"),
-        (["--model", "gpt2-small", "--device_kind", "cpu"], "hours of a cpu"),
+        (["--model", "gpt2-small", "--device_kind", "cpu"], " of one cpu at 40%"),
         (["--parameters", "7e9", "--price", "2"], "price: "),
         (["--show", "gpt3"], "RoBERTa-Large"),
         (["--show", "runs"], "Llama 3 405B"),
         (["--show", "devices"], "H100"),
+        (["--model", "transformer"], "parameters     51.5 M"),
+        (["--model", "gpt3-13B", "--num_devices", "64", "--machine_years", "1e-6"], "never ends"),
     ):
         assert command(["plan", *argv]) == 0
         assert words in capsys.readouterr().out
@@ -167,7 +206,12 @@ def test_plan(capsys):
         (["--flops", "-1"], "--flops: got -1"),
         (["--parameters", "7e9", "--num_devices", "8"], "needs --model"),
         (["--model", "gpt3-175B", "--num_devices", "8"], "no mesh of 8 H100"),
-        (["--flops", "1e20", "--mfu", "2"], "--mfu: got 2"),
+        (["--hours", "1", "--num_devices", "1", "--mfu", "2"], "--mfu: got 2"),
+        (["--flops", "1e20", "--price", "2"], "--price: has no effect without --money"),
+        (["--flops", "1e20", "--mfu", "0.5"], "--mfu: has no effect without"),
+        (["--parameters", "1e9", "--save_s", "3"], "--save_s: has no effect without"),
+        (["--parameters", "1e9", "--seq_length", "3"], "--seq_length: has no effect without"),
+        (["--hours", "1e308", "--num_devices", "100000"], "got inf, need a budget below 1e40"),
     ):
         assert command(["plan", *argv]) == 2
         shown = capsys.readouterr()

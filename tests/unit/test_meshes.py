@@ -11,6 +11,7 @@ from cs_lm.scaling.meshes import (
     Mesh,
     activation_bytes,
     cost,
+    efficiency,
     meshes_that_fit,
     shape_of,
     state_bytes,
@@ -37,11 +38,10 @@ def test_two_rows_are_fitted():
 
 @pytest.mark.parametrize("name", ["gpt2-small", "gpt3-13B", "gpt3-175B", "transformer"])
 def test_parameters_are_those_of_the_models(name):
-    """But for norms, biases and, of the plain transformer, its second table."""
+    """But for norms, biases and tables of positions."""
     model = named_model(name)
     shape = shape_of(model, model.context_length)
-    tables = model.vocab_size * model.d_model
-    more = tables if name == "transformer" else model.context_length * model.d_model
+    more = 0 if name == "transformer" else model.context_length * model.d_model
     assert shape.parameters + more == pytest.approx(num_parameters(model), rel=2e-3)
 
 
@@ -84,6 +84,42 @@ def test_more_of_each_kind_costs_what_it_should():
     assert full.mfu < half.mfu and full.activation_bytes < half.activation_bytes
 
 
+def test_many_micro_batches_and_one_machine():
+    device, many = DEVICES["A100"], Mesh(64, sharding="fsdp")
+    one, eight = (cost(GPT3, many, device, 64 * k).gradients_s for k in (1, 8))
+    assert eight == pytest.approx(8 * one)  # weights are gathered for each of them
+    plain = [cost(GPT3, Mesh(64), device, 64 * k).gradients_s for k in (1, 8)]
+    assert plain[0] == pytest.approx(plain[1])
+    near, far = (cost(GPT3, Mesh(d, 1, 8), device, 8 * d).stages_s for d in (1, 2))
+    assert far == pytest.approx(near * device.link / device.network)
+
+
+def test_activations_of_stages_and_contexts():
+    """The first of p stages holds p micro-batches of L / p layers; parts that take turns, more."""
+    whole = activation_bytes(GPT3, Mesh(1), 8)
+    assert activation_bytes(GPT3, Mesh(1, 1, 8), 64) == pytest.approx(whole)
+    assert activation_bytes(GPT3, Mesh(1, 1, 8), 4) == pytest.approx(whole / 2)
+    with_parts = activation_bytes(GPT3, Mesh(1, 1, 8, parts=3), 64)
+    assert with_parts == pytest.approx(whole * (1 + 7 / 24))
+    assert activation_bytes(GPT3, Mesh(1, 1, 1, 4), 8) == pytest.approx(whole / 4)
+    assert activation_bytes(GPT3, Mesh(1, micro_batch=3), 8) == pytest.approx(3 * whole)
+
+
+def test_contexts_gather_keys_and_values():
+    """Of the other contexts, in each layer and micro-batch: forward, backward, gradients."""
+    device, mesh = DEVICES["A100"], Mesh(1, 1, 1, 4)
+    keys = 3 * 2 * 2 * 2048 * GPT3.d_model * GPT3.num_layers * 3 / 4
+    sums = 2 * 3 / 4 * GPT3.parameters * 4
+    found = cost(GPT3, mesh, device, 2)
+    assert found.gradients_s == pytest.approx((2 * keys + sums) / device.link)
+    assert found.compute_s == pytest.approx(cost(GPT3, Mesh(4), device, 4).compute_s / 2)
+
+
+def test_one_device_of_this_kind():
+    assert efficiency(12288) == pytest.approx(0.609, abs=1e-3)
+    assert efficiency(64, is_cpu=True) == pytest.approx(0.31, abs=1e-3)
+
+
 def test_failures():
     """16,384 devices, 8 in a machine that fails every 4 years: every 17 h. A save of 60 s is best
     made every 45 minutes, and 4.4% of the time is lost without restarts."""
@@ -91,6 +127,7 @@ def test_failures():
     assert found.hours_between == pytest.approx(17.1, abs=0.05)
     assert found.save_every_s / 60 == pytest.approx(45.3, abs=0.1)
     assert found.lost == pytest.approx(0.044, abs=5e-4)
+    assert failures(2048, 4.0, 60.0, 617.0).lost == pytest.approx(found.lost + 0.01, abs=1e-4)
     for other in (0.8, 1.25):  # it is the best interval
         every_s, between_s = found.save_every_s * other, found.hours_between * 3600
         assert 60 / every_s + every_s / 2 / between_s > found.lost

@@ -12,6 +12,7 @@ from cs_lm.scaling.points import Point, read_points
 
 pytest.importorskip("scipy", reason="scipy is not installed")
 from cs_lm.scaling.fits import (
+    best_of_each,
     budgets_of,
     fit_isoflop,
     fit_parametric,
@@ -97,12 +98,59 @@ def test_a_minimum_outside_of_its_runs_is_not_used():
     ("content", "words"),
     [("[", "cannot be read"), ('{"a": 1}', "cannot be read"), ('[{"parameters": 5}]', "cannot be"),
      (json.dumps([{"parameters": 5, "tokens": 3, "loss": -1}]), "row 1 is"),
-     (json.dumps([{"parameters": 5, "tokens": 3, "loss": 1}] * 9), "got 9 runs, need 6 or more")],
+     (json.dumps([{"parameters": 0, "flops": 3, "loss": 1}]), "cannot be read .ZeroDivision"),
+     ("[" * 100_000, "cannot be read .RecursionError"), ("[]", "has no run that has ended"),
+     (json.dumps([{"parameters": 5, "tokens": 3, "loss": 1}] * 9), "got 9 runs, need 8 or more")],
 )  # fmt: skip
 def test_runs_that_cannot_be_fitted(tmp_path, content, words):
     (tmp_path / "x.json").write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=words):
         fit_parametric(read_points(tmp_path / "x.json"), 20)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_few_noisy_runs_give_finite_numbers_or_a_line(seed):
+    """Also losses that rise with compute, or fall as one over it."""
+    random = np.random.default_rng(seed)
+    found = []
+    for _ in range(int(random.integers(8, 14))):
+        size, tokens = (float(np.exp(random.uniform(10, 16))) for _ in range(2))
+        loss = {0: CORRECTED.loss(size, tokens), 1: 1e9 / size, 2: tokens**0.1}[seed % 3]
+        noise = math.exp(0.05 * random.standard_normal())
+        found.append(Point(size, tokens, 6 * size * tokens, loss * noise))
+    fit = fit_parametric(found, 20, seed)
+    for interval in (fit.loss(1e8, 1e9), *fit.optimum(1e20)[1:], fit.interval(lambda law: law.E)):
+        assert 0 < interval.low <= interval.value <= interval.high < math.inf
+    try:
+        isoflop = fit_isoflop(found, 20, seed)
+    except UserError:
+        return
+    assert math.isfinite(isoflop.loss(1e20).value)
+
+
+def test_minima_that_are_all_outside_are_refused():
+    points = [p for p in runs(CORRECTED) if p.size > 1.1 * CORRECTED.optimum(p.flops).parameters]
+    with pytest.raises(UserError, match="0 of 9 budgets have their minimum among their runs"):
+        fit_isoflop(points, 20)
+
+
+def test_losses_of_equal_compute_follow_their_law():
+    fit = fit_isoflop(runs(CORRECTED), 20)
+    for flops in (1e20, 1e23):
+        assert fit.loss(flops).value == pytest.approx(CORRECTED.optimum(flops).loss, rel=3e-3)
+
+
+def test_of_equal_runs_the_best_counts():
+    one = Point(1.0, 2.0, 12.0, 3.0)
+    assert best_of_each([one, one._replace(loss=2.0), one._replace(loss=4.0)]) == [
+        one._replace(loss=2.0)
+    ]
+
+
+def test_a_run_to_come_is_less_certain_than_the_law():
+    fit = fit_parametric(runs(CORRECTED, 0.01), 60)
+    law, run = fit.optimum(1e21)[2], fit.loss(*CORRECTED.optimum(1e21)[:2])
+    assert run.high - run.low > 1.5 * (law.high - law.low)
 
 
 def test_size_by_flops(tmp_path):

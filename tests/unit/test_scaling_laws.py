@@ -95,7 +95,7 @@ def test_serving_makes_models_smaller():
     flops = next(c for c in (10 ** (n / 1000) for n in range(21000, 25000))
                  if law.optimum(c).parameters >= 13e9)  # fmt: skip
     usual = law.optimum(flops)
-    found = for_serving(law, usual.loss, served)
+    found = for_serving(law, flops, served)
     before = usual.flops + 2 * usual.parameters * served
     saved = before - found.flops - 2 * found.parameters * served
     assert law.loss(found.parameters, found.tokens) == pytest.approx(usual.loss, rel=1e-9)
@@ -103,7 +103,7 @@ def test_serving_makes_models_smaller():
     assert saved == pytest.approx(1.7e22, rel=0.05) and saved / before == pytest.approx(
         0.17, abs=0.01
     )
-    less = for_serving(law, usual.loss, 1.0)
+    less = for_serving(law, flops, 1.0)
     assert less.parameters == pytest.approx(usual.parameters, rel=1e-3)
     assert law.tokens_for(1.0, 1e9) == math.inf
 

@@ -50,7 +50,8 @@ def test_random_settings_are_those_of_the_seed():
     rates = [run.config.optim.lr for run in runs]
     assert len(set(rates)) == 30 and all(1e-4 <= rate <= 1e-2 for rate in rates)
     assert 8 < sum(rate < 1e-3 for rate in rates) < 22  # even on a logarithmic axis
-    assert {type(run.settings["batch_size"]) for run in runs} == {int}
+    sizes = [run.settings["batch_size"] for run in runs]
+    assert {type(size) for size in sizes} == {int} and {*range(3, 9)} <= {*sizes} <= {*range(2, 10)}
     assert runs_of(text.replace("seed = 3", "seed = 4"))[0].words != runs[0].words
 
 
@@ -64,9 +65,9 @@ def test_equal_compute():
     for run in runs:
         tokens = run.config.max_steps * run.config.tokens_per_step
         flops = flops_per_token(run.config.model, 16) * tokens
-        assert flops == pytest.approx(run.settings["flops"], rel=0.05)
+        assert flops == pytest.approx(run.settings["budget"], rel=0.05)
         assert 0.09 <= tokens / num_parameters(run.config.model) <= 10.1
-    assert {run.settings["flops"] for run in runs} == {1e9, 1e10}
+    assert {run.settings["budget"] for run in runs} == {1e9, 1e10}
 
 
 def test_json_is_the_same():
@@ -94,7 +95,15 @@ BASE = '[flags]\ncorpus_path = "a.txt"\n'
         (BASE + "[random]\nnumber = 3\n[vary]\nlr = [1]\n", "number: unknown"),
         (BASE + '[vary]\nout_dir = ["a"]\n', "out_dir: the sweep sets it"),
         (BASE + "[vary]\nlr = [1e-3]\n[isoflop]\nbudgets = [-1]\n", "budgets: got"),
-        (BASE + "[vary]\ntokens = [5]\n[isoflop]\nbudgets = [1e9]\n", "the compute sets them"),
+        (BASE + "[vary]\ntokens = [5]\n[isoflop]\nbudgets = [1e9]\n", "the compute sets it"),
+        (BASE + "[vary]\nnum_epochs = [5]\n[isoflop]\nbudgets = [1e9]\n", "the compute sets it"),
+        (BASE + "[vary]\ntokens = [5]\nmax_steps = [3]\n", "tokens and max_steps say the same"),
+        (BASE + "[vary]\nlr = [2024-01-01]\n", "lr: got 2024-01-01, need numbers"),
+        (BASE + "[vary]\nlr = [[1e-3]]\n", "need numbers, texts"),
+        (BASE + "[vary]\nstate = [{lr = 1e-3}]\n", "state: is no name of a setting"),
+        (BASE + '[vary]\n"../x" = [{lr = 1e-3}]\n', "is no name of a setting"),
+        (BASE + "[random]\ncount = 2\n[vary]\nlr = {low = 1, high = 2, log = 'no'}\n", "log ="),
+        ('[vary]\nresume = [true]\n', "resume: the sweep sets it"),
         (BASE + "[vary]\nlr = [1e-3, 7]\nl_r = [1]\n", "--l_r: unknown flag; did you mean --lr"),
         (BASE + "[vary]\nlr = [1e-3, -1]\n", "lr=-1: --lr: got -1.0"),
         (BASE + "[vary]\nlr = [1e-3]\n[isoflop]\nbudgets = [1e5]\n", "no model makes 20 updates"),
