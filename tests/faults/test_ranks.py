@@ -210,6 +210,16 @@ def test_no_rank_is_lost_while_another_one_saves(work, quiet):
     assert found == numbers(quiet)[: len(found)] and found[-1][1] == 20
     assert RunFolder("run").checkpoints.steps() == [20, 15]
     assert RunFolder("run").checkpoints.best().step == 20
+    # and all ranks go on from the copy that rank 0 has found sound
+    path = RunFolder("run").checkpoints.path(20) / "state.pt"
+    content = path.read_bytes()
+    path.unlink()  # the best one is a link to it
+    path.write_bytes(content[:999] + bytes([content[999] ^ 1]) + content[1000:])
+    printed = train(2, "--resume", "--max_steps", 22, "--out_dir", "run")
+    assert "SKIPPED checkpoint" in printed[0]
+    steps = [one for one in numbers(work / "run") if one[0] == "train"]
+    assert steps == [one for one in numbers(quiet) if one[0] == "train"][: len(steps)]
+    assert len(steps) == 22
 
 
 def test_weights_that_differ_are_not_saved(work):
