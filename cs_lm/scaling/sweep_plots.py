@@ -28,9 +28,10 @@ def plot_sweep(results: Sequence[Result], folder: Path) -> list[Path]:
 
 def _values(results: Sequence[Result], name: str) -> list[Any]:
     """The different values of a setting, in order; numbers by size."""
-    found = {
-        shown_value(one.run.settings.get(name, "")): one.run.settings.get(name) for one in results
-    }
+    found = {}
+    for one in sorted(results, key=lambda one: one.run.name):
+        value = one.run.settings.get(name)
+        found[shown_value("" if value is None else value)] = value
     values = list(found.values())
     return sorted(values) if all(_is_number(value) for value in values) else values
 

@@ -1,14 +1,18 @@
 """Fits of scaling laws find the constants that the runs were made with."""
 
+import csv
 import json
 import math
 
 import numpy as np
 import pytest
 
+from cs_lm.cli.train import config_of
 from cs_lm.errors import UserError
 from cs_lm.scaling.laws import CORRECTED, Parametric
 from cs_lm.scaling.points import Point, read_points
+from cs_lm.scaling.sweep import planned_runs, read_spec
+from tests.end_to_end.conftest import ROOT
 
 pytest.importorskip("scipy", reason="scipy is not installed")
 from cs_lm.scaling.fits import (
@@ -17,6 +21,9 @@ from cs_lm.scaling.fits import (
     fit_isoflop,
     fit_parametric,
 )
+
+DOCS = ROOT / "docs" / "scaling"
+MEASURED = 1.34  # loss of the run in docs/scaling.md that was predicted
 
 
 def runs(law, noise=0.0, seed=0, sizes=8):
@@ -158,3 +165,21 @@ def test_size_by_flops(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps([row]), encoding="utf-8")
     assert read_points(tmp_path / "x.json") == [Point(100, 10, 12000, 2)]
     assert read_points(tmp_path / "x.json", "flops") == [Point(200, 10, 12000, 2)]
+
+
+def test_the_experiment_of_the_docs(tmp_path, monkeypatch):
+    """Its file makes the runs of its table, and the table gives the prediction that was made."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("books-train.txt", "books-valid.txt"):
+        (tmp_path / name).write_text("a text " * 100, encoding="utf-8")
+    runs = planned_runs(read_spec(DOCS / "isoflop.toml"), config_of)
+    with open(DOCS / "runs.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [run.name for run in runs] == [row["run"] for row in rows]
+    for run, row in zip(runs, rows):
+        assert run.config.max_steps * run.config.tokens_per_step == int(row["trained_tokens"])
+    fit = fit_parametric(read_points(DOCS / "runs.csv", "flops"), 100)
+    predicted = fit.loss(1184896, 21098496)
+    assert fit.law.exponent == pytest.approx(0.574, abs=1e-3)
+    assert predicted.value == pytest.approx(1.3428, abs=1e-4)
+    assert predicted.holds(MEASURED)
