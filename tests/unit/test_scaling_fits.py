@@ -23,7 +23,7 @@ from cs_lm.scaling.fits import (
 )
 
 DOCS = ROOT / "docs" / "scaling"
-MEASURED = 1.34  # loss of the run in docs/scaling.md that was predicted
+MEASURED = 1.3276  # loss of the run in docs/scaling.md that was predicted
 
 
 def runs(law, noise=0.0, seed=0, sizes=8):
