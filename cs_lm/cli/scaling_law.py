@@ -33,6 +33,8 @@ from cs_lm.scaling.points import SIZES, Point, read_points
 from cs_lm.scaling.text_table import amount, text_table
 from cs_lm.storage.atomic import atomic_write
 
+_FAR = 20  # times the largest compute: predictions beyond deserve a warning
+
 
 @dataclass(frozen=True)
 class ScalingLawConfig:
@@ -48,7 +50,7 @@ class ScalingLawConfig:
         choices=SIZES,
     )
     least_flops: float = setting(0.0, "leave out runs with less compute", "FLOPs", minimum=0)
-    num_samples: int = setting(200, "samples of the bootstrap, for the intervals of 95%")
+    num_samples: int = setting(1000, "samples of the bootstrap, for the intervals of 95%")
     seed: int = setting(0, "random seed of the bootstrap", minimum=0)
     out_dir: str | None = setting(None, "folder for scaling-law.json and plots; default: none")
 
@@ -117,6 +119,9 @@ def _lines(
         yield f"N ~ C^a with a = {_shown(isoflop.exponent)}"
         floor, factor, power = isoflop.loss_law
         yield f"loss = {floor:.4f} + {factor:.4g} C^-{power:.4f}"
+        num_used = sum(one.is_inside for one in isoflop.minima)
+        if num_used < 4:
+            yield f"only {num_used} budgets: these two laws are rough guesses; train more budgets"
     yield ""
     yield "all runs: L = E + A / N^alpha + B / D^beta"
     rows = [("", "value", "interval of 95%")]
@@ -132,6 +137,9 @@ def _lines(
     if config.predict:
         yield ""
         yield text_table(_predictions(config, isoflop, parametric))
+        if max(config.predict) > _FAR * high:
+            ratio = max(config.predict) / high
+            yield f"that is up to {ratio:.0f} times the compute of the largest run: be careful"
     if config.at_size is not None:
         found = parametric.loss(config.at_size, config.at_tokens, config.seed)
         yield ""

@@ -27,6 +27,7 @@ from cs_lm.scaling.sweep import PlannedRun, Spec, planned_runs, read_spec, spec_
 from cs_lm.scaling.sweep_plots import plot_sweep
 from cs_lm.scaling.sweep_results import (
     Result,
+    at_an_end,
     ranked,
     result_of,
     results_of,
@@ -139,6 +140,8 @@ def _shown(
     if best:
         own = Path(config.out_dir) / "best"
         print(f"best     {best[0].run.name}: {command_of(best[0].run, own)}")
+        for name, end in at_an_end(results):
+            print(f"note     the best {name} is the {end} of those tried; try further")
     num_failed = sum(one.state.startswith("failed") for one in results)
     if num_failed:
         logs = folder.path / "logs"
@@ -262,6 +265,9 @@ def _described(runs: Sequence[PlannedRun]) -> str:
         if steps is not None:
             tokens = steps * run.config.tokens_per_step
             total += tokens * flops_per_token(model, run.config.seq_length)
-        shown = "--num_epochs decides" if tokens is None else f"{tokens:,} tokens at most"
+        shown = (
+            "tokens by --num_epochs" if tokens is None else f"{tokens:,} tokens in whole updates"
+        )
         lines.append(f"{run.name}: {num_parameters(model):,} parameters, {shown}")
-    return "\n".join([*lines, f"{len(runs)} runs, {total:.3g} FLOPs where --max_steps is given"])
+    known = f"{total:.3g} FLOPs" if total else "their FLOPs follow from --num_epochs"
+    return "\n".join([*lines, f"{len(runs)} runs, {known}"])

@@ -40,7 +40,12 @@ def read_points(path: str | Path, size: str = "parameters") -> list[Point]:
         found = [_point(row, size) for row in rows]
     except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError, OSError,
             RecursionError, csv.Error) as error:  # fmt: skip
-        what = f"{str(path)!r} cannot be read ({type(error).__name__}: {error})"
+        why = (
+            f"it lacks {error}"
+            if isinstance(error, KeyError)
+            else f"{type(error).__name__}: {error}"
+        )
+        what = f"{str(path)!r} cannot be read ({why})"
         need = "results.csv of a sweep, or a JSON list of objects"
         raise UserError(Problem("--data", what, need)) from None
     for number, point in enumerate(found, 1):

@@ -162,7 +162,11 @@ def _tables(parts: Mapping[str, Any]) -> Iterator[Settings]:
 
 def _unknown(part: str, table: Settings, known: tuple[str, ...]) -> list[Problem]:
     needed = " or ".join(known)
-    return [Problem("--spec", f"[{part}] {n}: unknown", needed) for n in table if n not in known]
+    return [
+        Problem("--spec", f"[{part}] {n}: unknown", needed, "settings stand under [vary]")
+        for n in table
+        if n not in known
+    ]
 
 
 def _is_number(value: Any) -> bool:

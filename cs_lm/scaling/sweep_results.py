@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cs_lm.models.stats import flops_per_token, num_parameters
-from cs_lm.scaling.sweep import PlannedRun, shown_value
+from cs_lm.scaling.sweep import BUDGET, TOKENS, PlannedRun, shown_value
 from cs_lm.scaling.sweep_runs import DIVERGED, DONE, SweepFolder
 from cs_lm.scaling.text_table import text_table
 from cs_lm.storage.atomic import atomic_write
@@ -97,6 +97,23 @@ def _cell(value: Any) -> str:
 def ranked(results: Sequence[Result]) -> list[Result]:
     """Those that ended with a loss, the lowest one first."""
     return sorted((one for one in results if one.is_done), key=lambda one: one.loss)
+
+
+def at_an_end(results: Sequence[Result]) -> list[tuple[str, str]]:
+    """Numbers of the best run that are the lowest or highest of three or more that were tried."""
+    done, found = ranked(results), []
+    for name in setting_names(done):
+        values = {
+            one.run.settings.get(name) for one in done if _is_number(one.run.settings.get(name))
+        }
+        best = done[0].run.settings.get(name)
+        if len(values) >= 3 and name not in (TOKENS, BUDGET) and best in (min(values), max(values)):
+            found.append((name, "lowest" if best == min(values) else "highest"))
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
 
 
 def table(results: Sequence[Result], at_most: int = 20) -> str:

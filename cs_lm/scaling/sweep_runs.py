@@ -167,7 +167,7 @@ def _end_some(running: dict, folder: SweepFolder, on_end: Callable) -> bool:
 def _stop(running: dict, error: BaseException) -> None:
     """Lets the runs save and end."""
     if running and isinstance(error, StopRequested):
-        _log.info("stopping: %d runs save their work", len(running))
+        _log.info("stopping: %d runs save their work; --resume goes on with them", len(running))
     for _, process in running.values():
         process.send_signal(signal.SIGTERM)
     for _, process in running.values():

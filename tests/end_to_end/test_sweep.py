@@ -10,6 +10,9 @@ import time
 import pytest
 
 from cs_lm.cli.commands import main as command
+from cs_lm.config.run import RunConfig
+from cs_lm.scaling.sweep import PlannedRun
+from cs_lm.scaling.sweep_results import Result, at_an_end
 from cs_lm.scaling.sweep_runs import SweepFolder
 from cs_lm.training.run_dir import RunFolder
 from tests.end_to_end.conftest import ROOT, write_corpus
@@ -247,3 +250,17 @@ def test_scaling_law(work, capsys):
     ):
         assert command(["scaling-law", "--data", "runs.json", *more]) == 2
         assert words in capsys.readouterr().err
+
+
+def test_a_best_setting_at_an_end_is_told():
+    config = RunConfig()
+
+    def result(lr, budget, loss):
+        run = PlannedRun("x", {"lr": lr, "budget": budget}, [], config)
+        return Result(run, "done", 1, loss=loss)
+
+    rising = [result(lr, lr * 10, 5 - lr) for lr in (1.0, 2.0, 3.0)]
+    assert at_an_end(rising) == [("lr", "highest")]
+    assert at_an_end([result(lr, 1, lr) for lr in (1.0, 2.0, 3.0)]) == [("lr", "lowest")]
+    assert at_an_end([result(lr, 1, (lr - 2) ** 2) for lr in (1.0, 2.0, 3.0)]) == []
+    assert at_an_end(rising[:2]) == []
