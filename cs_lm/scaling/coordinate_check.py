@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cs_lm.config.model import ModelConfig
 from cs_lm.config.optim import OptimConfig
+from cs_lm.data.batches import Batch
 from cs_lm.models.registry import build_model
 from cs_lm.optim.param_groups import adamw_of, set_learning_rate
 from cs_lm.scaling.figures import figure_of, save
@@ -35,11 +36,6 @@ class Change(NamedTuple):
     step: int
     of: str
     size: float
-
-
-class _Batch(NamedTuple):
-    inputs: Tensor
-    targets: Tensor
 
 
 def coordinate_check(
@@ -66,7 +62,7 @@ def _changes(
     ids = torch.randint(_VOCAB, (_ROWS, _LENGTH + 1), generator=random)
     before = _activations(model, ids[:, :-1])
     for step in range(1, num_steps + 1):
-        train_step(model, optimizer, [_Batch(ids[:, :-1], ids[:, 1:])], math.inf)
+        train_step(model, optimizer, [Batch(ids[:, :-1], ids[:, 1:])], math.inf)
         now = _activations(model, ids[:, :-1])
         for name, value in now.items():
             yield Change(width, step, name, (value - before[name]).abs().mean().item())

@@ -76,16 +76,17 @@ class ParametricFit(NamedTuple):
 
     def interval(self, of: Callable[[Parametric], float]) -> Interval:
         """Of a number that follows from the law, for example `lambda law: law.alpha`."""
-        widen = _widening(len(self.residuals), len(self.law))
-        return interval_of(of(self.law), [of(one) for one in self.samples], widen)
+        return self._interval(of(self.law), [of(one) for one in self.samples])
 
     def loss(self, size: float, tokens: float, seed: int = 0) -> Interval:
         """Of a run to come: with the noise that a single run has."""
         random = np.random.Generator(np.random.PCG64(seed))
         noise = random.choice(self.residuals, len(self.samples))
         losses = [one.loss(size, tokens) * math.exp(n) for one, n in zip(self.samples, noise)]
-        widen = _widening(len(self.residuals), len(self.law))
-        return interval_of(self.law.loss(size, tokens), losses, widen)
+        return self._interval(self.law.loss(size, tokens), losses)
+
+    def _interval(self, value: float, samples: Sequence[float]) -> Interval:
+        return interval_of(value, samples, _widening(len(self.residuals), len(self.law)))
 
     def optimum(self, flops: float) -> tuple[Optimum, Interval, Interval]:
         """Of this compute, with the intervals of size and loss."""
@@ -325,9 +326,8 @@ def _loss_law(minima: Sequence[Minimum]) -> tuple[float, float, float]:
     start = [
         0.5 * losses.min(),
         math.log(losses.mean() - 0.5 * losses.min()),
-        max(0.01, -2 * slope),
+        min(max(-2 * slope, 0.01), 1.9),
     ]
-    start[2] = min(max(start[2], 0.01), 1.9)
     bounds = ([0.0, -np.inf, 1e-4], [losses.min(), np.inf, 2.0])
     floor, log_k, power = _optimizers().least_squares(residuals, start, bounds=bounds).x
     return float(floor), float(math.exp(log_k + power * middle)), float(power)

@@ -47,9 +47,7 @@ _LENGTHS = (TOKENS, "max_steps", "num_epochs")
 _RATIOS = "tokens_per_parameter"
 _EPOCHS = 1e6  # so many that --max_steps decides
 _OWN_FLAGS = ("out_dir", "resume", "resume_step", "dry_run")
-_PARTS = {
-    "flags": dict, "vary": dict, "random": dict, "isoflop": dict,
-}  # fmt: skip
+_PARTS = ("flags", "vary", "random", "isoflop")
 
 
 class PlannedRun(NamedTuple):
@@ -100,9 +98,9 @@ def spec_of(content: Any) -> Spec:
     if not isinstance(content, dict):
         raise UserError(Problem("--spec", "is no table", "[flags], [vary], [random], [isoflop]"))
     wrong = [Problem("--spec", f"has an unknown part [{n}]") for n in content if n not in _PARTS]
-    parts = {name: content.get(name, kind()) for name, kind in _PARTS.items()}
-    for name, kind in _PARTS.items():
-        if not isinstance(parts[name], kind):
+    parts = {name: content.get(name, {}) for name in _PARTS}
+    for name, table in parts.items():
+        if not isinstance(table, dict):
             wrong.append(Problem("--spec", f"[{name}] is no table"))
     if wrong:
         raise UserError(*wrong)

@@ -7,7 +7,7 @@ from typing import Any
 
 from cs_lm.scaling.figures import figure_of, save
 from cs_lm.scaling.sweep import BUDGET, shown_value
-from cs_lm.scaling.sweep_results import Result, ranked, setting_names
+from cs_lm.scaling.sweep_results import Result, is_number, ranked, setting_names
 
 _LOG_RATIO = 8  # values that differ by more are drawn on a logarithmic axis
 
@@ -33,17 +33,13 @@ def _values(results: Sequence[Result], name: str) -> list[Any]:
         value = one.run.settings.get(name)
         found[shown_value("" if value is None else value)] = value
     values = list(found.values())
-    return sorted(values) if all(_is_number(value) for value in values) else values
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float)
+    return sorted(values) if all(is_number(value) for value in values) else values
 
 
 def _axis(results: Sequence[Result], name: str):
     """Function from a value to its place on the axis, whether it is logarithmic, and labels."""
     values = _values(results, name)
-    if all(_is_number(value) for value in values):
+    if all(is_number(value) for value in values):
         low, high = values[0], values[-1]
         return lambda value: value, low > 0 and high >= _LOG_RATIO * low, None
     places = {shown_value(value): place for place, value in enumerate(values)}

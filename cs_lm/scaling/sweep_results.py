@@ -104,7 +104,7 @@ def at_an_end(results: Sequence[Result]) -> list[tuple[str, str]]:
     done, found = ranked(results), []
     for name in setting_names(done):
         values = {
-            one.run.settings.get(name) for one in done if _is_number(one.run.settings.get(name))
+            one.run.settings.get(name) for one in done if is_number(one.run.settings.get(name))
         }
         best = done[0].run.settings.get(name)
         if len(values) >= 3 and name not in (TOKENS, BUDGET) and best in (min(values), max(values)):
@@ -112,7 +112,7 @@ def at_an_end(results: Sequence[Result]) -> list[tuple[str, str]]:
     return found
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return type(value) in (int, float)
 
 
