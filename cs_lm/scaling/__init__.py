@@ -3,6 +3,6 @@
 Read `laws` (published laws) and `compute_table` first; then `devices`, `meshes`, `reliability` for
 runs on many devices, which `published_runs` holds against papers, and `run_time` for one device.
 `sweep` (a family of runs from a file), `sweep_runs` (trains them), `sweep_results`, `sweep_plots`;
-`coordinate_check` (muP). `points` and `fits` (laws through measured runs), `fit_plots`. `figures`
-and `text_table` are how things are shown.
+`coordinate_check` (muP). `points` and `fits` (laws through measured runs), `fit_plots`.
+`text_table` is how tables are shown.
 """

@@ -19,7 +19,7 @@ from cs_lm.config.optim import OptimConfig
 from cs_lm.data.batches import Batch
 from cs_lm.models.registry import build_model
 from cs_lm.optim.param_groups import adamw_of, set_learning_rate
-from cs_lm.scaling.figures import figure_of, save
+from cs_lm.training.figures import figure_of, save
 from cs_lm.training.step import train_step
 
 HEAD_SIZE = 16

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cs_lm.scaling.figures import figure_of, save
 from cs_lm.scaling.fits import IsoflopFit, ParametricFit, budgets_of
 from cs_lm.scaling.points import Point
+from cs_lm.training.figures import figure_of, save
 
 _BAND = 0.15  # opacity of an interval
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cs_lm.scaling.figures import figure_of, save
 from cs_lm.scaling.sweep import BUDGET, shown_value
 from cs_lm.scaling.sweep_results import Result, is_number, ranked, setting_names
+from cs_lm.training.figures import figure_of, save
 
 _LOG_RATIO = 8  # values that differ by more are drawn on a logarithmic axis
 

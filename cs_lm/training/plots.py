@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cs_lm.errors import UserError, missing_package
-from cs_lm.storage.atomic import atomic_open
+from cs_lm.errors import UserError
+from cs_lm.training.figures import figure_of, save
 from cs_lm.training.metrics_log import read_metrics
 
 Record = dict[str, Any]
@@ -63,12 +63,7 @@ def plot_runs(
     for run, given in zip(runs, metrics_paths):
         if not run.of_kind("train") and not run.of_kind("valid"):
             raise UserError(f"plot: {str(given)!r} holds no loss yet; train some steps first")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError(missing_package("plot", "matplotlib", "ui")) from None
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = figure_of()
     longest_s = max(
         (r["elapsed_s"] for run in runs for r in run.of_kind("train") if r.get("elapsed_s")),
         default=0.0,
@@ -83,15 +78,12 @@ def plot_runs(
             _draw_compared(axes, place, show, run, f"C{number}")
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     axes.set(xlabel=places[0].label, ylabel=_label(show), title=title)
-    axes.grid(alpha=0.3)
     if show not in _OF_TRAINING or len(runs) > 1:
         axes.legend()
     _format_axes(axes, against, show)
     if len(runs) == 1 and places[0].tokens_each is not None:
         _add_tokens(axes, places[0].tokens_each)
-    with atomic_open(path) as file:
-        figure.savefig(file, format=Path(path).suffix[1:].lower(), dpi=120)
-    return Path(path)
+    return save(figure, Path(path))
 
 
 def _label(show: str) -> str:

@@ -22,7 +22,6 @@ def figure_of(width: float = 8.0, height: float = 5.0, columns: int = 1) -> tupl
 
 def save(figure: Any, path: Path) -> Path:
     """Writes the figure in the format of the path's ending."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_open(path) as file:
         figure.savefig(file, format=path.suffix[1:].lower(), dpi=120)
     return path
