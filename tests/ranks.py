@@ -2,9 +2,10 @@
 
 import importlib
 import os
+import random
 import socket
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 import torch.multiprocessing as mp
@@ -15,9 +16,16 @@ TIMEOUT_S = 60.0
 
 
 def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+    """A port that no other program takes before a rank has started and listens on it.
+
+    The system hands out ports from 32768 (or from 49152) for connections, so these are below.
+    """
+    order = random.SystemRandom()  # not the test's seed: two tests may run at once
+    while True:
+        port = order.randrange(10_000, 32_768)
+        with socket.socket() as one, suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            return port
 
 
 def launch_variables(rank: int, size: int, port: int) -> dict[str, str]:

@@ -29,6 +29,17 @@ RUN = [
 ]
 # fmt: on
 LAST = 60
+VARIABLES = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"}
+STARTED = []  # processes of the test that runs
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left():
+    yield
+    for process in STARTED:
+        process.kill()
+        process.wait()
+    STARTED.clear()
 
 
 def start(
@@ -39,16 +50,18 @@ def start(
     port, command = free_port(), [sys.executable, str(ROOT / path), *first]
     variables = [launch_variables(rank, size, port) if size > 1 else {} for rank in range(size)]
     parallel = parallel if size > 1 else ()
-    return [
+    started = [
         subprocess.Popen(
             [*command, *parallel, *map(str, flags), *of_rank(rank)],
-            env={**os.environ, **own, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            env={**os.environ, **own, **VARIABLES},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
         for rank, own in enumerate(variables)
     ]
+    STARTED.extend(started)
+    return started
 
 
 def finish(processes, timeout_s=120):
@@ -111,7 +124,7 @@ FSDP = ("--parallel", "fsdp")
 
 def test_a_killed_rank_leaves_the_last_checkpoint_in_parts(work):
     processes = start(2, *RUN, "--out_dir", "run", "--max_steps", 100000, parallel=FSDP)
-    wait_for_step(work / "run", 25)
+    wait_for_step(processes, work / "run", 25)
     processes[1].kill()
     statuses, printed = finish(processes)
     assert statuses[0] == RANK_LOST and "rank 1 (process" in printed[0], printed
@@ -144,14 +157,16 @@ def test_a_model_that_ranks_share_trains_like_one(work):
     assert_close(numbers(work / "run"), numbers(work / "one"))
 
 
-def wait_for_step(folder, step):
+def wait_for_step(processes, folder, step):
     log = MetricsLog(folder / "metrics.jsonl")
     end_s = time.monotonic() + 100
-    while time.monotonic() < end_s:
+    while time.monotonic() < end_s and all(process.poll() is None for process in processes):
         if log.path.exists() and any(r["step"] >= step for r in log.records(warn=False)):
             return
         time.sleep(0.05)
-    raise AssertionError("it does not get on")
+    for process in processes:
+        process.send_signal(signal.SIGABRT)  # it prints where each thread is
+    raise AssertionError("\n".join(map(str, finish(processes))))
 
 
 def state_of(folder, step):
@@ -160,7 +175,7 @@ def state_of(folder, step):
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(work, quiet):
     processes = start(2, *RUN, "--out_dir", "run", "--max_steps", LAST)
-    wait_for_step(work / "run", 5)
+    wait_for_step(processes, work / "run", 5)
     processes[1].send_signal(signal.SIGUSR1)
     statuses, printed = finish(processes)
     assert statuses == [128 + signal.SIGUSR1] * 2 and printed[1] == ""
@@ -175,7 +190,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(work, quiet):
 @pytest.mark.parametrize("lost", (0, 1))
 def test_a_killed_rank_ends_the_others_with_its_name(work, lost):
     processes = start(2, *RUN, "--out_dir", "run", "--max_steps", 100000)
-    wait_for_step(work / "run", 5)
+    wait_for_step(processes, work / "run", 5)
     processes[lost].kill()
     begun_s = time.monotonic()
     statuses, printed = finish(processes)
@@ -190,7 +205,7 @@ def test_a_killed_rank_ends_the_others_with_its_name(work, lost):
 
 def test_a_rank_that_does_not_answer_is_named(work):
     processes = start(2, *RUN, "--out_dir", "run", "--max_steps", 100000, "--dist_timeout_s", 3)
-    wait_for_step(work / "run", 5)
+    wait_for_step(processes, work / "run", 5)
     processes[1].send_signal(signal.SIGSTOP)
     begun_s = time.monotonic()
     output = processes[0].communicate(timeout=60)[0]
