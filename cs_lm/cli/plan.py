@@ -354,7 +354,7 @@ def _runs() -> Iterator[str]:
              "fitted" if one.is_fitted else "")
         )  # fmt: skip
     yield text_table(rows)
-    yield "fitted: the efficiency of products is from this row"
+    yield "fitted: the efficiency of products is from these rows"
     yield "sources, and what is assumed: cs_lm/scaling/published_runs.py"
 
 

@@ -3,14 +3,16 @@
     time = (compute + tensor-parallel sums) (1 + (p - 1) / (v m)) + sends between stages
            + sums of gradients
 
-with p stages of v parts each and m micro-batches. A device gets `efficiency(d_model)` of its peak;
-sums and sends go at the speed of the links, with no overlap. Memory is that of mixed precision:
-2 bytes a weight, 2 a gradient, 12 for the optimizer (a float32 copy and two moments).
+with p stages of v parts each and m micro-batches. A device gets `efficiency` of its peak; sums and
+sends go at the speed of the links and wait for no computation, but for the weights and gradients
+that fsdp moves: of these two, half of the shorter time is hidden. Bytes are those of a
+`Precision`, by default of mixed precision.
 
 Sources: activations from Korthikanti et al. 2022, Reducing activation recomputation in large
 Transformer models, equations 1 to 6; the bubble from Narayanan et al. 2021, Efficient large-scale
 language model training on GPU clusters, section 2.2; parts of the state from Rajbhandari et al.
-2020, ZeRO. The two numbers of `efficiency` are fitted to two rows of published_runs.py.
+2020, ZeRO. The two numbers of `efficiency` are fitted to rows of published_runs.py; the half was
+chosen for the rows of ZeRO's third stage there.
 """
 
 import itertools
@@ -24,6 +26,7 @@ from cs_lm.scaling.devices import CPU, Device
 RECOMPUTE = ("none", "selective", "full")
 SHARDING = ("ddp", "moments", "fsdp")
 _HALF = 2  # bytes of a bfloat16 number
+_HIDDEN = 0.5  # of the shorter time, fsdp's traffic or products
 
 
 class Precision(NamedTuple):
@@ -34,7 +37,7 @@ class Precision(NamedTuple):
     optimizer: int
 
 
-MIXED = Precision(2, 2, 12)  # a float32 copy and two moments
+MIXED = Precision(2, 2, 12)  # optimizer: a float32 copy and two moments
 FLOAT32 = Precision(4, 4, 8)  # as this program keeps them, also with --dtype bfloat16
 
 
@@ -149,21 +152,32 @@ class Cost(NamedTuple):
         return sum(parts) + self.activation_bytes
 
 
-def efficiency(d_model: int, is_cpu: bool = False) -> float:
-    """Share of the peak that the matrix products of this width get.
+# Share of the peak, and the width at which products get half of it.
+HIGHEST, HALF_AT = 0.666, 654.0
+_CPU_HIGHEST, _CPU_HALF_AT = 0.6, 60.0
 
-    0.77 d / (d + 3250), fitted to the rows of 22 B and 1 T parameters with full recomputation.
-    On a CPU 0.6 d / (d + 60), fitted to this project's own runs (benchmarks/scaling.py).
+
+def efficiency(d_model: int, tensor: int = 1, is_cpu: bool = False) -> float:
+    """Share of the peak that a device's matrix products get: e w / (w + h), w = d_model / sqrt(t).
+
+    A device's matrices have about d_model rows and d_model / t columns, of which w is the mean.
+    e and h: least squares of the logarithms of step times of all published runs here that recompute
+    everything, at 1.7 to 1,008 B parameters. On a CPU: fitted to this project's own runs
+    (benchmarks/scaling.py).
     """
-    return 0.6 * d_model / (d_model + 60) if is_cpu else 0.77 * d_model / (d_model + 3250)
+    highest, half_at = (_CPU_HIGHEST, _CPU_HALF_AT) if is_cpu else (HIGHEST, HALF_AT)
+    width = d_model / math.sqrt(tensor)
+    return highest * width / (width + half_at)
 
 
-def cost(shape: Shape, mesh: Mesh, device: Device, batch_rows: int) -> Cost:
+def cost(
+    shape: Shape, mesh: Mesh, device: Device, batch_rows: int, precision: Precision = MIXED
+) -> Cost:
     """Of one update on `batch_rows` rows of `seq_length` tokens."""
     p, t, c, b = mesh.pipeline, mesh.tensor, mesh.context, mesh.micro_batch
     micro_batches = batch_rows / (mesh.data * b)
     tokens = batch_rows * shape.seq_length
-    speed = device.peak_flops * efficiency(shape.d_model, device.name == CPU)
+    speed = device.peak_flops * efficiency(shape.d_model, t, device.name == CPU)
     flops = shape.hardware_flops(tokens, mesh.recompute)
     compute_s = flops / (mesh.num_devices * speed)
     tensor_s = micro_batches * _tensor_bytes(shape, mesh) / device.link
@@ -172,7 +186,9 @@ def cost(shape: Shape, mesh: Mesh, device: Device, batch_rows: int) -> Cost:
     activations = _HALF * shape.seq_length / c * b * shape.d_model
     link = _link_between_machines(mesh, device)
     stages_s = 0.0 if p == 1 else 2 * mesh.parts * micro_batches * activations / t / link
-    gradients_s = _data_bytes(shape, mesh, micro_batches) / link
+    gradients_s = _data_bytes(shape, mesh, micro_batches, precision) / link
+    if mesh.sharding == "fsdp":
+        gradients_s -= _HIDDEN * min(gradients_s, compute_s)
     seconds = compute_s + tensor_s + bubble_s + stages_s + gradients_s
     of_all = seconds * mesh.num_devices
     return Cost(
@@ -182,7 +198,7 @@ def cost(shape: Shape, mesh: Mesh, device: Device, batch_rows: int) -> Cost:
         bubble_s,
         stages_s,
         gradients_s,
-        *state_bytes(shape.parameters, mesh),
+        *state_bytes(shape.parameters, mesh, precision),
         activation_bytes(shape, mesh, micro_batches),
         shape.model_flops(tokens) / (of_all * device.peak_flops),
         flops / of_all,
@@ -200,17 +216,17 @@ def _tensor_bytes(shape: Shape, mesh: Mesh) -> float:
     return sums * 2 * (t - 1) / t * activations
 
 
-def _data_bytes(shape: Shape, mesh: Mesh, micro_batches: float) -> float:
-    """For sums of gradients in float32 and, among contexts, gathers of keys and values.
+def _data_bytes(shape: Shape, mesh: Mesh, micro_batches: float, precision: Precision) -> float:
+    """For sums of gradients and, among contexts, gathers of keys and values.
 
     With fsdp, each micro-batch gathers the weights forward and backward, and sums its gradients.
     """
     size = mesh.data * mesh.context
     own = shape.parameters / (mesh.tensor * mesh.pipeline)
     share = (size - 1) / size
-    found = 2 * share * own * 4
+    found = 2 * share * own * precision.gradient
     if mesh.sharding == "fsdp":
-        found = micro_batches * share * own * (4 + 2 * _HALF)
+        found = micro_batches * share * own * (precision.gradient + 2 * precision.weight)
     if mesh.context > 1:  # keys and values forward and again backward, their gradients
         heads = shape.num_kv_heads / shape.num_heads / mesh.tensor
         keys = 2 * _HALF * shape.seq_length * mesh.micro_batch * shape.d_model * heads

@@ -1,11 +1,18 @@
 """Predicted memory and time of runs on many devices, held against papers."""
 
+import itertools
+import math
+
 import pytest
 
 from cs_lm.config.presets import named_model
 from cs_lm.models.stats import num_parameters
+from cs_lm.scaling import meshes
 from cs_lm.scaling.devices import DEVICES
 from cs_lm.scaling.meshes import (
+    FLOAT32,
+    HALF_AT,
+    HIGHEST,
     RECOMPUTE,
     SHARDING,
     Mesh,
@@ -24,16 +31,31 @@ GPT3 = shape_of(named_model("gpt3-175B"), 2048)._replace(vocab_size=51200)
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
 def test_published_runs(run):
-    """Time within 10% on the hardware of the fit, 15% on other hardware."""
-    bound = 0.01 if run.is_fitted else 0.10 if run.device == "A100" else 0.15
-    assert abs(run.error) <= bound
+    """Time within 10%; 15% on other hardware than that of the fit, and with other software."""
+    is_other = run.device != "A100" or run.mesh.sharding == "fsdp"
+    assert abs(run.error) <= (0.15 if is_other else 0.10)
     assert run.batch_rows % (run.mesh.data * run.mesh.micro_batch) == 0
 
 
-def test_two_rows_are_fitted():
-    assert [run.name for run in RUNS if run.is_fitted] == [
-        "22B, full recompute", "1T, full recompute",
-    ]  # fmt: skip
+def test_the_efficiency_is_that_of_the_fitted_rows(monkeypatch):
+    fitted = [run for run in RUNS if run.is_fitted]
+    assert len(fitted) == 14 and {run.mesh.recompute for run in fitted} == {"full"}
+
+    def loss(by_highest=1.0, by_half_at=1.0):
+        monkeypatch.setattr(meshes, "HIGHEST", HIGHEST * by_highest)
+        monkeypatch.setattr(meshes, "HALF_AT", HALF_AT * by_half_at)
+        return sum(math.log1p(run.error) ** 2 for run in fitted)
+
+    least = loss()
+    for changes in itertools.product((0.99, 1.0, 1.01), (0.98, 1.0, 1.02)):
+        assert loss(*changes) >= least
+
+
+def test_the_run_on_2240_devices_has_the_share_of_the_peak_of_the_abstract():
+    [run] = [run for run in RUNS if run.name.startswith("530B on 2,240, sel")]
+    flops = run.shape.model_flops(run.batch_rows * run.shape.seq_length)
+    share = flops / (run.seconds * 2240 * DEVICES["A100"].peak_flops)
+    assert share == pytest.approx(0.542, abs=0.0005)
 
 
 @pytest.mark.parametrize("name", ["gpt2-small", "gpt3-13B", "gpt3-175B", "transformer"])
@@ -90,8 +112,23 @@ def test_many_micro_batches_and_one_machine():
     assert eight == pytest.approx(8 * one)  # weights are gathered for each of them
     plain = [cost(GPT3, Mesh(64), device, 64 * k).gradients_s for k in (1, 8)]
     assert plain[0] == pytest.approx(plain[1])
+    wide = cost(GPT3, Mesh(64), device, 64, FLOAT32)
+    assert wide.gradients_s == pytest.approx(2 * plain[0])
+    assert wide.memory_bytes - wide.activation_bytes == pytest.approx(16 * GPT3.parameters)
     near, far = (cost(GPT3, Mesh(d, 1, 8), device, 8 * d).stages_s for d in (1, 2))
     assert far == pytest.approx(near * device.link / device.network)
+
+
+@pytest.mark.parametrize("micro_batch", (1, 16))
+def test_half_of_the_shorter_time_of_fsdp_is_hidden(micro_batch):
+    """At 1 row in a pass the traffic is longer than the products, at 16 rows shorter."""
+    device, rows = DEVICES["A100"], 64 * micro_batch
+    found = cost(GPT3, Mesh(64, sharding="fsdp", micro_batch=micro_batch), device, rows)
+    traffic_s = 63 / 64 * GPT3.parameters * (2 + 2 * 2) / device.network
+    assert (traffic_s > found.compute_s) == (micro_batch == 1)
+    hidden_s = 0.5 * min(traffic_s, found.compute_s)
+    assert found.gradients_s == pytest.approx(traffic_s - hidden_s)
+    assert found.seconds == pytest.approx(found.compute_s + found.gradients_s)
 
 
 def test_activations_of_stages_and_contexts():
@@ -109,14 +146,15 @@ def test_contexts_gather_keys_and_values():
     """Of the other contexts, in each layer and micro-batch: forward, backward, gradients."""
     device, mesh = DEVICES["A100"], Mesh(1, 1, 1, 4)
     keys = 3 * 2 * 2 * 2048 * GPT3.d_model * GPT3.num_layers * 3 / 4
-    sums = 2 * 3 / 4 * GPT3.parameters * 4
+    sums = 2 * 3 / 4 * GPT3.parameters * 2
     found = cost(GPT3, mesh, device, 2)
     assert found.gradients_s == pytest.approx((2 * keys + sums) / device.link)
     assert found.compute_s == pytest.approx(cost(GPT3, Mesh(4), device, 4).compute_s / 2)
 
 
 def test_one_device_of_this_kind():
-    assert efficiency(12288) == pytest.approx(0.609, abs=1e-3)
+    assert efficiency(654) == efficiency(1308, 4) == pytest.approx(0.333)
+    assert efficiency(12288, 8) < efficiency(12288) < 0.666
     assert efficiency(64, is_cpu=True) == pytest.approx(0.31, abs=1e-3)
 
 
