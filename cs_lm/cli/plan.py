@@ -27,7 +27,14 @@ from cs_lm.scaling.laws import (
     for_serving,
     training_flops,
 )
-from cs_lm.scaling.meshes import Cost, Mesh, Shape, meshes_that_fit, shape_of
+from cs_lm.scaling.meshes import (
+    Cost,
+    Mesh,
+    Shape,
+    meshes_that_fit,
+    possible_meshes,
+    shape_of,
+)
 from cs_lm.scaling.published_runs import RUNS
 from cs_lm.scaling.reliability import HOURS_A_YEAR, energy_kwh, failures
 from cs_lm.scaling.text_table import amount, text_table
@@ -245,11 +252,7 @@ def _of_devices(config: PlanConfig, shape: Shape, device: Device, tokens: float)
     batch_rows = max(1, round(config.batch_tokens / shape.seq_length))
     found = meshes_that_fit(shape, device, config.num_devices, batch_rows)
     if not found:
-        what = (
-            f"no mesh of {config.num_devices} {device.name} holds the model and divides the batch"
-        )
-        fix = "give more devices, others with more memory, or another --batch_tokens"
-        raise UserError(Problem("--num_devices", what, fix=fix))
+        raise UserError(_no_mesh(config, shape, device, batch_rows))
     yield ""
     yield f"{len(found)} meshes fit; the quickest ({batch_rows} rows of {shape.seq_length}):"
     yield text_table([_HEAD, *(_mesh_row(mesh, cost) for mesh, cost in _different(found))])
@@ -271,6 +274,19 @@ def _of_devices(config: PlanConfig, shape: Shape, device: Device, tokens: float)
         f"{best.bubble_s:.3g} s, between stages {best.stages_s:.3g} s, gradients "
         f"{best.gradients_s:.3g} s"
     )
+
+
+def _no_mesh(config: PlanConfig, shape: Shape, device: Device, batch_rows: int) -> Problem:
+    devices = f"{config.num_devices} {device.name}"
+    every = possible_meshes(shape, device, config.num_devices, batch_rows)
+    if not every:
+        what = f"no mesh of {devices} divides {batch_rows} rows, the layers and the heads"
+        fix = "give another number of devices, for example a power of 2, or another --batch_tokens"
+        return Problem("--num_devices", what, fix=fix)
+    least = min(one.memory_bytes for _, one in every)
+    what = f"no mesh of {devices} holds the model: each needs {format_bytes(least)} or more"
+    need = f"at most 90% of {format_bytes(device.memory)}"
+    return Problem("--num_devices", what, need, "give more devices, or others with more memory")
 
 
 _HEAD = (

@@ -34,7 +34,7 @@ from cs_lm.scaling.sweep_results import (
     table,
     write_results,
 )
-from cs_lm.scaling.sweep_runs import DONE, SweepFolder, command_of, train_runs
+from cs_lm.scaling.sweep_runs import SweepFolder, command_of, train_runs
 from cs_lm.scaling.text_table import text_table
 
 
@@ -66,14 +66,13 @@ class SweepConfig:
         if self.spec is not None and by_flags:
             what = "cannot be used with --flags, --vary or --budgets"
             found.append(Problem("--spec", what, fix="leave one of them out"))
-        if self.resume and (self.spec is not None or by_flags):
-            what = "goes on with the family of the sweep in --out_dir"
-            found.append(Problem("--resume", what, fix="leave --spec, --flags and --vary out"))
+        if self.out_dir:
+            found += no_place("--out_dir", self.out_dir, Path(self.out_dir))
         if self.coordinate_check:
             return found + self._problems_of_check(by_flags)
         if self.lr != SweepConfig.lr:
             found.append(no_effect_without("--lr", "--coordinate_check"))
-        if not self.resume and self.spec is None and not (self.vary or self.budgets):
+        if not self.names_a_family and (self.flags is not None or not self.resume):
             found.append(Problem("--spec", "is missing", fix="name a file, or give --vary"))
         if self.num_jobs < 1:
             found.append(Problem("--num_jobs", f"got {self.num_jobs}", "1 or more"))
@@ -82,9 +81,11 @@ class SweepConfig:
             if not name or not values:
                 need = "name=value,value, for example lr=1e-3,3e-3"
                 found.append(Problem("--vary", f"got {one!r}", need))
-        return found + (
-            no_place("--out_dir", self.out_dir, Path(self.out_dir)) if self.out_dir else []
-        )
+        return found
+
+    @property
+    def names_a_family(self) -> bool:
+        return self.spec is not None or bool(self.vary) or bool(self.budgets)
 
     def _problems_of_check(self, by_flags: bool) -> list[Problem]:
         found = []
@@ -120,7 +121,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _refuse_a_sweep(folder)  # that began meanwhile
             folder.write_spec(spec)
         try:
-            train_runs(runs, folder, config.num_jobs, _told(runs, folder))
+            on_start, on_end = _told(runs, folder)
+            train_runs(runs, folder, config.num_jobs, on_start, on_end)
         finally:
             results = results_of(runs, folder)
             write_results(results, folder.results)
@@ -172,9 +174,18 @@ def _spec(config: SweepConfig, folder: SweepFolder) -> Spec:
         if not folder.exists():
             what = f"{config.out_dir!r} holds no sweep"
             raise UserError(Problem("--resume", what, fix="name its folder, or leave --resume out"))
-        return folder.read_spec()
+        spec = folder.read_spec()
+        if config.names_a_family and _spec_of_flags(config) != spec:
+            what = f"the sweep in {config.out_dir!r} is another one than --spec or --vary name"
+            fix = "leave them out, or name another folder"
+            raise UserError(Problem("--resume", what, fix=fix))
+        return spec
     if not config.dry_run:
         _refuse_a_sweep(folder)
+    return _spec_of_flags(config)
+
+
+def _spec_of_flags(config: SweepConfig) -> Spec:
     if config.spec is not None:
         return read_spec(config.spec)
     vary = {}
@@ -230,11 +241,13 @@ def _flags(text: str) -> dict[str, Any]:
 
 
 def _told(runs: Sequence[PlannedRun], folder: SweepFolder):
-    """Prints each run as it ends, and keeps the table up to date."""
-
+    """Two functions that print each run as it starts and ends, and keep the table up to date."""
     results = results_of(runs, folder)
     places = {run.name: place for place, run in enumerate(runs)}
     ended = {one.run.name for one in results if one.state in ("done", "diverged")}
+
+    def on_start(run: PlannedRun) -> None:
+        print(f"started {run.name}, output in {folder.log(run.name)}", flush=True)
 
     def on_end(run: PlannedRun, status: int) -> None:
         own = results[places[run.name]] = result_of(run, folder, status)
@@ -243,10 +256,8 @@ def _told(runs: Sequence[PlannedRun], folder: SweepFolder):
         shown = "" if own.loss is None else f", loss {own.loss:.4f}"
         took = "" if own.seconds is None else f" ({own.seconds:.0f} s)"
         print(f"[{len(ended)}/{len(runs)}] {run.name}: {own.state}{shown}{took}", flush=True)
-        if status != DONE:
-            print(f"  its output: {folder.log(run.name)}", flush=True)
 
-    return on_end
+    return on_start, on_end
 
 
 def _plot(results: Sequence[Any], folder: Path) -> None:

@@ -4,9 +4,9 @@
            + sums of gradients
 
 with p stages of v parts each and m micro-batches. A device gets `efficiency` of its peak; sums and
-sends go at the speed of the links and wait for no computation, but for the weights and gradients
-that fsdp moves: of these two, half of the shorter time is hidden. Bytes are those of a
-`Precision`, by default of mixed precision.
+sends go at the speed of the links, while nothing is computed. Only what fsdp moves overlaps with
+products: half of the shorter of these two times is hidden. Bytes are those of a `Precision`, by
+default of mixed precision.
 
 Sources: activations from Korthikanti et al. 2022, Reducing activation recomputation in large
 Transformer models, equations 1 to 6; the bubble from Narayanan et al. 2021, Efficient large-scale
@@ -26,7 +26,7 @@ from cs_lm.scaling.devices import CPU, Device
 RECOMPUTE = ("none", "selective", "full")
 SHARDING = ("ddp", "moments", "fsdp")
 _HALF = 2  # bytes of a bfloat16 number
-_HIDDEN = 0.5  # of the shorter time, fsdp's traffic or products
+_HIDDEN = 0.5  # share of the shorter time: that of fsdp's traffic, or of the products
 
 
 class Precision(NamedTuple):
@@ -279,16 +279,20 @@ def meshes_that_fit(
 
     spare  share of the memory that stays free, for buffers and fragments
     """
-    found = [
-        (mesh, own)
-        for mesh in _possible(shape, device, num_devices, batch_rows)
-        if (own := cost(shape, mesh, device, batch_rows)).memory_bytes
-        <= (1 - spare) * device.memory
-    ]
+    every = possible_meshes(shape, device, num_devices, batch_rows)
+    found = [one for one in every if one[1].memory_bytes <= (1 - spare) * device.memory]
     return sorted(found, key=lambda one: one[1].seconds)
 
 
-def _possible(shape: Shape, device: Device, n: int, batch_rows: int) -> Iterator[Mesh]:
+def possible_meshes(
+    shape: Shape, device: Device, num_devices: int, batch_rows: int
+) -> list[tuple[Mesh, Cost]]:
+    """The ways to share a step that divide its layers, heads and rows."""
+    every = _dividing(shape, device, num_devices, batch_rows)
+    return [(mesh, cost(shape, mesh, device, batch_rows)) for mesh in every]
+
+
+def _dividing(shape: Shape, device: Device, n: int, batch_rows: int) -> Iterator[Mesh]:
     tensors = [t for t in _powers(device.per_machine) if shape.num_kv_heads % t == 0]
     for t, p, c in itertools.product(tensors, range(1, min(n, shape.num_layers) + 1), _powers(64)):
         if n % (t * p * c) or shape.num_layers % p or (c > 1 and shape.seq_length // c < 2048):

@@ -96,11 +96,13 @@ def train_runs(
     runs: Sequence[PlannedRun],
     folder: SweepFolder,
     num_jobs: int,
+    on_start: Callable[[PlannedRun], None],
     on_end: Callable[[PlannedRun, int], None],
 ) -> None:
     """Trains those that have not ended yet, `num_jobs` at a time.
 
-    on_end  called with each run that ends, and its exit status
+    on_start  called with each run that starts or goes on
+    on_end    called with each run that ends, and its exit status
     Raises: StopRequested after a signal, when all runs have saved their work.
     """
     statuses = folder.statuses()
@@ -110,7 +112,7 @@ def train_runs(
         try:
             while waiting or running:
                 signals.check()
-                _start_some(waiting, running, folder, num_jobs)
+                _start_some(waiting, running, folder, num_jobs, on_start)
                 if not _end_some(running, folder, on_end):
                     time.sleep(_LOOK_AGAIN_S)
         except BaseException as error:
@@ -118,7 +120,9 @@ def train_runs(
             raise
 
 
-def _start_some(waiting: list, running: dict, folder: SweepFolder, num_jobs: int) -> None:
+def _start_some(
+    waiting: list, running: dict, folder: SweepFolder, num_jobs: int, on_start: Callable
+) -> None:
     left_over = 0  # runs of an earlier sweep that was killed; they were not
     for run in list(waiting):
         if len(running) + left_over >= num_jobs:
@@ -132,6 +136,7 @@ def _start_some(waiting: list, running: dict, folder: SweepFolder, num_jobs: int
             running[run.name] = run, _started(run, folder, num_jobs, lock)
         finally:
             lock.close()  # the run has it now
+        on_start(run)
 
 
 def _started(

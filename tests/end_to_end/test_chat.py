@@ -15,6 +15,7 @@ from tests.end_to_end.instructions import WORDS
 from tests.end_to_end.test_sft import bases, sft, work
 
 __all__ = ["bases", "work"]  # fixtures
+pytestmark = pytest.mark.xdist_group("chat")  # its run is trained once
 
 
 @pytest.fixture(scope="module")

@@ -67,6 +67,7 @@ def test_interrupt(command, number, finished_run, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="it is a script for bash")
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
 def test_the_script_passes_signals_on(number, tmp_path):
     """To the shell's process alone, as a job scheduler sends them."""

@@ -50,7 +50,7 @@ def rollout_records(out):
     return [r for r in MetricsLog(out / "metrics.jsonl").records() if r["kind"] == "rollout"]
 
 
-@pytest.mark.parametrize("name", ["ppo", "grpo"])
+@pytest.mark.parametrize("name", ["ppo", pytest.param("grpo", marks=pytest.mark.slow)])
 def test_answers_become_what_the_rule_likes(work, name):
     """Shorter ones; the run is a language model like any other."""
     out = work / name
@@ -70,8 +70,12 @@ def test_answers_become_what_the_rule_likes(work, name):
     assert not torch.equal(reference.model.output_embedding, learnt.model.output_embedding)
 
 
-@pytest.mark.parametrize("name", ["ppo", "grpo"])
-@pytest.mark.parametrize("source", ["transformer", "gpt2"])
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [("ppo", "transformer"), ("grpo", "gpt2"),
+     *(pytest.param(*other, marks=pytest.mark.slow)
+       for other in (("ppo", "gpt2"), ("grpo", "transformer")))],
+)  # fmt: skip
 def test_a_resumed_run_is_the_same_to_the_last_bit(work, ranked, name, source):
     """From inside an iteration, with a reward model, text, and a changing coefficient."""
     more = {"from": f"runs/{source}", "reward": work / "rm", "pretraining_mix": 0.25}
@@ -134,7 +138,7 @@ def test_a_rule_of_ones_own_and_a_second_one_to_watch(work, monkeypatch):
     assert record["gold"] < 0 <= record["score"]
 
 
-@pytest.mark.parametrize("name", ["ppo", "grpo"])
+@pytest.mark.parametrize("name", ["ppo", pytest.param("grpo", marks=pytest.mark.slow)])
 def test_numbers_that_are_not_finite_end_the_run_in_a_line(work, name, capsys):
     out = work / name
     wild = {"lr": 500.0, "lr_min": 500.0, "max_norm": "inf", "save_interval": 1}

@@ -106,7 +106,7 @@ def test_a_reward_model_learns_what_is_better(work, ranked, capsys):
         assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("source", ["transformer", "gpt2"])
+@pytest.mark.parametrize("source", ["transformer", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_a_resumed_reward_run_is_the_same_to_the_last_bit(work, ranked, source):
     runs = work / "whole", work / "parts"
     for out in runs:
@@ -127,7 +127,7 @@ def test_dpo_prefers_what_is_ranked_above(work, ranked):
     assert command(["generate", "--out_dir", str(out), "--prompt", "The"]) == 0
 
 
-@pytest.mark.parametrize("source", ["transformer", "gpt2"])
+@pytest.mark.parametrize("source", ["transformer", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_a_resumed_dpo_run_is_the_same_to_the_last_bit(work, ranked, source):
     runs = work / "whole", work / "parts"
     for out in runs:

@@ -110,7 +110,8 @@ def test_resume_refuses_another_model(finished_run):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for one process")
-@pytest.mark.parametrize("sampling", [pytest.param("random", marks=pytest.mark.slow), "epoch"])
+@pytest.mark.slow
+@pytest.mark.parametrize("sampling", ["random", "epoch"])
 def test_interrupted_and_resumed_is_the_uninterrupted_run(tmp_path, sampling):
     """Weights and moments to the last bit, and a log without gaps or repetitions."""
     write_corpus(tmp_path)
@@ -273,6 +274,7 @@ def test_dry_run_refuses_what_the_run_would(finished_run, tmp_path):
     assert other.returncode == 0 and "(not encoded yet)" in other.stdout
 
 
+@pytest.mark.slow
 def test_training_outlives_its_terminal(tmp_path):
     """A closed pipe ends the display, not the run."""
     write_corpus(tmp_path)
@@ -337,7 +339,9 @@ with RunFolder(sys.argv[1]).lock():
 """
 
 
-@pytest.mark.parametrize("resume", [[], ["--resume"]], ids=["start", "resume"])
+@pytest.mark.parametrize(
+    "resume", [[], pytest.param(["--resume"], marks=pytest.mark.slow)], ids=["start", "resume"]
+)
 def test_two_runs_in_one_folder_are_refused(resume, tmp_path, finished_run):
     """Until the first one ends, even by SIGKILL: its lock ends with it."""
     if resume:

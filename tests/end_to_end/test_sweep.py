@@ -57,7 +57,7 @@ def test_a_grid_of_runs(work, capsys):
     assert "4 runs, " in capsys.readouterr().out and not (work / "s").exists()
     assert sweep("--num_jobs", "2", flags=flags) == 0
     shown = capsys.readouterr().out
-    assert shown.count("done, loss") == 4 and "best     " in shown
+    assert shown.count("done, loss") == shown.count("started ") == 4 and "best     " in shown
     assert {row["state"] for row in rows()} == {"done"}
     best = min(rows(), key=lambda row: float(row["loss"]))
     assert f"best     {best['run']}: python run_clm.py" in shown
@@ -69,8 +69,10 @@ def test_a_grid_of_runs(work, capsys):
     assert sweep(flags=flags) == 2
     assert "holds a sweep already; add --resume" in capsys.readouterr().err
     before = losses()
-    assert command(["sweep", "--out_dir", "s", "--resume"]) == 0
+    assert sweep("--resume", flags=flags) == 0
     assert losses() == before and "done, loss" not in capsys.readouterr().out
+    assert sweep("--resume", flags=[*flags, "--seed", "1"]) == 2
+    assert "--resume: the sweep in 's' is another one" in capsys.readouterr().err
 
 
 def start(*more):
@@ -170,7 +172,7 @@ def test_mistakes_are_named(work, capsys):
         (["--vary", "lr"], "--vary: got 'lr'"),
         (["--vary", "lr=1", "--spec", "x"], "--spec: cannot be used with"),
         (["--resume"], "'s' holds no sweep"),
-        (["--resume", "--vary", "lr=1"], "--resume: goes on with"),
+        (["--resume", "--flags", "--lr 1"], "--spec: is missing"),
         (["--vary", "lr=1", "--num_jobs", "0"], "--num_jobs: got 0"),
         (["--vary", "lr=1", "--flags", "x"], "--flags: got 'x'"),
         (["--coordinate_check", "64"], "need two or more multiples of 16"),
@@ -186,6 +188,9 @@ def test_mistakes_are_named(work, capsys):
         error = capsys.readouterr().err
         assert words in error and "Traceback" not in error, argv
     assert not (work / "s").exists()
+    for more in (["--vary", "lr=1"], ["--coordinate_check", "64", "128"]):
+        assert command(["sweep", "--out_dir", "animals.txt", *more]) == 2
+        assert "'animals.txt' is a file" in capsys.readouterr().err
 
 
 def test_plan(capsys):
@@ -211,7 +216,8 @@ def test_plan(capsys):
         (["--money", "3"], "has no effect without --price"),
         (["--flops", "-1"], "--flops: got -1"),
         (["--parameters", "7e9", "--num_devices", "8"], "needs --model"),
-        (["--model", "gpt3-175B", "--num_devices", "8"], "no mesh of 8 H100"),
+        (["--model", "gpt3-175B", "--num_devices", "8"], "no mesh of 8 H100 holds the model"),
+        (["--model", "gpt2-small", "--num_devices", "7919"], "no mesh of 7919 H100 divides"),
         (["--hours", "1", "--num_devices", "1", "--mfu", "2"], "--mfu: got 2"),
         (["--flops", "1e20", "--price", "2"], "--price: has no effect without --money"),
         (["--flops", "1e20", "--mfu", "0.5"], "--mfu: has no effect without"),

@@ -71,7 +71,7 @@ def encode(folder, text, encoder, chunk_size, key="this text"):
     )
 
 
-@pytest.mark.parametrize("chunk_size", [30, 100, 1000, 5000])
+@pytest.mark.parametrize("chunk_size", [pytest.param(30, marks=pytest.mark.slow), 100, 1000, 5000])
 def test_ended_after_any_block(work, chunk_size):
     text = text_of(4000)
     whole = Encoder()
@@ -126,11 +126,8 @@ def test_in_several_processes(work):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
-@pytest.mark.parametrize(
-    "number",
-    [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)],
-    ids=lambda n: n.name,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda n: n.name)
 def test_the_command_is_killed_and_given_again(work, number):
     (work / "text.txt").write_text(text_of(1_500_000), encoding="utf-8")
     TOKENIZER.save(work / "vocab.json", work / "merges.txt")

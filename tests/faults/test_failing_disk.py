@@ -83,6 +83,7 @@ def test_each_call_fails_once(tmp_path, number):
         check(manager, {3} if is_saved else {2, 3})
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="ends a fork of this process")
 def test_each_call_is_the_last_one(tmp_path):
     """As power would end it: no exception, nothing is cleared away."""

@@ -85,6 +85,8 @@ SLOW_CASES = {
     "dropout, accumulation",
     "epoch, accumulation",
     "bfloat16",
+    "clear",
+    "skip",
 }
 
 

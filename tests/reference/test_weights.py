@@ -117,7 +117,11 @@ def test_the_tokenizer_comes_along(tokenizer, tmp_path):
 # ---- in ----
 
 
-@pytest.mark.parametrize("size", ["gpt2-small", "gpt2-medium", "gpt2-large", "gpt2-xl"])
+@pytest.mark.parametrize(
+    "size",
+    ["gpt2-small", "gpt2-medium",
+     *(pytest.param(size, marks=pytest.mark.slow) for size in ("gpt2-large", "gpt2-xl"))],
+)  # fmt: skip
 @pytest.mark.parametrize("tied", [True, False])
 def test_each_size_has_their_scores(size, tied, tmp_path):
     """Real widths and heads; two layers and few tokens for the sake of memory."""

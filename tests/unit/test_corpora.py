@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from cs_lm.cli._ranks import kept_for_ranks
 from cs_lm.cli.commands import main as command
 from cs_lm.config.data import DataConfig
 from cs_lm.config.model import ModelConfig
@@ -25,6 +26,7 @@ from cs_lm.data.pipes import check_no_pipe, with_pipes_kept
 from cs_lm.errors import UserError
 from cs_lm.tokenizer.text_source import TextSource
 from cs_lm.training.console import log_to
+from tests.ranks import launch_variables
 
 END = "<|endoftext|>"
 TEXTS = ["The cat sat.\n", "née 🙂\r\n", "1, 2, 3"]
@@ -251,6 +253,10 @@ def test_a_pipe_is_kept_for_later(monkeypatch, tmp_path):
         check_no_pipe(config(corpus_path="-"))
     found = [str(problem) for problem in DataConfig("-", "-").validate()]
     assert "--corpus_path, --valid_path: got - for both" in found[0]
+    for name, value in launch_variables(0, 2, 29500).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="--valid_path: is a pipe, which 2 processes cannot read"):
+        kept_for_ranks(config(valid_path="-"))
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])

@@ -143,7 +143,8 @@ def test_activation_checkpointing_drops_the_same():
 
 
 @torch.no_grad()  # without a backward pass to compile: masks are drawn in the forward pass
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_drops_the_same_without_graph_breaks(backend):
     torch._dynamo.reset()  # what other tests compiled, of other models
     plain, compiled = model_of(), model_of()

@@ -48,6 +48,7 @@ def test_runs_without_noise_give_their_law():
     assert all(one.is_inside for one in isoflop.minima)
 
 
+@pytest.mark.slow
 def test_intervals_hold_what_the_runs_were_made_with():
     """8 of 8 here; benchmarks/scaling.py counts 100."""
     held, held_size = 0, 0
@@ -115,7 +116,9 @@ def test_runs_that_cannot_be_fitted(tmp_path, content, words):
         fit_parametric(read_points(tmp_path / "x.json"), 20)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize(
+    "seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 12))]
+)
 def test_few_noisy_runs_give_finite_numbers_or_a_line(seed):
     """Also losses that rise with compute, or fall as one over it."""
     random = np.random.default_rng(seed)

@@ -98,6 +98,7 @@ def _fails_at_once(tasks, results):
     raise ValueError("no work for me")
 
 
+@pytest.mark.slow
 def test_what_all_workers_raise_arrives_while_tasks_are_put():
     error = pytest.raises(ValueError, match="no work for me")
     with WorkerGroup(2, _fails_at_once) as workers, error:

@@ -42,6 +42,7 @@ def test_wandb_offline(tmp_path, monkeypatch):
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_mlflow(tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
