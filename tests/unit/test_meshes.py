@@ -77,6 +77,21 @@ def test_memory_of_gpt3():
     assert sums == pytest.approx([2793, 700, 2.73], rel=2e-3)
 
 
+@pytest.mark.parametrize(
+    ("name", "state_gib", "activations_gib"),
+    [("22B", 45.5625, 9.5625), ("175B", 45.5625, 12.3515625), ("530B", 31.640625, 23.076171875),
+     ("1T", 32.958984375, 26.5625)],
+)  # fmt: skip
+def test_memory_of_published_runs(name, state_gib, activations_gib):
+    """Korthikanti et al. 2022, figure 1, as in the validation of Calculon: layers alone."""
+    [run] = [run for run in RUNS if run.name == f"{name}, selective recompute"]
+    state = sum(state_bytes(run.shape.in_layers, run.mesh, run.precision))
+    assert state / 2**30 == pytest.approx(state_gib)
+    micro_batches = run.batch_rows / run.mesh.micro_batch
+    kept = activation_bytes(run.shape, run.mesh, micro_batches)
+    assert kept / 2**30 == pytest.approx(activations_gib)
+
+
 def test_meshes_fit_and_the_quickest_is_first():
     device, n, rows = DEVICES["A100"], 64, 64
     found = meshes_that_fit(GPT3, device, n, rows)
