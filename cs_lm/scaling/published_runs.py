@@ -11,8 +11,8 @@ Not in the papers, but assumed:
 
 - Narayanan et al.: micro-batches of 1 row in table 1; the fewest parts of a stage that take turns
   (the paper says that they do); of 175 B on 1,024 the mesh.
-- Llama 3: 8 parts in a stage (with 1 part, the prediction is 15 to 35% too slow), and of the long
-  rows FLOPs that count the masked half of the attention.
+- Llama 3: each of the 8 layers of a stage is a part (with 1 part, the prediction is 29 to 63% too
+  slow), and FLOPs of the long rows count the masked half of the attention.
 """
 
 from typing import NamedTuple
