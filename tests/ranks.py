@@ -16,16 +16,17 @@ TIMEOUT_S = 60.0
 
 
 def free_port() -> int:
-    """A port that no other program takes before a rank has started and listens on it.
+    """A port that the system does not give to another program before a rank listens on it.
 
-    The system hands out ports from 32768 (or from 49152) for connections, so these are below.
+    It gives ports from 32768 (or from 49152) to connections, so these are below.
     """
     order = random.SystemRandom()  # not the test's seed: two tests may run at once
-    while True:
+    for _ in range(100):
         port = order.randrange(10_000, 32_768)
         with socket.socket() as one, suppress(OSError):
             one.bind(("127.0.0.1", port))
             return port
+    raise OSError("no port is free")
 
 
 def launch_variables(rank: int, size: int, port: int) -> dict[str, str]:

@@ -271,8 +271,8 @@ def _of_devices(config: PlanConfig, shape: Shape, device: Device, tokens: float)
     )
     yield (
         f"of the step: products {best.compute_s:.3g} s, tensor sums {best.tensor_s:.3g} s, bubble "
-        f"{best.bubble_s:.3g} s, between stages {best.stages_s:.3g} s, gradients "
-        f"{best.gradients_s:.3g} s"
+        f"{best.bubble_s:.3g} s, between stages {best.stages_s:.3g} s, contexts "
+        f"{best.contexts_s:.3g} s, gradients and weights {best.gradients_s:.3g} s"
     )
 
 
@@ -281,12 +281,15 @@ def _no_mesh(config: PlanConfig, shape: Shape, device: Device, batch_rows: int) 
     every = possible_meshes(shape, device, config.num_devices, batch_rows)
     if not every:
         what = f"no mesh of {devices} divides {batch_rows} rows, the layers and the heads"
-        fix = "give another number of devices, for example a power of 2, or another --batch_tokens"
+        fix = "choose --num_devices and --batch_tokens with common factors, such as powers of 2"
         return Problem("--num_devices", what, fix=fix)
     least = min(one.memory_bytes for _, one in every)
-    what = f"no mesh of {devices} holds the model: each needs {format_bytes(least)} or more"
-    need = f"at most 90% of {format_bytes(device.memory)}"
-    return Problem("--num_devices", what, need, "give more devices, or others with more memory")
+    what = (
+        f"no mesh of {devices} holds the model: a device would need {format_bytes(least)}, and "
+        f"90% of its {format_bytes(device.memory)} are used"
+    )
+    fix = "give more devices, others with more memory, or another --batch_tokens"
+    return Problem("--num_devices", what, fix=fix)
 
 
 _HEAD = (
@@ -325,9 +328,10 @@ def _of_time(config: PlanConfig, device: Device, best: Cost, steps: float) -> It
         return
     with_failures = hours / (1 - risk.lost)
     energy = energy_kwh(config.num_devices, device.watts, config.overhead, with_failures)
+    shown_energy = f"{energy:,.0f} kWh" if energy < 1000 else f"{energy / 1000:,.0f} MWh"
     yield (
         f"{steps:,.0f} steps, {hours / 24:.3g} days; with failures {with_failures / 24:.3g} days, "
-        f"{amount(with_failures * config.num_devices)} device-hours, {energy / 1000:,.0f} MWh"
+        f"{amount(with_failures * config.num_devices)} device-hours, {shown_energy}"
     )
     yield (
         f"a failure every {_time(risk.hours_between)}: save every {_time(risk.save_every_s / 3600)}"

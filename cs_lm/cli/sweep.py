@@ -34,7 +34,7 @@ from cs_lm.scaling.sweep_results import (
     table,
     write_results,
 )
-from cs_lm.scaling.sweep_runs import SweepFolder, command_of, train_runs
+from cs_lm.scaling.sweep_runs import DONE, SweepFolder, command_of, train_runs
 from cs_lm.scaling.text_table import text_table
 
 
@@ -72,7 +72,9 @@ class SweepConfig:
             return found + self._problems_of_check(by_flags)
         if self.lr != SweepConfig.lr:
             found.append(no_effect_without("--lr", "--coordinate_check"))
-        if not self.names_a_family and (self.flags is not None or not self.resume):
+        if self.resume and self.flags is not None and not self.names_a_family:
+            found.append(no_effect_without("--flags", "--vary or --budgets"))
+        elif not self.names_a_family and not self.resume:
             found.append(Problem("--spec", "is missing", fix="name a file, or give --vary"))
         if self.num_jobs < 1:
             found.append(Problem("--num_jobs", f"got {self.num_jobs}", "1 or more"))
@@ -176,8 +178,8 @@ def _spec(config: SweepConfig, folder: SweepFolder) -> Spec:
             raise UserError(Problem("--resume", what, fix="name its folder, or leave --resume out"))
         spec = folder.read_spec()
         if config.names_a_family and _spec_of_flags(config) != spec:
-            what = f"the sweep in {config.out_dir!r} is another one than --spec or --vary name"
-            fix = "leave them out, or name another folder"
+            what = f"the sweep in {config.out_dir!r} is another one than the flags say"
+            fix = "leave --spec, --flags, --vary and --budgets out, or name another folder"
             raise UserError(Problem("--resume", what, fix=fix))
         return spec
     if not config.dry_run:
@@ -247,7 +249,7 @@ def _told(runs: Sequence[PlannedRun], folder: SweepFolder):
     ended = {one.run.name for one in results if one.state in ("done", "diverged")}
 
     def on_start(run: PlannedRun) -> None:
-        print(f"started {run.name}, output in {folder.log(run.name)}", flush=True)
+        print(f"training {run.name}", flush=True)
 
     def on_end(run: PlannedRun, status: int) -> None:
         own = results[places[run.name]] = result_of(run, folder, status)
@@ -256,6 +258,8 @@ def _told(runs: Sequence[PlannedRun], folder: SweepFolder):
         shown = "" if own.loss is None else f", loss {own.loss:.4f}"
         took = "" if own.seconds is None else f" ({own.seconds:.0f} s)"
         print(f"[{len(ended)}/{len(runs)}] {run.name}: {own.state}{shown}{took}", flush=True)
+        if status != DONE:
+            print(f"  its output: {folder.log(run.name)}", flush=True)
 
     return on_start, on_end
 

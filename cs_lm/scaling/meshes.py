@@ -1,18 +1,18 @@
 """Predicts memory and time of a training step on many devices, and ranks the ways to share it.
 
     time = (compute + tensor-parallel sums) (1 + (p - 1) / (v m)) + sends between stages
-           + sums of gradients
+           + gathers of contexts + what moves weights and gradients
 
-with p stages of v parts each and m micro-batches. A device gets `efficiency` of its peak; sums and
-sends go at the speed of the links, while nothing is computed. Only what fsdp moves overlaps with
-products: half of the shorter of these two times is hidden. Bytes are those of a `Precision`, by
-default of mixed precision.
+with p stages of v parts each and m micro-batches. A device gets `efficiency` of its peak; all else
+goes at the speed of the links, while nothing is computed, but for weights and gradients: half of
+the shorter of their time and that of the products is hidden. Activations have 2 bytes a number,
+weights and gradients those of a `Precision`.
 
 Sources: activations from Korthikanti et al. 2022, Reducing activation recomputation in large
 Transformer models, equations 1 to 6; the bubble from Narayanan et al. 2021, Efficient large-scale
 language model training on GPU clusters, section 2.2; parts of the state from Rajbhandari et al.
-2020, ZeRO. The two numbers of `efficiency` are fitted to rows of published_runs.py; the half was
-chosen for the rows of ZeRO's third stage there.
+2020, ZeRO. The two numbers of `efficiency` are fitted to rows of published_runs.py; the half that
+is hidden was chosen for the rows of ZeRO's third stage there.
 """
 
 import itertools
@@ -26,7 +26,7 @@ from cs_lm.scaling.devices import CPU, Device
 RECOMPUTE = ("none", "selective", "full")
 SHARDING = ("ddp", "moments", "fsdp")
 _HALF = 2  # bytes of a bfloat16 number
-_HIDDEN = 0.5  # share of the shorter time: that of fsdp's traffic, or of the products
+_HIDDEN = 0.5  # share of the shorter time: moving weights and gradients, or the products
 
 
 class Precision(NamedTuple):
@@ -138,6 +138,7 @@ class Cost(NamedTuple):
     tensor_s: float
     bubble_s: float
     stages_s: float
+    contexts_s: float
     gradients_s: float
     weights_bytes: float
     gradient_bytes: float
@@ -160,10 +161,10 @@ _CPU_HIGHEST, _CPU_HALF_AT = 0.6, 60.0
 def efficiency(d_model: int, tensor: int = 1, is_cpu: bool = False) -> float:
     """Share of the peak that a device's matrix products get: e w / (w + h), w = d_model / sqrt(t).
 
-    A device's matrices have about d_model rows and d_model / t columns, of which w is the mean.
-    e and h: least squares of the logarithms of step times of all published runs here that recompute
-    everything, at 1.7 to 1,008 B parameters. On a CPU: fitted to this project's own runs
-    (benchmarks/scaling.py).
+    A device's matrices have about d_model rows and d_model / t columns; w is their geometric mean.
+    e and h: least squares of the logarithms of the step times of 14 published runs, those marked
+    as fitted in published_runs.py, with w of 2,048 and more. On a CPU: fitted to this project's
+    own runs (benchmarks/scaling.py).
     """
     highest, half_at = (_CPU_HIGHEST, _CPU_HALF_AT) if is_cpu else (HIGHEST, HALF_AT)
     width = d_model / math.sqrt(tensor)
@@ -186,10 +187,10 @@ def cost(
     activations = _HALF * shape.seq_length / c * b * shape.d_model
     link = _link_between_machines(mesh, device)
     stages_s = 0.0 if p == 1 else 2 * mesh.parts * micro_batches * activations / t / link
+    contexts_s = _context_bytes(shape, mesh, micro_batches) / link
     gradients_s = _data_bytes(shape, mesh, micro_batches, precision) / link
-    if mesh.sharding == "fsdp":
-        gradients_s -= _HIDDEN * min(gradients_s, compute_s)
-    seconds = compute_s + tensor_s + bubble_s + stages_s + gradients_s
+    gradients_s -= _HIDDEN * min(gradients_s, compute_s)
+    seconds = compute_s + tensor_s + bubble_s + stages_s + contexts_s + gradients_s
     of_all = seconds * mesh.num_devices
     return Cost(
         seconds,
@@ -197,6 +198,7 @@ def cost(
         tensor_s,
         bubble_s,
         stages_s,
+        contexts_s,
         gradients_s,
         *state_bytes(shape.parameters, mesh, precision),
         activation_bytes(shape, mesh, micro_batches),
@@ -217,22 +219,28 @@ def _tensor_bytes(shape: Shape, mesh: Mesh) -> float:
 
 
 def _data_bytes(shape: Shape, mesh: Mesh, micro_batches: float, precision: Precision) -> float:
-    """For sums of gradients and, among contexts, gathers of keys and values.
+    """For sums of gradients and, where the state is sharded, gathers of weights.
 
-    With fsdp, each micro-batch gathers the weights forward and backward, and sums its gradients.
+    A sum costs each byte twice: summed parts, then a gather of them. Who has a part of the moments
+    needs the sum of that part alone, and then gathers weights. With fsdp, each micro-batch gathers
+    the weights forward and backward, and sums its gradients.
     """
     size = mesh.data * mesh.context
+    of_each = {
+        "ddp": 2 * precision.gradient,
+        "moments": precision.gradient + precision.weight,
+        "fsdp": micro_batches * (precision.gradient + 2 * precision.weight),
+    }
     own = shape.parameters / (mesh.tensor * mesh.pipeline)
-    share = (size - 1) / size
-    found = 2 * share * own * precision.gradient
-    if mesh.sharding == "fsdp":
-        found = micro_batches * share * own * (precision.gradient + 2 * precision.weight)
-    if mesh.context > 1:  # keys and values forward and again backward, their gradients
-        heads = shape.num_kv_heads / shape.num_heads / mesh.tensor
-        keys = 2 * _HALF * shape.seq_length * mesh.micro_batch * shape.d_model * heads
-        layers = shape.num_layers / mesh.pipeline
-        found += 3 * micro_batches * layers * keys * (mesh.context - 1) / mesh.context
-    return found
+    return of_each[mesh.sharding] * own * (size - 1) / size
+
+
+def _context_bytes(shape: Shape, mesh: Mesh, micro_batches: float) -> float:
+    """For gathers of keys and values forward and again backward, and sums of their gradients."""
+    heads = shape.num_kv_heads / shape.num_heads / mesh.tensor
+    keys = 2 * _HALF * shape.seq_length * mesh.micro_batch * shape.d_model * heads
+    layers = shape.num_layers / mesh.pipeline
+    return 3 * micro_batches * layers * keys * (mesh.context - 1) / mesh.context
 
 
 def _link_between_machines(mesh: Mesh, device: Device) -> float:

@@ -10,9 +10,11 @@ those at which the abstract's 54.2% of the peak come out.
 Not in the papers, but assumed:
 
 - Narayanan et al.: micro-batches of 1 row in table 1; the fewest parts of a stage that take turns
-  (the paper says that they do); of 175 B on 1,024 the mesh.
-- Llama 3: each of the 8 layers of a stage is a part (with 1 part, the prediction is 29 to 63% too
-  slow), and FLOPs of the long rows count the masked half of the attention.
+  (the paper says that they do); of 175 B on 1,024 the mesh; gradients in float32, those of ZeRO in
+  float16.
+- Llama 3: 8 parts in a stage, which is one for each layer if embedding and head count as layers
+  (with 1 part, the prediction is 27 to 61% too slow); moments in parts, for an FSDP that gathers
+  weights once a step; FLOPs of the long rows count the masked half of the attention.
 """
 
 from typing import NamedTuple
@@ -39,7 +41,7 @@ class PublishedRun(NamedTuple):
     flops_per_s: float | None = None
     counts_again: bool = False
     is_fitted: bool = False
-    precision: Precision = MIXED
+    precision: Precision = _WIDE_GRADIENTS
 
     @property
     def published(self) -> float:
@@ -70,7 +72,7 @@ _530B, _1T = _gpt(105, 20480, 128), _gpt(128, 25600, 160)
 _LLAMA = Shape(126, 16384, 128, 8, 53248, 128256, True, 8192)
 
 
-def _table_1(name, shape, tensor, stages, devices, batch, tera, is_fitted=True):
+def _megatron(name, shape, tensor, stages, devices, batch, tera, is_fitted=True):
     parts = 1
     if stages > 1:
         of_stage = shape.num_layers // stages
@@ -83,13 +85,13 @@ def _table_1(name, shape, tensor, stages, devices, batch, tera, is_fitted=True):
 
 def _table_2(name, shape, stages, devices, tera):
     batch = 1536 if shape == _175B else 2240
-    return _table_1(name, shape, 8, stages, devices, batch, tera, is_fitted=False)
+    return _megatron(name, shape, 8, stages, devices, batch, tera, is_fitted=False)
 
 
 def _zero(name, shape, devices, batch, micro, tera):
     mesh = Mesh(devices, sharding="fsdp", recompute="full", micro_batch=micro)
     name = f"{name} on {devices:,}, ZeRO"
-    return PublishedRun(name, shape, mesh, "A100", batch, None, tera * 1e12, True)
+    return PublishedRun(name, shape, mesh, "A100", batch, None, tera * 1e12, True, precision=MIXED)
 
 
 def _korthikanti(name, shape, stages, parts, batch, full_s, selective_s, data=1, micro=1):
@@ -98,36 +100,35 @@ def _korthikanti(name, shape, stages, parts, batch, full_s, selective_s, data=1,
             mesh = Mesh(data, 8, stages, 1, "ddp", recompute, micro, parts)
             yield PublishedRun(
                 f"{name}, {recompute} recompute", shape, mesh, "A100", batch, seconds,
-                is_fitted=recompute == "full", precision=_WIDE_GRADIENTS,
+                is_fitted=recompute == "full",
             )  # fmt: skip
 
 
 def _llama(length, data, context, batch, tera):
-    mesh = Mesh(data, 8, 16, context, "ddp", "selective", 1, 8)
+    mesh = Mesh(data, 8, 16, context, "moments", "selective", 1, 8)
     return PublishedRun(
         f"Llama 3 405B, {length:,} tokens, on {mesh.num_devices:,}",
         _LLAMA._replace(seq_length=length), mesh, "H100", batch, None, tera * 1e12,
-        precision=_WIDE_GRADIENTS,
     )  # fmt: skip
 
 
 RUNS = [
-    _table_1("1.7B", _gpt(24, 2304, 24), 1, 1, 32, 512, 137),
-    _table_1("3.6B", _gpt(30, 3072, 32), 2, 1, 64, 512, 138),
-    _table_1("7.5B", _gpt(36, 4096, 32), 4, 1, 128, 512, 142),
-    _table_1("18.4B", _gpt(40, 6144, 48), 8, 1, 256, 1024, 135),
-    _table_1("39.1B", _gpt(48, 8192, 64), 8, 2, 512, 1536, 138),
-    _table_1("76.1B", _gpt(60, 10240, 80), 8, 4, 1024, 1792, 140),
-    _table_1("145.6B", _gpt(80, 12288, 96), 8, 8, 1536, 2304, 148),
-    _table_1("310B", _gpt(96, 16384, 128), 8, 16, 1920, 2160, 155),
-    _table_1("530B", _530B, 8, 35, 2520, 2520, 163),
-    _table_1("1T", _1T, 8, 64, 3072, 3072, 163),
+    _megatron("1.7B", _gpt(24, 2304, 24), 1, 1, 32, 512, 137),
+    _megatron("3.6B", _gpt(30, 3072, 32), 2, 1, 64, 512, 138),
+    _megatron("7.5B", _gpt(36, 4096, 32), 4, 1, 128, 512, 142),
+    _megatron("18.4B", _gpt(40, 6144, 48), 8, 1, 256, 1024, 135),
+    _megatron("39.1B", _gpt(48, 8192, 64), 8, 2, 512, 1536, 138),
+    _megatron("76.1B", _gpt(60, 10240, 80), 8, 4, 1024, 1792, 140),
+    _megatron("145.6B", _gpt(80, 12288, 96), 8, 8, 1536, 2304, 148),
+    _megatron("310B", _gpt(96, 16384, 128), 8, 16, 1920, 2160, 155),
+    _megatron("530B", _530B, 8, 35, 2520, 2520, 163),
+    _megatron("1T", _1T, 8, 64, 3072, 3072, 163),
     *_korthikanti("22B", _22B, 1, 1, 4, 1.42, 1.10, micro=4),
     *_korthikanti("175B", _175B, 8, 3, 64, 18.13, 13.75),
     *_korthikanti("530B", _530B, 35, 3, 280, 49.05, 37.83),
     *_korthikanti("1T", _1T, 64, 1, 512, 94.42, 71.49),
     *_korthikanti("530B on 2,240", _530B, 35, 3, 2240, None, 39.15, data=8),
-    _table_1("175B", _175B, 8, 16, 1024, 1536, 140, is_fitted=False),
+    _megatron("175B", _175B, 8, 16, 1024, 1536, 140, is_fitted=False),
     *(_table_2("175B", _175B, 12, *row) for row in ((384, 153), (768, 149), (1536, 141))),
     *(_table_2("530B", _530B, 35, *row) for row in ((560, 171), (1120, 167), (2240, 159))),
     _zero("175B", _175B, 384, 1536, 4, 144),

@@ -11,7 +11,7 @@ import pytest
 
 from cs_lm.cli.commands import main as command
 from cs_lm.config.run import RunConfig
-from cs_lm.scaling.sweep import PlannedRun
+from cs_lm.scaling.sweep import PlannedRun, read_spec
 from cs_lm.scaling.sweep_results import Result, at_an_end
 from cs_lm.scaling.sweep_runs import SweepFolder
 from cs_lm.training.run_dir import RunFolder
@@ -25,6 +25,20 @@ FLAGS = [
 ]
 # fmt: on
 VARY = ["--vary", "lr=1e-3,1e-2", "d_model=16,32"]
+SPEC = """corpus_path = "animals.txt"
+vocab_size = 300
+num_heads = 2
+d_ff = 40
+num_layers = 1
+max_seq_length = 16
+seq_length = 16
+batch_size = 4
+eval_tokens = 300
+sample_interval = 0
+device = "cpu"
+lr_min = 0
+d_model = 16
+"""
 
 
 @pytest.fixture
@@ -57,7 +71,7 @@ def test_a_grid_of_runs(work, capsys):
     assert "4 runs, " in capsys.readouterr().out and not (work / "s").exists()
     assert sweep("--num_jobs", "2", flags=flags) == 0
     shown = capsys.readouterr().out
-    assert shown.count("done, loss") == shown.count("started ") == 4 and "best     " in shown
+    assert shown.count("done, loss") == shown.count("training ") == 4 and "best     " in shown
     assert {row["state"] for row in rows()} == {"done"}
     best = min(rows(), key=lambda row: float(row["loss"]))
     assert f"best     {best['run']}: python run_clm.py" in shown
@@ -71,8 +85,6 @@ def test_a_grid_of_runs(work, capsys):
     before = losses()
     assert sweep("--resume", flags=flags) == 0
     assert losses() == before and "done, loss" not in capsys.readouterr().out
-    assert sweep("--resume", flags=[*flags, "--seed", "1"]) == 2
-    assert "--resume: the sweep in 's' is another one" in capsys.readouterr().err
 
 
 def start(*more):
@@ -129,6 +141,23 @@ def test_a_run_whose_sweep_was_killed_is_waited_for(work, monkeypatch):
     assert {row["state"] for row in rows()} == {"done"}
 
 
+def test_resume_with_the_family_named_again(work, capsys):
+    """In other words, too; another family is refused. A dry run trains nothing."""
+    text = f"[flags]\n{SPEC}max_steps = 12\n[vary]\nlr = [0.001, 1e-2]\n"
+    (work / "x.toml").write_text(text, encoding="utf-8")
+    SweepFolder("s").write_spec(read_spec("x.toml"))
+    argv = ["sweep", "--out_dir", "s", "--resume", "--dry_run"]
+    (work / "y.json").write_text('{"isoflop": {"budgets": [1e9]}}', encoding="utf-8")
+    same, other = ["--vary", "lr=1e-3,.01"], ["--vary", "lr=1e-3,.02"]
+    flags = ["--flags", " ".join([*FLAGS, "--d_model", "16", "--max_steps", "12"])]
+    for more in ([], ["--spec", "x.toml"], [*same, *flags]):
+        assert command([*argv, *more]) == 0
+        assert "2 runs, " in capsys.readouterr().out
+    for more in ([*other, *flags], same, ["--spec", "y.json"]):
+        assert command([*argv, *more]) == 2
+        assert "--resume: the sweep in 's' is another one" in capsys.readouterr().err
+
+
 def test_states_after_a_crash(tmp_path):
     folder = SweepFolder(tmp_path)
     folder.note("a", 0)
@@ -159,6 +188,7 @@ def test_runs_that_fail_and_two_at_once(work, capsys):
     assert command(["sweep", "--out_dir", "s", "--spec", "x.json"]) == 1
     shown = capsys.readouterr().out
     assert "2 of 2 runs failed" in shown and "failed with status 2" in shown
+    assert shown.count("its output: s/logs/") == 2
     assert {row["state"] for row in rows()} == {"failed with status 2"}
     with SweepFolder("s").lock():
         assert command(["sweep", "--out_dir", "s", "--resume"]) == 2
@@ -172,7 +202,7 @@ def test_mistakes_are_named(work, capsys):
         (["--vary", "lr"], "--vary: got 'lr'"),
         (["--vary", "lr=1", "--spec", "x"], "--spec: cannot be used with"),
         (["--resume"], "'s' holds no sweep"),
-        (["--resume", "--flags", "--lr 1"], "--spec: is missing"),
+        (["--resume", "--flags", "--lr 1"], "--flags: has no effect without --vary or --budgets"),
         (["--vary", "lr=1", "--num_jobs", "0"], "--num_jobs: got 0"),
         (["--vary", "lr=1", "--flags", "x"], "--flags: got 'x'"),
         (["--coordinate_check", "64"], "need two or more multiples of 16"),
@@ -200,6 +230,7 @@ def test_plan(capsys):
         (["--money", "1e5", "--price", "2", "--served_tokens", "1e13"], "serving 10 T tokens"),
         (["--model", "gpt3-175B", "--num_devices", "1024", "--device_kind", "A100"], "meshes fit"),
         (["--model", "gpt2-small", "--device_kind", "cpu"], " of one cpu at 40%"),
+        (["--model", "gpt2-small", "--num_devices", "8"], " kWh"),
         (["--parameters", "7e9", "--price", "2"], "price: "),
         (["--show", "gpt3"], "RoBERTa-Large"),
         (["--show", "runs"], "Llama 3 405B"),

@@ -166,7 +166,8 @@ def wait_for_step(processes, folder, step):
         time.sleep(0.05)
     for process in processes:
         process.send_signal(signal.SIGABRT)  # it prints where each thread is
-    raise AssertionError("\n".join(map(str, finish(processes))))
+    statuses, printed = finish(processes)
+    raise AssertionError("\n".join([str(statuses), *printed]))
 
 
 def state_of(folder, step):
