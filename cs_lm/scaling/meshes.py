@@ -222,8 +222,9 @@ def _data_bytes(shape: Shape, mesh: Mesh, micro_batches: float, precision: Preci
     """For sums of gradients and, where the state is sharded, gathers of weights.
 
     A sum costs each byte twice: summed parts, then a gather of them. Who has a part of the moments
-    needs the sum of that part alone, and then gathers weights. With fsdp, each micro-batch gathers
-    the weights forward and backward, and sums its gradients.
+    needs the sum of that part alone, and then gathers weights (this program sums all gradients
+    there, too). With fsdp, each micro-batch gathers the weights forward and backward, and sums its
+    gradients.
     """
     size = mesh.data * mesh.context
     of_each = {
