@@ -14,6 +14,7 @@ from cs_lm.config.run import RunConfig
 from cs_lm.scaling.sweep import PlannedRun, read_spec
 from cs_lm.scaling.sweep_results import Result, at_an_end
 from cs_lm.scaling.sweep_runs import SweepFolder
+from cs_lm.training.metrics_log import MetricsLog
 from cs_lm.training.run_dir import RunFolder
 from tests.end_to_end.conftest import ROOT, write_corpus
 
@@ -121,10 +122,12 @@ def test_a_sweep_that_was_stopped_and_killed_goes_on(work):
     process.kill()
     process.communicate(timeout=60)
     assert command(["sweep", "--out_dir", "s", "--resume", "--num_jobs", "2"]) == 0
-    stopped = losses()
-    (work / "s").rename("stopped")
-    assert command(["sweep", "--out_dir", "s", *first]) == 0
-    assert losses() == stopped and len(stopped) == 3
+    for row in rows():
+        quiet = [*flags, "--d_model", "16", "--lr", row["lr"], "--out_dir", f"quiet/{row['run']}"]
+        assert command(["train", *quiet]) == 0
+        records = MetricsLog(work / "quiet" / row["run"] / "metrics.jsonl").records()
+        assert [r["loss_nats"] for r in records if r["kind"] == "valid"][-1] == float(row["loss"])
+    assert len(rows()) == 3
 
 
 @pytest.mark.slow
