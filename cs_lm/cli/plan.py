@@ -28,6 +28,7 @@ from cs_lm.scaling.laws import (
     training_flops,
 )
 from cs_lm.scaling.meshes import (
+    USABLE,
     Cost,
     Mesh,
     Shape,
@@ -286,7 +287,7 @@ def _no_mesh(config: PlanConfig, shape: Shape, device: Device, batch_rows: int) 
     least = min(one.memory_bytes for _, one in every)
     what = (
         f"no mesh of {devices} holds the model: a device would need {format_bytes(least)}, and "
-        f"90% of its {format_bytes(device.memory)} are used"
+        f"{USABLE:.0%} of its {format_bytes(device.memory)} are used"
     )
     fix = "give more devices, others with more memory, or another --batch_tokens"
     return Problem("--num_devices", what, fix=fix)

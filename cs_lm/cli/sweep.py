@@ -72,10 +72,11 @@ class SweepConfig:
             return found + self._problems_of_check(by_flags)
         if self.lr != SweepConfig.lr:
             found.append(no_effect_without("--lr", "--coordinate_check"))
-        if self.resume and self.flags is not None and not self.names_a_family:
-            found.append(no_effect_without("--flags", "--vary or --budgets"))
-        elif not self.names_a_family and not self.resume:
-            found.append(Problem("--spec", "is missing", fix="name a file, or give --vary"))
+        if not self.names_a_family:
+            if not self.resume:
+                found.append(Problem("--spec", "is missing", fix="name a file, or give --vary"))
+            elif self.flags is not None:
+                found.append(no_effect_without("--flags", "--vary or --budgets"))
         if self.num_jobs < 1:
             found.append(Problem("--num_jobs", f"got {self.num_jobs}", "1 or more"))
         for one in self.vary:
@@ -123,8 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _refuse_a_sweep(folder)  # that began meanwhile
             folder.write_spec(spec)
         try:
-            on_start, on_end = _told(runs, folder)
-            train_runs(runs, folder, config.num_jobs, on_start, on_end)
+            train_runs(runs, folder, config.num_jobs, _say_that_it_trains, _told(runs, folder))
         finally:
             results = results_of(runs, folder)
             write_results(results, folder.results)
@@ -242,14 +242,15 @@ def _flags(text: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _say_that_it_trains(run: PlannedRun) -> None:
+    print(f"training {run.name}", flush=True)
+
+
 def _told(runs: Sequence[PlannedRun], folder: SweepFolder):
-    """Two functions that print each run as it starts and ends, and keep the table up to date."""
+    """Prints each run as it ends, and keeps the table up to date."""
     results = results_of(runs, folder)
     places = {run.name: place for place, run in enumerate(runs)}
     ended = {one.run.name for one in results if one.state in ("done", "diverged")}
-
-    def on_start(run: PlannedRun) -> None:
-        print(f"training {run.name}", flush=True)
 
     def on_end(run: PlannedRun, status: int) -> None:
         own = results[places[run.name]] = result_of(run, folder, status)
@@ -261,7 +262,7 @@ def _told(runs: Sequence[PlannedRun], folder: SweepFolder):
         if status != DONE:
             print(f"  its output: {folder.log(run.name)}", flush=True)
 
-    return on_start, on_end
+    return on_end
 
 
 def _plot(results: Sequence[Any], folder: Path) -> None:

@@ -26,6 +26,7 @@ from cs_lm.scaling.devices import CPU, Device
 RECOMPUTE = ("none", "selective", "full")
 SHARDING = ("ddp", "moments", "fsdp")
 _HALF = 2  # bytes of a bfloat16 number
+USABLE = 0.9  # share of a device's memory; the rest is for buffers and fragments
 _HIDDEN = 0.5  # share of the shorter time: moving weights and gradients, or the products
 
 
@@ -282,14 +283,11 @@ def activation_bytes(shape: Shape, mesh: Mesh, micro_batches: float) -> float:
 
 
 def meshes_that_fit(
-    shape: Shape, device: Device, num_devices: int, batch_rows: int, spare: float = 0.1
+    shape: Shape, device: Device, num_devices: int, batch_rows: int
 ) -> list[tuple[Mesh, Cost]]:
-    """The ways to share a step whose memory fits, the quickest one first.
-
-    spare  share of the memory that stays free, for buffers and fragments
-    """
+    """The ways to share a step whose memory fits, the quickest one first."""
     every = possible_meshes(shape, device, num_devices, batch_rows)
-    found = [one for one in every if one[1].memory_bytes <= (1 - spare) * device.memory]
+    found = [one for one in every if one[1].memory_bytes <= USABLE * device.memory]
     return sorted(found, key=lambda one: one[1].seconds)
 
 

@@ -83,11 +83,6 @@ def _megatron(name, shape, tensor, stages, devices, batch, tera, is_fitted=True)
     )
 
 
-def _table_2(name, shape, stages, devices, tera):
-    batch = 1536 if shape == _175B else 2240
-    return _megatron(name, shape, 8, stages, devices, batch, tera, is_fitted=False)
-
-
 def _zero(name, shape, devices, batch, micro, tera):
     mesh = Mesh(devices, sharding="fsdp", recompute="full", micro_batch=micro)
     name = f"{name} on {devices:,}, ZeRO"
@@ -129,8 +124,12 @@ RUNS = [
     *_korthikanti("1T", _1T, 64, 1, 512, 94.42, 71.49),
     *_korthikanti("530B on 2,240", _530B, 35, 3, 2240, None, 39.15, data=8),
     _megatron("175B", _175B, 8, 16, 1024, 1536, 140, is_fitted=False),
-    *(_table_2("175B", _175B, 12, *row) for row in ((384, 153), (768, 149), (1536, 141))),
-    *(_table_2("530B", _530B, 35, *row) for row in ((560, 171), (1120, 167), (2240, 159))),
+    _megatron("175B", _175B, 8, 12, 384, 1536, 153, is_fitted=False),
+    _megatron("175B", _175B, 8, 12, 768, 1536, 149, is_fitted=False),
+    _megatron("175B", _175B, 8, 12, 1536, 1536, 141, is_fitted=False),
+    _megatron("530B", _530B, 8, 35, 560, 2240, 171, is_fitted=False),
+    _megatron("530B", _530B, 8, 35, 1120, 2240, 167, is_fitted=False),
+    _megatron("530B", _530B, 8, 35, 2240, 2240, 159, is_fitted=False),
     _zero("175B", _175B, 384, 1536, 4, 144),
     _zero("175B", _175B, 768, 1536, 2, 88),
     _zero("175B", _175B, 1536, 1536, 1, 44),

@@ -26,20 +26,6 @@ FLAGS = [
 ]
 # fmt: on
 VARY = ["--vary", "lr=1e-3,1e-2", "d_model=16,32"]
-SPEC = """corpus_path = "animals.txt"
-vocab_size = 300
-num_heads = 2
-d_ff = 40
-num_layers = 1
-max_seq_length = 16
-seq_length = 16
-batch_size = 4
-eval_tokens = 300
-sample_interval = 0
-device = "cpu"
-lr_min = 0
-d_model = 16
-"""
 
 
 @pytest.fixture
@@ -146,13 +132,18 @@ def test_a_run_whose_sweep_was_killed_is_waited_for(work, monkeypatch):
 
 def test_resume_with_the_family_named_again(work, capsys):
     """In other words, too; another family is refused. A dry run trains nothing."""
-    text = f"[flags]\n{SPEC}max_steps = 12\n[vary]\nlr = [0.001, 1e-2]\n"
+    flags = [*FLAGS, "--d_model", "16", "--max_steps", "12"]
+    table = "".join(
+        f"{flag[2:]} = {value if value.isdecimal() else json.dumps(value)}\n"
+        for flag, value in zip(flags[::2], flags[1::2])
+    )
+    text = f"[flags]\n{table}[vary]\nlr = [0.001, 1e-2]\n"
     (work / "x.toml").write_text(text, encoding="utf-8")
     SweepFolder("s").write_spec(read_spec("x.toml"))
     argv = ["sweep", "--out_dir", "s", "--resume", "--dry_run"]
     (work / "y.json").write_text('{"isoflop": {"budgets": [1e9]}}', encoding="utf-8")
     same, other = ["--vary", "lr=1e-3,.01"], ["--vary", "lr=1e-3,.02"]
-    flags = ["--flags", " ".join([*FLAGS, "--d_model", "16", "--max_steps", "12"])]
+    flags = ["--flags", " ".join(flags)]
     for more in ([], ["--spec", "x.toml"], [*same, *flags]):
         assert command([*argv, *more]) == 0
         assert "2 runs, " in capsys.readouterr().out
